@@ -1,0 +1,67 @@
+"""What every attention path does alike: head grouping, scaling, soft cap and masks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """How raw dot products become attention scores.
+
+    Attributes:
+        scaling: factor on the dot products, usually ``head_dim ** -0.5``.
+        softcap: scores pass through ``softcap * tanh(score / softcap)`` (Gemma 2).
+        sinks: ``[num_attention_heads]`` learned logits that join the softmax and carry no value (gpt-oss).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def group_heads(query: Tensor, num_key_value_heads: int) -> Tensor:
+    """``[B, num_attention_heads, Q, D]`` to ``[B, num_key_value_heads, group * Q, D]``: keys are never repeated."""
+    return query.unflatten(1, (num_key_value_heads, -1)).flatten(2, 3)
+
+
+def ungroup_heads(output: Tensor, query_length: int) -> Tensor:
+    """The inverse of ``group_heads``."""
+    return output.unflatten(2, (-1, query_length)).flatten(1, 2)
+
+
+def causal_mask(query_length: int, kv_length: int, device: torch.device) -> Tensor:
+    """``[1, 1, query_length, kv_length]`` bool, the last query aligned with the last key."""
+    newest = torch.arange(kv_length - query_length, kv_length, device=device)
+    return (torch.arange(kv_length, device=device) <= newest[:, None])[None, None]
+
+
+def apply_mask(scores: Tensor, mask: Tensor | None, query_length: int) -> Tensor:
+    """Apply ``mask`` (bool, True = attend; or additive float), ``[B or 1, 1, query_length, n]``.
+
+    ``scores`` is ``[B, num_key_value_heads, group * query_length, n]``; every query head sees the same mask.
+    """
+    if mask is None:
+        return scores
+    by_query = scores.unflatten(2, (-1, query_length))
+    mask = mask.unsqueeze(2)
+    is_bool = mask.dtype == torch.bool
+    masked = by_query.masked_fill(~mask, -torch.inf) if is_bool else by_query + mask.to(scores.dtype)
+    return masked.flatten(2, 3)
+
+
+def scale_and_cap(scores: Tensor, options: ScoreOptions) -> Tensor:
+    """Scaled, and soft-capped where the model wants it."""
+    scores = scores * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    return scores
+
+
+def sink_logits(options: ScoreOptions, num_key_value_heads: int, query_length: int) -> Tensor | None:
+    """The learned sink logits as ``[1, num_key_value_heads, group * query_length, 1]`` float32, or None."""
+    if options.sinks is None:
+        return None
+    grouped = options.sinks.float().view(1, num_key_value_heads, -1, 1)
+    return grouped.repeat_interleave(query_length, dim=2)

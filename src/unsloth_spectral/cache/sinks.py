@@ -1,0 +1,79 @@
+"""The first tokens of each sequence, kept exact because every later token attends to them strongly."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sinks:
+    """Exact first tokens, one set per row.
+
+    Attributes:
+        block: ``[B, H, num_sink_tokens, head_dim]``.
+        positions: ``[B, num_sink_tokens]`` where left padding gives each row its own, else None for the first ones.
+            With positions the tokens here are copies, their originals stay among the cold ones and are masked there.
+    """
+
+    block: ExactBlock
+    positions: Tensor | None = None
+
+    @classmethod
+    def of(cls, tokens: ExactBlock, count: int, padding: Tensor | None) -> "Sinks":
+        """The first ``count`` tokens of each row behind its ``padding [B]`` (None: no row is padded)."""
+        if padding is None:
+            return cls(ExactBlock(tokens.keys[..., :count, :].clone(), tokens.values[..., :count, :].clone()))
+        # A row padded almost to its end takes its sinks from its last tokens.
+        first = padding.clamp_max(tokens.num_tokens - count)
+        positions = first[:, None] + torch.arange(count, device=padding.device)
+        return cls(tokens.map_batch(lambda tensor: tensor.gather(-2, _index(positions, tensor))), positions)
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.nbytes + (0 if self.positions is None else storage_bytes(self.positions))
+
+    @property
+    def num_leading(self) -> int:
+        """How many tokens at the start of the sequence are held here and nowhere else."""
+        return self.block.num_tokens if self.positions is None else 0
+
+    @property
+    def end(self) -> int:
+        """Position behind the last sink of any row."""
+        return self.block.num_tokens if self.positions is None else int(self.positions.max()) + 1
+
+    def arrange_mask(self, mask: Tensor | None, num_tokens: int) -> Tensor | None:
+        """Columns of ``mask [B or 1, 1, Q, num_tokens]`` with the sinks first and their originals masked."""
+        if self.positions is None:
+            return mask
+        batch, count = self.positions.shape
+        if mask is None:
+            mask = torch.ones(batch, 1, 1, num_tokens, dtype=torch.bool, device=self.positions.device)
+        mask = mask.expand(batch, -1, -1, -1)
+        places = self.positions[:, None, None, :].expand(-1, *mask.shape[1:3], count)
+        nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.cat([mask.gather(-1, places), mask.scatter(-1, places, nothing)], dim=-1)
+
+    def put_back(self, tokens: ExactBlock) -> ExactBlock:
+        """Dense ``tokens`` from position ``num_leading`` on, with the sinks exact in their places."""
+        positions = self.positions
+        if positions is None:
+            return ExactBlock(
+                torch.cat([self.block.keys, tokens.keys], -2), torch.cat([self.block.values, tokens.values], -2)
+            )
+        return ExactBlock(
+            tokens.keys.scatter(-2, _index(positions, self.block.keys), self.block.keys),
+            tokens.values.scatter(-2, _index(positions, self.block.values), self.block.values),
+        )
+
+    def map_batch(self, function: TensorFunction) -> "Sinks":
+        """The sinks with ``function`` applied along the batch dimension."""
+        return Sinks(self.block.map_batch(function), None if self.positions is None else function(self.positions))
+
+
+def _index(positions: Tensor, tensor: Tensor) -> Tensor:
+    return positions[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1])

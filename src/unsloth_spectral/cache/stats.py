@@ -1,0 +1,79 @@
+"""What a cache holds, counted."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """One layer's cache. Bytes are those of the storages torch has allocated, metadata included.
+
+    Attributes:
+        kind: ``"spectral"``, or the class name of the model's own cache for a layer that keeps it (sliding window ...).
+        num_tokens: tokens held, and ``sealed_tokens`` of them as spectral factors.
+        sink_bytes, cold_bytes, residual_bytes: bytes of the three tiers.
+        dense_bytes: bytes a dense cache of the same dtype takes for the same tokens.
+        elements: numbers a dense cache would hold, for ``bits_per_element``.
+        rank_keys, rank_values: ranks of the sealed blocks; None while nothing is sealed.
+        error_keys, error_values: mean estimated relative Frobenius error of the sealed blocks; None likewise.
+        exact_blocks: blocks kept exact because they held NaN or infinity, or could not be factorized.
+        svd_fallbacks: matrices for which the randomized SVD gave way to the exact one.
+        seal_seconds: time spent sealing so far, as seen by the host.
+    """
+
+    kind: str
+    num_tokens: int
+    sealed_tokens: int = 0
+    sink_bytes: int = 0
+    cold_bytes: int = 0
+    residual_bytes: int = 0
+    dense_bytes: int = 0
+    elements: int = 0
+    rank_keys: int | None = None
+    rank_values: int | None = None
+    error_keys: float | None = None
+    error_values: float | None = None
+    exact_blocks: int = 0
+    svd_fallbacks: int = 0
+    seal_seconds: float = 0.0
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.sink_bytes + self.cold_bytes + self.residual_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The whole cache: the sums of its layers, and the layers."""
+
+    layers: tuple[LayerStats, ...] = field(repr=False)
+    num_tokens: int
+    stored_bytes: int
+    dense_bytes: int
+    compression_factor: float
+    bits_per_element: float
+    exact_blocks: int
+    svd_fallbacks: int
+    seal_seconds: float
+
+    @classmethod
+    def of(cls, layers: list[LayerStats]) -> "CacheStats":
+        """Sum up ``layers``. An empty cache has factor 1 and 0 bits per element."""
+        stored = sum(layer.stored_bytes for layer in layers)
+        dense = sum(layer.dense_bytes for layer in layers)
+        elements = sum(layer.elements for layer in layers)
+        return cls(
+            layers=tuple(layers),
+            num_tokens=max((layer.num_tokens for layer in layers), default=0),
+            stored_bytes=stored,
+            dense_bytes=dense,
+            compression_factor=dense / stored if stored else 1.0,
+            bits_per_element=8 * stored / elements if elements else 0.0,
+            exact_blocks=sum(layer.exact_blocks for layer in layers),
+            svd_fallbacks=sum(layer.svd_fallbacks for layer in layers),
+            seal_seconds=sum(layer.seal_seconds for layer in layers),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,192 @@
+"""What a cache layer is made of: runs of tokens, exact or as spectral factors, that attention can read.
+
+Both kinds answer the same calls, so attention never asks which one it holds: ``scores`` and ``combine`` for the direct
+path, ``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are
+``(batch, num_key_value_heads, seq_len, head_dim)`` throughout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec import rank as rank_codec
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank import RankFactors
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+
+
+class Block(Protocol):
+    """A run of consecutive tokens of one layer."""
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Dot products of ``query [B, H, rows, head_dim]`` with every key, ``[B, H, rows, num_tokens]``."""
+        ...
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sum of the values under ``weights [B, H, rows, num_tokens]``, ``[B, H, rows, head_dim]``."""
+        ...
+
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        """Dense keys and values, ``[B, H, num_tokens, head_dim]``."""
+        ...
+
+    def tiles(self, num_tokens: int) -> Iterator["Block"]:
+        """The block in pieces of about ``num_tokens`` tokens, as views."""
+        ...
+
+    def map_batch(self, function: TensorFunction) -> "Block":
+        """The block with ``function`` applied along the batch dimension of each tensor."""
+        ...
+
+    def first_tokens(self, num_tokens: int) -> list["Block"]:
+        """Blocks that together hold the first ``num_tokens`` tokens, 1 to ``self.num_tokens``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactBlock:
+    """Keys and values as they came, ``[B, H, tokens, head_dim]`` in the model's dtype."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return storage_bytes(self.keys, self.values)
+
+    def scores(self, query: Tensor) -> Tensor:
+        return query @ self.keys.to(query.dtype).mT
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return weights @ self.values.to(weights.dtype)
+
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def tiles(self, num_tokens: int) -> Iterator[Block]:
+        for keys, values in zip(self.keys.split(num_tokens, -2), self.values.split(num_tokens, -2), strict=True):
+            yield ExactBlock(keys, values)
+
+    def map_batch(self, function: TensorFunction) -> "ExactBlock":
+        return ExactBlock(function(self.keys), function(self.values))
+
+    def first_tokens(self, num_tokens: int) -> list[Block]:
+        # Cloned: a view would keep the bytes of the tokens that are gone.
+        return [ExactBlock(self.keys[..., :num_tokens, :].clone(), self.values[..., :num_tokens, :].clone())]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpectralBlock:
+    """One or more consecutive sealed blocks of equal length, stacked so that one batched product serves them all.
+
+    Immutable: sealing more tokens, cropping or reordering makes a new object, and no token is ever encoded twice.
+
+    Attributes:
+        keys, values: factors with leading dimensions ``(batch, num_key_value_heads, num_blocks)``.
+        dtype: the model's dtype, in which ``reconstruct`` answers.
+    """
+
+    keys: RankFactors
+    values: RankFactors
+    dtype: torch.dtype
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.keys.codes.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.codes.shape[2]
+
+    @property
+    def block_length(self) -> int:
+        return self.keys.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_length
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def num_fallbacks(self) -> int:
+        return self.keys.num_fallbacks + self.values.num_fallbacks
+
+    @property
+    def is_finite(self) -> bool:
+        return self.keys.is_finite and self.values.is_finite
+
+    def scores(self, query: Tensor) -> Tensor:
+        per_block = self.keys.scores(query.unsqueeze(2))
+        return per_block.transpose(2, 3).flatten(-2)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        per_block = weights.unflatten(-1, (self.num_blocks, self.block_length)).transpose(2, 3)
+        return self.values.combine(per_block).sum(2)
+
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys.reconstruct().flatten(2, 3), self.values.reconstruct().flatten(2, 3)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def tiles(self, num_tokens: int) -> Iterator[Block]:
+        step = max(1, num_tokens // self.block_length)
+        for start in range(0, self.num_blocks, step):
+            yield self._blocks(start, start + step)
+
+    def map_batch(self, function: TensorFunction) -> "SpectralBlock":
+        return SpectralBlock(self.keys.map(function), self.values.map(function), self.dtype)
+
+    def first_tokens(self, num_tokens: int) -> list[Block]:
+        whole, rest = divmod(num_tokens, self.block_length)
+        pieces: list[Block] = []
+        if whole:
+            pieces.append(self._blocks(0, whole).map_batch(torch.clone))
+        if rest:
+            cut = self._blocks(whole, whole + 1).map_batch(torch.clone)
+            pieces.append(SpectralBlock(cut.keys.first_tokens(rest), cut.values.first_tokens(rest), self.dtype))
+        return pieces
+
+    def stack(self, other: "SpectralBlock") -> "SpectralBlock":
+        """This block followed by ``other``, which has the same block length; codes are copied, not encoded again."""
+        return SpectralBlock(
+            self.keys.concatenate(other.keys, dim=2), self.values.concatenate(other.values, dim=2), self.dtype
+        )
+
+    def _blocks(self, start: int, stop: int) -> "SpectralBlock":
+        return self.map_batch(lambda tensor: tensor[:, :, start:stop])
+
+
+def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> SpectralBlock:
+    """Encode ``[B, H, num_blocks * block_size, head_dim]`` keys and values, all heads and blocks in one batch.
+
+    Raises:
+        InvalidArgumentError: a rank exceeds ``head_dim``, or a value is not finite.
+    """
+    shape = (-1, config.block_size)
+    return SpectralBlock(
+        rank_codec.encode(keys.unflatten(2, shape), config.rank_keys),
+        rank_codec.encode(values.unflatten(2, shape), config.rank_values),
+        keys.dtype,
+    )

@@ -1,0 +1,5 @@
+"""transformers: the cache, the attention function it needs, and the switch that gives it to a model."""
+
+from unsloth_spectral.integrations.huggingface.cache import SpectralCache
+
+__all__ = ["SpectralCache"]

@@ -1,0 +1,96 @@
+"""The attention function models call by name while the spectral cache is on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from unsloth_spectral.attention import dispatch
+from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
+from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.errors import SpectralError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over tensors or over a spectral layer, in transformers' calling convention.
+
+    ``query`` is ``(batch, num_attention_heads, query_length, head_dim)``; ``key`` and ``value`` are tensors or the
+    handles of a spectral layer, which is sealed afterwards: a prefill is attended to exactly, then compressed. The mask
+    is bool, ``(batch, 1, query_length, kv_length)``, or None for causal. Returns ``(batch, query_length,
+    num_attention_heads, head_dim)``.
+
+    Raises:
+        UnsupportedModelError: the model asks for a position bias.
+        SpectralError: attention dropout is asked for where torch's SDPA cannot serve.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} adds a position bias to its scores, which a spectral cache does not"
+        )
+    options = ScoreOptions(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    if not isinstance(key, CompressedStates):
+        return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
+    layer = key.layer
+    if layer.is_sealed:
+        if attention_mask is None and query.shape[2] > 1:
+            attention_mask = causal_mask(query.shape[2], layer.num_tokens, query.device)
+        output = _attend_blocks(query, layer.blocks, layer.arrange_mask(attention_mask), options)
+    else:
+        # Everything is exact and in one piece: the model's own arithmetic, so short contexts answer as ever.
+        dense = ExactBlock(*layer.blocks[0].reconstruct())
+        output = _attend_dense(module, query, dense, attention_mask, options, 0.0, kwargs)
+    if key.seal_after:
+        layer.seal(None if layer.is_sealed else _left_padding(attention_mask))
+    return output, None
+
+
+def _attend_dense(
+    module: nn.Module,
+    query: Tensor,
+    dense: ExactBlock,
+    mask: Tensor | None,
+    options: ScoreOptions,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    if options.softcap is None and options.sinks is None:
+        return sdpa_attention_forward(
+            module, query, dense.keys, dense.values, mask, dropout=dropout, scaling=options.scaling, **kwargs
+        )[0]
+    if dropout:
+        raise SpectralError(
+            f"{type(module).__name__} wants attention dropout ({dropout}) together with a soft cap or sinks, which the "
+            "spectral attention function does not offer: call unpatch_unsloth_attention(model) before training"
+        )
+    if mask is None and query.shape[2] > 1:
+        mask = causal_mask(query.shape[2], dense.num_tokens, query.device)
+    return _attend_blocks(query, [dense], mask, options)
+
+
+def _attend_blocks(query: Tensor, blocks: list[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
+    return dispatch.attend(query, blocks, mask, options).transpose(1, 2).contiguous()
+
+
+def _left_padding(mask: Tensor | None) -> Tensor | None:
+    """Masked tokens at the start of each row, ``[B]``, as the newest query sees them; None where there are none."""
+    if mask is None:
+        return None
+    newest = mask[:, 0, -1]
+    visible = newest if newest.dtype == torch.bool else newest == 0
+    padding = (visible.cumsum(-1) == 0).sum(-1)
+    return padding if bool(padding.any()) else None

@@ -1,0 +1,57 @@
+"""Giving a model the spectral attention function, and giving back its own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from unsloth_spectral.integrations.huggingface.attention import attend
+
+ATTENTION_NAME = "unsloth_spectral"
+_STATE = "_unsloth_spectral_switch"
+
+
+@dataclass(frozen=True, slots=True)
+class _Switched:
+    """Every configuration object of a model with the attention implementation it had."""
+
+    implementations: tuple[tuple[Any, str | None], ...]
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    """Whether the model's language part uses the spectral attention function now."""
+    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+
+
+def enable(model: PreTrainedModel) -> None:
+    """Let ``model`` attend through ``attend``; harmless where it does already."""
+    if is_enabled(model):
+        return
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    # Without a mask function of the same name padding would be ignored without a word.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    if _STATE not in vars(model):
+        configs = {id(config): config for config in _configs(model)}
+        before = tuple((config, config._attn_implementation_internal) for config in configs.values())
+        setattr(model, _STATE, _Switched(before))
+    text_config = model.config.get_text_config(decoder=True)
+    name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
+    model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Give every part of ``model`` the attention implementation it had before ``enable``."""
+    switched: _Switched | None = vars(model).get(_STATE)
+    if switched is None:
+        return
+    for config, implementation in switched.implementations:
+        config._attn_implementation_internal = implementation
+    delattr(model, _STATE)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in list(found):
+        found.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
+    return found
