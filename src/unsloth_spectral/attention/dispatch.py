@@ -1,6 +1,7 @@
 """Which path serves a call."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,9 +10,30 @@ from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
 
 # Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. Measured on
-# SmolLM2's shapes (benchmarks/attention_paths.py); see there for the crossing.
+# SmolLM2's shapes, see benchmarks/attention_paths.py for the crossing.
 DIRECT_QUERY_LENGTH = 64
 _TILE_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPath:
+    """A way to attend, what it serves, and why it is not available here (None where it is)."""
+
+    name: str
+    serves: str
+    obstacle: str | None = None
+
+
+def available_paths() -> tuple[AttentionPath, ...]:
+    """Every attention path of this version, and those a user may look for in vain."""
+    no_kernel = "this version ships no compiled kernel"
+    return (
+        AttentionPath("dense", "prefill and contexts too short to seal: torch's SDPA on exact tensors"),
+        AttentionPath("direct", f"up to {DIRECT_QUERY_LENGTH} queries at a time: torch products on the stored codes"),
+        AttentionPath("tiles", f"more queries: blocks rebuilt {_TILE_TOKENS:,} tokens at a time"),
+        AttentionPath("native", "decoding on a CPU", no_kernel),
+        AttentionPath("triton", "decoding on a GPU", no_kernel),
+    )
 
 
 def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:

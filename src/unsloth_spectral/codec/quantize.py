@@ -14,10 +14,11 @@ def quantize_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         scale: float32, the shape of ``x`` with ``dims`` reduced to 1; ``x`` is about ``codes * scale``.
     """
     x = x.float()
-    # A group of zeros keeps scale 0 and codes 0; tiny only guards the division.
-    scale = x.abs().amax(dims, keepdim=True) / _INT8_MAX
-    codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-_INT8_MAX, _INT8_MAX)
-    return codes.to(torch.int8), scale
+    # Clamped so that a group of zeros divides by something; it gets codes 0.
+    peak = x.abs().amax(dims, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = peak / _INT8_MAX
+    # The peak comes out as 127 within rounding, so nothing needs clamping.
+    return (x / scale).round_().to(torch.int8), scale
 
 
 def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:

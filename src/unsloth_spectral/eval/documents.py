@@ -1,0 +1,78 @@
+"""The texts that models are measured on: a default that every Python carries, or a file of the user's."""
+
+import os
+from typing import Any, Protocol
+
+import torch
+
+from unsloth_spectral.errors import LoadError
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: the call of transformers' tokenizers."""
+
+    def __call__(self, text: str, /, **options: Any) -> Any:
+        """Return a mapping whose ``input_ids`` are the token ids of ``text``."""
+
+
+def default_document() -> str:
+    """The Python language reference as the standard library carries it for ``help()``, about 465,000 characters.
+
+    Its topics are joined in sorted order. The text differs a little from one Python release to the next.
+
+    Raises:
+        LoadError: this Python was built without it.
+    """
+    # Half a megabyte of text, wanted only here.
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise LoadError("this Python lacks pydoc_data, the default document: give a text file instead") from error
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_document(path: str | os.PathLike[str] | None) -> str:
+    """The text of the UTF-8 file at ``path``, or the default document for None.
+
+    Raises:
+        LoadError: the file is missing, a folder, unreadable, not UTF-8 text, or blank.
+    """
+    if path is None:
+        return default_document()
+    title = os.fspath(path)
+    try:
+        # utf-8-sig: a byte order mark is no part of the text.
+        with open(os.path.expanduser(title), encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise LoadError(f"no document at {title!r}: check the path") from None
+    except IsADirectoryError:
+        raise LoadError(f"document {title!r} is a folder: give a text file") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"document {title!r} is not UTF-8 text: give a plain text file saved as UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LoadError(f"document {title!r} cannot be read ({reason}): give a readable text file") from error
+    except ValueError as error:
+        raise LoadError(f"document {title!r} is not a valid path: check the path") from error
+    if "\0" in text:  # valid UTF-8, but no text has it
+        raise LoadError(f"document {title!r} is a binary file: give a plain text file saved as UTF-8")
+    if not text.strip():
+        raise LoadError(f"document {title!r} is empty: give a file with text in it")
+    return text
+
+
+def tokens_of(document: str, tokenizer: Tokenizer, needed: int) -> torch.Tensor:
+    """Token ids of the whole document, without special tokens, as int64 of shape ``(1, n)`` with ``n >= needed``.
+
+    Raises:
+        LoadError: the document has fewer than ``needed`` tokens.
+    """
+    # verbose=False: a document longer than the model's context is the rule here, and nothing to warn of.
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < needed:
+        raise LoadError(
+            f"the document has {len(ids):,} tokens and {needed:,} are needed: choose a shorter --context-length, or a "
+            "longer document"
+        )
+    return torch.tensor([ids], dtype=torch.int64)

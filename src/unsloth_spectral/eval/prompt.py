@@ -1,0 +1,69 @@
+"""A document and a question about it, as the model's own chat format has them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.errors import InvalidArgumentError
+
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, each ``[1, n]``.
+
+    Attributes:
+        context: the chat format's opening and the document's tokens: what is prefilled.
+        continuation: the document's next tokens, held out.
+        question: the question and the chat format's closing, up to where the answer begins.
+    """
+
+    context: Tensor
+    continuation: Tensor
+    question: Tensor
+
+
+def build_prompt(
+    tokenizer: Any, document_ids: Tensor, question: str, *, context_length: int, start: int, continuation_length: int
+) -> Prompt:
+    """Cut ``document_ids [1, n]`` from token ``start`` so that the context has ``context_length`` tokens in all.
+
+    Raises:
+        InvalidArgumentError: the context has no room for the chat format's opening, or the document ends too early.
+    """
+    opening, closing = _chat_frame(tokenizer, question)
+    opening_ids, closing_ids = _ids(tokenizer, opening), _ids(tokenizer, closing)
+    if context_length <= opening_ids.shape[1]:
+        raise InvalidArgumentError(
+            f"context_length must exceed the {opening_ids.shape[1]} tokens of the chat format's opening, "
+            f"got {context_length}"
+        )
+    stop = start + context_length - opening_ids.shape[1]
+    if stop + continuation_length > document_ids.shape[1]:
+        raise InvalidArgumentError(
+            f"the document has {document_ids.shape[1]} tokens, {stop + continuation_length} are needed from token "
+            f"{start} on: lower context_length or give a longer document"
+        )
+    return Prompt(
+        context=torch.cat([opening_ids, document_ids[:, start:stop]], dim=1),
+        continuation=document_ids[:, stop : stop + continuation_length],
+        question=closing_ids,
+    )
+
+
+def _chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
+    """The text before the document and the text after it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.bos_token or "", f"\n\nQuestion: {question}\nAnswer:"
+    messages = [{"role": "user", "content": f"{_MARK}\n\n{question}"}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    opening, _, closing = text.partition(_MARK)
+    return opening, closing
+
+
+def _ids(tokenizer: Any, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor([ids], dtype=torch.long)

@@ -1,0 +1,49 @@
+"""Writing files whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from unsloth_spectral.errors import InvalidArgumentError
+
+
+def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
+    """The path of a file to be written, checked before the work whose result it is to hold.
+
+    Raises:
+        InvalidArgumentError: the suffix is none of ``suffixes``, or the folder is missing or cannot be written to.
+    """
+    target = Path(path).expanduser()
+    if target.suffix.lower() not in suffixes:
+        raise InvalidArgumentError(f"cannot write {str(path)!r}: the name must end in {' or '.join(suffixes)}")
+    if target.is_dir():
+        raise InvalidArgumentError(f"cannot write {str(path)!r}: it is a folder")
+    if not target.parent.is_dir():
+        raise InvalidArgumentError(f"cannot write {str(path)!r}: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise InvalidArgumentError(f"cannot write {str(path)!r}: no permission to write in {str(target.parent)!r}")
+    return target
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not.
+
+    It keeps the suffix, from which some writers tell the format.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a result is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

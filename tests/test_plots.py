@@ -1,0 +1,183 @@
+"""Figures: they show what they say they show, and are written whole or not at all."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unsloth_spectral.errors import InvalidArgumentError, SpectralError
+from unsloth_spectral.plots import check_figure_target, save_figure, spectrum_figure
+
+pytest.importorskip("matplotlib")
+
+
+def side(singular_values: list[float], effective_rank: int) -> dict[str, Any]:
+    return {"singular_values": singular_values, "effective_rank": effective_rank, "entropy": 1.0, "top16_share": 0.5}
+
+
+def spectrum_report(layers: tuple[int, ...] = (0, 1, 2), num_heads: int = 2, head_dim: int = 64) -> dict[str, Any]:
+    """Keys fall off fast, values slowly; the effective rank tells layer, head and side."""
+    fast = [math.exp(-i / 10) for i in range(head_dim)]
+    slow = [math.exp(-i / 60) for i in range(head_dim)]
+    heads = [
+        {
+            "layer_idx": layer,
+            "head_idx": head,
+            "keys": side(fast, 10 * layer + head),
+            "values": side(slow, 10 * layer + head + 5),
+        }
+        for layer in layers
+        for head in range(num_heads)
+    ]
+    return {"model": "owner/model", "heads": heads, "head_dim": head_dim, "num_tokens": 2048, "block_size": 512}
+
+
+class TestSpectrumFigure:
+    def test_titles_and_labels(self) -> None:
+        figure = spectrum_figure(spectrum_report())
+        curves, keys, values, bar = figure.axes
+        assert figure.get_suptitle() == "owner/model: spectra of keys and values on 2,048 tokens, in blocks of 512"
+        assert curves.get_title() == "Variance kept at each rank"
+        assert (curves.get_xlabel(), curves.get_ylabel()) == ("rank (of 64)", "share of the variance kept")
+        assert keys.get_title() == "Keys: rank that keeps 95% of the variance, by head"
+        assert values.get_title() == "Values: rank that keeps 95% of the variance, by head"
+        assert (keys.get_ylabel(), values.get_ylabel(), values.get_xlabel()) == ("head", "head", "layer")
+        assert bar.get_ylabel() == "rank (of 64)"
+        assert tuple(figure.get_size_inches() * figure.dpi) == (1400, 600)
+
+    def test_curves_are_the_variance_kept(self) -> None:
+        report = spectrum_report()
+        axes = spectrum_figure(report).axes[0]
+        lines = {line.get_label().split(",")[0]: line.get_ydata() for line in axes.lines}
+        for name in ("keys", "values"):
+            squares = np.square(report["heads"][0][name]["singular_values"])
+            assert lines[name] == pytest.approx([0, *(squares.cumsum() / squares.sum())])
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        # exp(-i / 10) keeps 1 - exp(-r / 5) at rank r, which reaches 0.95 at 14.98.
+        assert legend[0] == "keys, median head: 95% at rank 15"
+        assert legend[2] == "shaded: 10th to 90th percentile of heads"
+
+    def test_ranks_16_and_32_are_marked(self) -> None:
+        axes = spectrum_figure(spectrum_report()).axes[0]
+        keys = [f"{1 - math.exp(-rank / 5):.0%}" for rank in (16, 32)]
+        assert [text.get_text() for text in axes.texts][::2] == keys
+        assert {16, 32} <= set(axes.get_xticks())
+        small = spectrum_figure(spectrum_report(head_dim=24)).axes[0]
+        assert len(small.texts) == 2, "there is no rank 32"
+
+    def test_heat_maps_show_layer_by_head(self) -> None:
+        _, keys, values, _ = spectrum_figure(spectrum_report()).axes
+        (key_map,), (value_map,) = keys.images, values.images
+        assert key_map.get_array().tolist() == [[0, 10, 20], [1, 11, 21]]
+        assert value_map.get_array().tolist() == [[5, 15, 25], [6, 16, 26]]
+        assert key_map.get_clim() == value_map.get_clim() == (0, 64)
+
+    def test_layers_left_out_and_uneven_heads(self) -> None:
+        report = spectrum_report(layers=(5, 11), num_heads=2)
+        report["heads"].pop()
+        _, keys, _, _ = spectrum_figure(report).axes
+        assert [label.get_text() for label in keys.get_xticklabels()] == ["5", "11"]
+        assert keys.images[0].get_array().mask.tolist() == [[False, False], [False, True]]
+
+    def test_heads_of_other_widths_and_of_zeros(self, tmp_path: Path) -> None:
+        report = spectrum_report(layers=(0,), head_dim=16)
+        report["heads"][0]["keys"] = side([0.0] * 8, 0)
+        report["heads"][1]["values"] = side([1.0] * 40, 38)
+        figure = spectrum_figure(report)
+        assert figure.axes[0].get_xlabel() == "rank (of 40)"
+        save_figure(figure, tmp_path / "a.png")
+
+    @pytest.mark.parametrize("model", ["C:/some$where/$else/" + "x" * 200, "$x_", "naïve"])
+    def test_awkward_names(self, tmp_path: Path, model: str) -> None:
+        figure = spectrum_figure({**spectrum_report(), "model": model})
+        assert model[-40:] in figure.get_suptitle()
+        assert len(figure.get_suptitle()) < 120
+        save_figure(figure, tmp_path / "a.svg")
+
+    def test_from_a_results_file_and_without_a_name(self) -> None:
+        report = json.loads(json.dumps(spectrum_report()))
+        del report["model"]
+        assert spectrum_figure(report).get_suptitle().startswith("KV cache: ")
+
+    @pytest.mark.parametrize("report", [{}, {"heads": []}, {"caches": [1], "model": "x"}])
+    def test_other_results_are_refused(self, report: dict[str, Any]) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"needs results with 'heads'.*unsloth-spectral spectrum --json"):
+            spectrum_figure(report)
+
+    def test_global_state_stays(self) -> None:
+        import matplotlib
+
+        before = dict(matplotlib.rcParams)
+        spectrum_figure(spectrum_report())
+        assert dict(matplotlib.rcParams) == before
+        assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+class TestSave:
+    @pytest.mark.parametrize(
+        ("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.PNG", b"\x89PNG")]
+    )
+    def test_formats(self, tmp_path: Path, name: str, start: bytes) -> None:
+        path = tmp_path / name
+        path.write_bytes(b"an older figure")
+        save_figure(spectrum_figure(spectrum_report()), path)
+        assert path.read_bytes().startswith(start)
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_pixels(self, tmp_path: Path) -> None:
+        from matplotlib.image import imread
+
+        save_figure(spectrum_figure(spectrum_report()), tmp_path / "a.png")
+        assert imread(tmp_path / "a.png").shape == (600, 1400, 4)
+
+    @pytest.mark.parametrize("name", ["a", "a.jpg", "a.png.txt", ".png"])
+    def test_unknown_suffix(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        for refuse in (check_figure_target, lambda path: save_figure(spectrum_figure(spectrum_report()), path)):
+            with pytest.raises(InvalidArgumentError) as caught:
+                refuse(path)
+            assert repr(str(path)) in str(caught.value)
+            assert ".png or .svg or .pdf" in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        for refuse in (check_figure_target, lambda path: save_figure(spectrum_figure(spectrum_report()), path)):
+            with pytest.raises(InvalidArgumentError) as caught:
+                refuse(tmp_path / "missing" / "a.png")
+            assert repr(str(tmp_path / "missing")) in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_failure_leaves_the_older_figure(self, tmp_path: Path) -> None:
+        class Broken:
+            def savefig(self, path: Path, **options: object) -> None:
+                Path(path).write_bytes(b"half a fig")
+                raise OSError(28, "No space left on device")
+
+        path = tmp_path / "a.png"
+        path.write_bytes(b"an older figure")
+        with pytest.raises(OSError, match="No space left"):
+            save_figure(Broken(), path)
+        assert path.read_bytes() == b"an older figure"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_target_is_checked(self, tmp_path: Path) -> None:
+        assert check_figure_target(str(tmp_path / "a.svg")) == tmp_path / "a.svg"
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestWithoutMatplotlib:
+    def test_error_names_the_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        for use in (lambda: spectrum_figure(spectrum_report()), lambda: check_figure_target(tmp_path / "a.png")):
+            with pytest.raises(SpectralError, match=r'`pip install "unsloth-spectral\[plot\]"`'):
+                use()
+
+    def test_importing_takes_none(self) -> None:
+        import subprocess
+
+        code = "import sys; sys.modules['matplotlib'] = None; import unsloth_spectral.plots"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
