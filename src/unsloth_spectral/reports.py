@@ -65,7 +65,7 @@ def spectrum_table(report: Any) -> RenderableType:
     table.add_column("layer", justify="right")
     table.add_column("head", justify="right")
     for side in ("keys", "values"):
-        for heading in ("rank at 95 %", "entropy", "top-16 share", "largest s.v."):
+        for heading in ("rank at 95%", "entropy", "top-16 share", "largest s.v."):
             table.add_column(f"{side}\n{heading}", justify="right")
     for head in report.heads:
         cells = []
@@ -73,7 +73,7 @@ def spectrum_table(report: Any) -> RenderableType:
             cells += [
                 str(side.effective_rank),
                 f"{side.entropy:.2f}",
-                f"{100 * side.top16_share:.1f} %",
+                f"{side.top16_share:.1%}",
                 f"{side.singular_values[0]:.3g}",
             ]
         table.add_row(str(head.layer_idx), str(head.head_idx), *cells)

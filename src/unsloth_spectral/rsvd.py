@@ -160,12 +160,9 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
     with torch.autocast(kind, enabled=False) if autocasts else contextlib.nullcontext():
         found = body(A if m >= n else A.mT)
     U, S, Vh = found if m >= n else (found.Vh.mT, found.S, found.U.mT)
-    if M.dtype != A.dtype:
-        U, S, Vh = U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
-        if not bool(S.isfinite().all()):
-            raise InvalidArgumentError(
-                f"S must fit the dtype of M, {M.dtype}, but overflows: scale M or pass M.float()"
-            )
+    U, S, Vh = U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
+    if not math.isfinite(float(S.amax())):
+        raise InvalidArgumentError(f"S must fit the dtype of M, {M.dtype}, but overflows: scale M or use a wider dtype")
     result = SVDResult(U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n))
     result.num_fallbacks, result.fallback_reason = found.num_fallbacks, found.fallback_reason
     return result
@@ -206,7 +203,7 @@ def _randomized(A: Tensor, k: int, n_iter: int, oversampling: int, generator: to
 
 
 def _with_unit_peaks(A: Tensor) -> tuple[Tensor, Tensor]:
-    """``A`` with each matrix divided by its largest entry, so that no product overflows; and those divisors ``[b, 1]``."""
+    """``A`` with each matrix divided by its largest entry, lest products overflow; and those divisors ``[b, 1]``."""
     peaks = A.abs().amax(dim=(-2, -1))[:, None]
     peaks = torch.where(peaks > 0, peaks, 1.0)
     return A / peaks[..., None], peaks

@@ -1,6 +1,5 @@
 """The direct and the tiled path against the naive one, and the naive one against two references of its own."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

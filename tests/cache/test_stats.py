@@ -84,13 +84,18 @@ def test_seconds_add_up() -> None:
     assert layer.stats().seal_seconds > first
 
 
-def test_full_rank_is_counted_as_exact_factorization_once_per_matrix() -> None:
-    config = SpectralConfig(HEAD_DIM, HEAD_DIM, 64, 4, 16)
-    layer = filled(500, torch.float32, config)
+def test_exact_factorizations_are_counted_once_per_matrix() -> None:
+    layer = filled(500, torch.float32, SpectralConfig(HEAD_DIM, HEAD_DIM, 64, 4, 16))
     expected = 2 * BATCH * HEADS * 448 // 64
     assert layer.stats().svd_fallbacks == expected
+    layer.map_batch(lambda tensor: tensor.repeat_interleave(2, 0))
+    layer.append(*torch.randn(2, 2 * BATCH, HEADS, 64, HEAD_DIM))
+    layer.seal()
+    assert layer.stats().svd_fallbacks == expected + 2 * 2 * BATCH * HEADS
     layer.crop(4 + 64 + 10)
-    assert layer.stats().svd_fallbacks <= expected
+    assert layer.stats().svd_fallbacks == expected + 2 * 2 * BATCH * HEADS
+    layer.reset()
+    assert layer.stats().svd_fallbacks == 0
 
 
 def test_the_sums_of_a_cache() -> None:

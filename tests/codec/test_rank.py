@@ -145,13 +145,12 @@ def test_concatenate_and_map_move_codes_without_encoding() -> None:
     assert joined.nbytes == whole.nbytes
 
 
-def test_fallbacks_are_carried_and_added() -> None:
-    one = encode(matrices(1, 30, 8), 2)
-    tensors = [getattr(one, name) for name in FIELDS]
-    joined = RankFactors(*tensors, num_fallbacks=2).concatenate(RankFactors(*tensors, num_fallbacks=3), dim=0)
-    assert joined.num_fallbacks == 5
-    assert joined.map(torch.clone).num_fallbacks == 5
-    assert joined.first_tokens(3).num_fallbacks == 5
+def test_fallbacks_are_told_once_by_what_encode_returns() -> None:
+    encoded = encode(matrices(5, 30, 8), 8)
+    assert encoded.num_fallbacks == 5
+    assert encoded.map(torch.clone).num_fallbacks == 0
+    assert encoded.first_tokens(3).num_fallbacks == 0
+    assert encoded.concatenate(encoded, dim=0).num_fallbacks == 0
 
 
 def test_blocks_of_one_batch_are_independent(assert_close: Callable[..., None]) -> None:

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.codec import block as block_module
+from unsloth_spectral.codec.rank import RankFactors
 
 HEAD_DIM, BLOCK, SINKS, RESIDUAL = 16, 16, 4, 8
 # Full rank and short blocks: sealing happens within a hundred tokens and leaves nothing but the rounding to int8.
@@ -107,6 +109,23 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, past: Any = None, **option
     return model(ids, past_key_values=past, use_cache=past is not None, **options).logits
 
 
+def unrounded_encode(block: torch.Tensor, rank: int) -> RankFactors:
+    """The rank codec less its rounding to int8 and half precision."""
+    left, singular_values, right = torch.linalg.svd(block.float(), full_matrices=False)
+    codes, basis = left[..., :rank].mT.contiguous(), (singular_values[..., None] * right)[..., :rank, :]
+    return RankFactors(codes, torch.ones_like(codes[..., :1, :1]), basis, torch.zeros_like(codes[..., 0, 0]))
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full rank only the order of additions is then left between a spectral and a dense cache.
+
+    Rounding to int8 moves logits by some hundredths, which decides between two of 128 random tokens often enough;
+    without it tokens must be equal, and every mistake in order, mask or bookkeeping is seen.
+    """
+    monkeypatch.setattr(block_module.rank_codec, "encode", unrounded_encode)
+
+
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "padded": {"padded": True},
@@ -115,25 +134,47 @@ MODES: dict[str, dict[str, Any]] = {
     "several sequences": {"num_beams": 4, "num_return_sequences": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 4},
     "chunked prefill": {"prefill_chunk_size": 32},
+    "padded and chunked": {"prefill_chunk_size": 32, "padded": True},
     "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3, "top_k": 20},
 }
-# Seeds at which no two tokens are so nearly tied that rounding to int8 decides between them.
-SEEDS: dict[str, int] = {}
 
 
 @families
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("unrounded")
 def test_generated_tokens_equal_the_dense_ones(family: str, mode: str) -> None:
     options = dict(MODES[mode])
     inputs = padded_batch() if options.pop("padded", False) else {"input_ids": token_ids()}
-    options = {"do_sample": False, "max_new_tokens": 40, **options}
-    seed = SEEDS.get(family, 0)
-    dense_model, model = build(family, seed), build(family, seed)
+    options = {"do_sample": False, "max_new_tokens": 30, **options}
+    dense_model, model = build(family), build(family)
     torch.manual_seed(0)
     expected = dense_model.generate(**inputs, **options)
     spectral = SpectralCache(model, config=LOSSLESS)
     torch.manual_seed(0)
     tokens = model.generate(**inputs, past_key_values=spectral, **options)
     assert min(sealed_tokens(spectral)) >= 5 * BLOCK
-    assert tokens.shape[1] == 120
+    assert tokens.shape[1] == 110
     assert torch.equal(tokens, expected)
+
+
+@families
+@pytest.mark.parametrize("padded", [False, True])
+def test_with_int8_codes_only_near_ties_are_decided_otherwise(family: str, padded: bool) -> None:
+    inputs = padded_batch() if padded else {"input_ids": token_ids(3)}
+    options = {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True, "output_logits": True}
+    dense = build(family).generate(**inputs, **options)
+    model = build(family)
+    spectral = SpectralCache(model, config=LOSSLESS)
+    found = model.generate(**inputs, past_key_values=spectral, **options)
+    assert min(sealed_tokens(spectral)) >= 5 * BLOCK
+    agreed = 0
+    for row in range(3):
+        for step in range(30):
+            expected, actual = dense.logits[step][row], found.logits[step][row]
+            assert (actual - expected).abs().max() < NEAR
+            wanted, got = dense.sequences[row, 80 + step], found.sequences[row, 80 + step]
+            agreed += int(wanted == got)
+            if wanted != got:  # the texts part here, and no later step can be compared
+                assert expected[wanted] - expected[got] < 2 * NEAR
+                break
+    assert agreed >= 45

@@ -35,6 +35,7 @@ class SpectralLayer:
         self._cold: list[Block] = []
         self._residual: TokenBuffer | None = None
         self._exact_blocks = 0
+        self._svd_fallbacks = 0
         self._seal_seconds = 0.0
 
     # Reading
@@ -119,13 +120,17 @@ class SpectralLayer:
         if first_time and padding is not None:
             old = _without_padding(old, padding)
         cold = list(self._cold)
-        num_exact = 0
+        num_exact = num_fallbacks = 0
         for block in self._encode(old):
-            num_exact += block.num_tokens // config.block_size if isinstance(block, ExactBlock) else 0
+            if isinstance(block, SpectralBlock):
+                num_fallbacks += block.num_fallbacks
+            else:
+                num_exact += block.num_tokens // config.block_size
             _join(cold, block)
         # Assigned together, at the end: whatever interrupts the work above leaves the layer as it was.
         self._sinks, self._cold, self._residual = sinks, cold, residual.copy(stop, residual.num_tokens)
         self._exact_blocks += num_exact
+        self._svd_fallbacks += num_fallbacks
         self._seal_seconds += time.perf_counter() - started
 
     def crop(self, num_tokens: int) -> None:
@@ -187,7 +192,7 @@ class SpectralLayer:
             error_keys=_mean([block.keys.relative_error for block in spectral]),
             error_values=_mean([block.values.relative_error for block in spectral]),
             exact_blocks=self._exact_blocks,
-            svd_fallbacks=sum(block.num_fallbacks for block in spectral),
+            svd_fallbacks=self._svd_fallbacks,
             seal_seconds=self._seal_seconds,
         )
 

@@ -28,7 +28,8 @@ class RankFactors:
         basis: ``[..., rank, head_dim]`` float16, singular values included, divided by the largest of them.
         relative_error: ``[...]`` float32, estimated Frobenius norm of the error (components cut off, and
             int8 rounding) over the block's own norm.
-        num_fallbacks: matrices for which the randomized SVD gave way to the exact one.
+        num_fallbacks: matrices for which the randomized SVD gave way to the exact one when this was encoded; factors
+            cut, mapped or joined from others say 0, so that nothing is counted twice.
     """
 
     codes: Tensor
@@ -72,18 +73,18 @@ class RankFactors:
     def map(self, function: TensorFunction) -> "RankFactors":
         """The same factors with ``function`` applied to each tensor; for indexing or repeating leading dimensions."""
         codes, scale, basis, error = (function(tensor) for tensor in self._tensors())
-        return RankFactors(codes, scale, basis, error, self.num_fallbacks)
+        return RankFactors(codes, scale, basis, error)
 
     def first_tokens(self, num_tokens: int) -> "RankFactors":
         """The factors of the first ``num_tokens`` tokens; the basis stays, so nothing is encoded again."""
         codes = self.codes[..., :num_tokens].clone()
-        return RankFactors(codes, self.scale, self.basis, self.relative_error, self.num_fallbacks)
+        return RankFactors(codes, self.scale, self.basis, self.relative_error)
 
     def concatenate(self, other: "RankFactors", dim: int) -> "RankFactors":
         """Both factors stacked along leading dimension ``dim``."""
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         codes, scale, basis, error = (torch.cat(pair, dim) for pair in pairs)
-        return RankFactors(codes, scale, basis, error, self.num_fallbacks + other.num_fallbacks)
+        return RankFactors(codes, scale, basis, error)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.codes, self.scale, self.basis, self.relative_error
