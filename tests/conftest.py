@@ -12,10 +12,10 @@ from unsloth_spectral.integrations.models import EMBEDDED_PACKAGE, LoadedModel, 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    """More threads than cores make small CPU kernels many times slower, and runners often have two cores."""
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from a second thread, and waiting for it on a busy machine costs twentyfold."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -190,16 +190,6 @@ def test_a_failing_map_leaves_the_layer_as_it_was() -> None:
     assert all(torch.equal(held, came) for held, came in zip(layer.reconstruct(), before, strict=True))
 
 
-def test_exact_blocks_that_are_cropped_away_are_no_longer_counted() -> None:
-    layer = sealed(*spoilt({1: float("nan"), 4: float("nan")}))
-    assert layer.stats().exact_blocks == 2
-    layer.crop(SINKS + 3 * SIZE)
-    assert layer.stats().exact_blocks == 1
-    layer.crop(SINKS + SIZE)
-    assert layer.stats().exact_blocks == 0
-    assert layer.stats().sealed_tokens == SIZE
-
-
 def test_cropping_inside_an_exact_block_keeps_it_exact() -> None:
     tokens = spoilt({1: float("nan")})
     layer = sealed(*tokens)
