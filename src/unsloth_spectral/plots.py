@@ -170,7 +170,7 @@ def _draw_fidelity(axes: "Axes", result: dict[str, Any]) -> None:
 def _cache_colors(result: dict[str, Any]) -> list[str]:
     """Grey for the dense cache, Okabe and Ito's colours for the others."""
     palette = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-    colors = []
+    colors: list[str] = []
     for cache in result["caches"]:
         colors.append(_GREY if cache["name"] == "dense" else palette[len(colors) % len(palette) - 1])
     return colors

@@ -194,7 +194,7 @@ def test_cropping_inside_an_exact_block_keeps_it_exact() -> None:
     tokens = spoilt({1: float("nan")})
     layer = sealed(*tokens)
     layer.crop(SINKS + SIZE + 5)
-    assert kinds(layer) + [(type(layer.blocks[-1]), layer.blocks[-1].num_tokens)] == [
+    assert [*kinds(layer), (type(layer.blocks[-1]), layer.blocks[-1].num_tokens)] == [
         (SpectralBlock, SIZE),
         (ExactBlock, 5),
     ]

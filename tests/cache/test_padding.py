@@ -1,6 +1,8 @@
 """Left-padded batches: every row keeps its own sinks, padding takes no rank, and masks find their columns."""
 
 import copy
+import dataclasses
+import random
 from collections.abc import Callable
 
 import pytest
@@ -212,6 +214,75 @@ def test_bytes_of_sinks_and_positions_are_counted(allocated_bytes: Callable[...,
     assert isinstance(layer.blocks[1], SpectralBlock)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_random_histories_match_a_dense_cache(seed: int, assert_close: Callable[..., None]) -> None:
+    rng = random.Random(seed)
+    layer = SpectralLayer(SpectralConfig(HEAD_DIM, HEAD_DIM, SIZE, rng.choice([0, 1, SINKS]), rng.choice([0, 5, 30])))
+    padding = torch.tensor([0, *(rng.randint(0, 59) for _ in range(2))])
+    keys, values = pair(60, 1000 + seed, 3)
+    layer.append(keys, values)
+    for step in range(15):
+        kind = rng.choice(["append", "append", "seal", "seal", "crop", "batch"])
+        if kind == "append":
+            new = pair(rng.choice([1, 1, 20, 50]), 100 * seed + step, len(padding))
+            layer.append(*new)
+            keys, values = torch.cat([keys, new[0]], -2), torch.cat([values, new[1]], -2)
+        elif kind == "seal":
+            if not layer.is_sealed:
+                layer.note_padding(padding)
+            layer.seal()
+        elif kind == "crop":
+            kept = rng.randint(max(1, keys.shape[-2] - rng.choice([2, 30, 100])), keys.shape[-2])
+            layer.crop(kept)
+            keys, values, padding = keys[..., :kept, :], values[..., :kept, :], padding.clamp(max=kept)
+        else:
+            rows = torch.tensor([rng.randrange(len(padding)) for _ in range(3)])
+            layer.map_batch(lambda tensor, rows=rows: tensor[rows])
+            keys, values, padding = keys[rows], values[rows], padding[rows]
+        assert layer.num_tokens == keys.shape[-2]
+        for held, came in zip(layer.reconstruct(), (keys, values), strict=True):
+            for row, first in enumerate(padding.tolist()):
+                assert ((held[row, :, first:] - came[row, :, first:]).abs() < 0.15).all()
+        if layer.num_tokens >= 3:
+            check_attention(layer, padding, assert_close)
+
+
+def test_padding_noted_before_counts_at_the_first_sealing(
+    assert_close: Callable[..., None], allocated_bytes: Callable[..., int]
+) -> None:
+    layer, expected = SpectralLayer(LOSSY), padded(LOSSY)
+    layer.append(*pair())
+    layer.note_padding(PADDING)
+    layer.seal()
+    assert all(torch.equal(a, b) for a, b in zip(layer.reconstruct(), expected.reconstruct(), strict=True))
+    check_attention(layer, PADDING, assert_close)
+    assert layer.stats() == dataclasses.replace(expected.stats(), seal_seconds=layer.stats().seal_seconds)
+    assert layer.stats().stored_bytes == allocated_bytes(layer)
+
+
+def test_noted_padding_follows_its_rows() -> None:
+    layer = SpectralLayer(LOSSY)
+    layer.append(*pair())
+    layer.note_padding(PADDING)
+    rows = torch.tensor([3, 0])
+    layer.map_batch(lambda tensor: tensor[rows])
+    layer.seal()
+    for held, came in zip(layer.reconstruct(), pair(), strict=True):
+        for row, source in enumerate(rows.tolist()):
+            first = PADDING[source]
+            assert torch.equal(held[row, :, first : first + SINKS], came[source, :, first : first + SINKS])
+
+
+def test_noted_padding_is_forgotten_with_the_tokens() -> None:
+    layer = SpectralLayer(LOSSY)
+    layer.append(*pair())
+    layer.note_padding(PADDING)
+    layer.reset()
+    layer.append(*pair())
+    layer.seal()
+    assert torch.equal(layer.reconstruct()[0][3, :, :SINKS], pair()[0][3, :, :SINKS])
+
+
 def test_deepcopies_of_padded_layers_share_nothing(assert_close: Callable[..., None]) -> None:
     layer = padded()
     twin = copy.deepcopy(layer)
@@ -224,7 +295,7 @@ def test_sinks_without_padding_are_copies() -> None:
     keys, values = pair(20)
     sinks = Sinks.of(ExactBlock(keys, values), 4, None)
     assert sinks.positions is None
-    assert (sinks.num_leading, sinks.end) == (4, 4)
+    assert sinks.num_leading == 4
     assert sinks.nbytes == 2 * keys[..., :4, :].numel() * 4
     keys.zero_()
     assert sinks.block.keys.abs().min() > 0

@@ -29,7 +29,7 @@ class TokenBuffer:
 
     def slice(self, start: int, stop: int) -> ExactBlock:
         """Tokens ``start`` to ``stop`` as views."""
-        return ExactBlock(self._keys[..., start:stop, :], self._values[..., start:stop, :])
+        return ExactBlock(self._keys, self._values).slice(start, stop)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the newest tokens."""

@@ -34,6 +34,7 @@ class SpectralLayer:
         self._sinks: Sinks | None = None
         self._cold: list[Block] = []
         self._residual: TokenBuffer | None = None
+        self._padding: Tensor | None = None
         self._exact_blocks = 0
         self._svd_fallbacks = 0
         self._seal_seconds = 0.0
@@ -94,21 +95,26 @@ class SpectralLayer:
         else:
             self._residual.append(keys, values)
 
+    def note_padding(self, padding: Tensor | None) -> None:
+        """Remember the padding for a first sealing that comes later, when no mask is at hand."""
+        self._padding = padding
+
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
         """Seal every whole block older than the residual. Each block is encoded once and never again.
 
         Args:
-            padding: ``[B]`` integers, masked tokens at the start of each row; None where no row has any. Used at the
-                first sealing: rows keep their own first tokens as sinks, and padding is zeroed so that it takes no
-                rank.
+            padding: ``[B]`` integers, masked tokens at the start of each row; None where no row has any, or as
+                ``note_padding`` was told. Used at the first sealing: rows keep their own first tokens as sinks, and
+                padding is zeroed so that it takes no rank.
         """
         config, residual = self.config, self._residual
-        if residual is None:
-            return
         first_time = not self.is_sealed
+        if residual is None or (first_time and residual.num_tokens < config.num_sink_tokens):
+            return
+        padding = self._padding if padding is None else padding
         sinks = self._sinks
-        if first_time and config.num_sink_tokens and residual.num_tokens >= config.num_sink_tokens:
+        if first_time and config.num_sink_tokens:
             sinks = Sinks.of(residual.block, config.num_sink_tokens, padding)
         start = sinks.num_leading if first_time and sinks is not None else 0
         num_blocks = (residual.num_tokens - start - config.residual_length) // config.block_size
@@ -143,15 +149,18 @@ class SpectralLayer:
             raise InvalidArgumentError(f"crop keeps between 0 and the {self.num_tokens} tokens held, got {num_tokens}")
         if num_tokens == self.num_tokens or self._residual is None:
             return
-        kept_residual = num_tokens - self._num_before_residual
-        if kept_residual >= 0:
-            self._residual = self._residual.copy(0, kept_residual)
-        elif num_tokens == 0:
+        if num_tokens == 0:
             self.reset()
-        elif self._sinks is not None and num_tokens < self._sinks.end:
+            return
+        if self._sinks is not None and num_tokens < self._sinks.block.num_tokens:
             keys, values = self.reconstruct()
             self.reset()
             self.append(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
+            return
+        kept_residual = num_tokens - self._num_before_residual
+        self._sinks = None if self._sinks is None else self._sinks.crop(num_tokens)
+        if kept_residual >= 0:
+            self._residual = self._residual.copy(0, kept_residual)
         else:
             cold: list[Block] = []
             room = num_tokens - (0 if self._sinks is None else self._sinks.num_leading)
@@ -167,6 +176,7 @@ class SpectralLayer:
             return
         sinks = None if self._sinks is None else self._sinks.map_batch(function)
         cold = [block.map_batch(function) for block in self._cold]
+        self._padding = None if self._padding is None else function(self._padding)
         self._sinks, self._cold, self._residual = sinks, cold, self._residual.map_batch(function)
 
     # Counting
@@ -211,10 +221,20 @@ class SpectralLayer:
         for stop in range(1, len(finite) + 1):
             if stop < len(finite) and finite[stop] == finite[start]:
                 continue
-            keys, values = old.keys[..., start * size : stop * size, :], old.values[..., start * size : stop * size, :]
-            sealed = self._try_seal(keys, values) if finite[start] else None
-            yield ExactBlock(keys.clone(), values.clone()) if sealed is None else sealed
+            run = old.slice(start * size, stop * size)
+            yield from self._encode_run(run) if finite[start] else [run.map_batch(torch.clone)]
             start = stop
+
+    def _encode_run(self, run: ExactBlock) -> Iterator[Block]:
+        """Seal finite blocks together, or, where that fails, each on its own."""
+        sealed = self._try_seal(run.keys, run.values)
+        if sealed is not None:
+            yield sealed
+        elif run.num_tokens == self.config.block_size:
+            yield run.map_batch(torch.clone)
+        else:
+            for start in range(0, run.num_tokens, self.config.block_size):
+                yield from self._encode_run(run.slice(start, start + self.config.block_size))
 
     def _try_seal(self, keys: Tensor, values: Tensor) -> SpectralBlock | None:
         try:
@@ -222,10 +242,10 @@ class SpectralLayer:
         except InvalidArgumentError:
             raise
         except RuntimeError as error:  # a LinAlgError, or no memory for the factorization
-            logger.warning("a block could not be factorized and stays exact: %s", error)
+            logger.warning("%d tokens could not be factorized together: %s", keys.shape[-2], error)
             return None
         if not sealed.is_finite:  # finite tokens whose squares overflow
-            logger.warning("a block's factors overflowed; it stays exact")
+            logger.warning("the factors of %d tokens overflowed", keys.shape[-2])
             return None
         return sealed
 
@@ -238,12 +258,13 @@ class SpectralLayer:
         if self._residual is None:
             self.config.check_head_dim(min(keys.shape[-1], values.shape[-1]))
             return
-        held = self._residual.block.keys
-        if (keys.shape[0], keys.shape[1], keys.shape[3]) != (held.shape[0], held.shape[1], held.shape[3]):
-            raise InvalidArgumentError(
-                f"this cache holds {held.shape[0]} sequences of {held.shape[1]} heads with head_dim {held.shape[3]}, "
-                f"got keys of shape {tuple(keys.shape)}: use a fresh cache for another batch or model"
-            )
+        held = self._residual.block
+        for name, new, old in (("keys", keys, held.keys), ("values", values, held.values)):
+            if (*new.shape[:2], new.shape[3]) != (*old.shape[:2], old.shape[3]):
+                raise InvalidArgumentError(
+                    f"this cache holds {old.shape[0]} sequences of {old.shape[1]} heads with head_dim {old.shape[3]}, "
+                    f"got {name} of shape {tuple(new.shape)}: use a fresh cache for another batch or model"
+                )
 
 
 def _join(cold: list[Block], block: Block) -> None:

@@ -41,10 +41,14 @@ class Sinks:
         """How many tokens at the start of the sequence are held here and nowhere else."""
         return self.block.num_tokens if self.positions is None else 0
 
-    @property
-    def end(self) -> int:
-        """Position behind the last sink of any row."""
-        return self.block.num_tokens if self.positions is None else int(self.positions.max()) + 1
+    def crop(self, num_tokens: int) -> "Sinks":
+        """The sinks of a sequence cut to ``num_tokens``, no fewer than there are sinks.
+
+        Copies of tokens that are gone point to position 0, which is padding in the rows they belong to.
+        """
+        if self.positions is None:
+            return self
+        return Sinks(self.block, self.positions.masked_fill(self.positions >= num_tokens, 0))
 
     def arrange_mask(self, mask: Tensor | None, num_tokens: int) -> Tensor | None:
         """Columns of ``mask [B or 1, 1, Q, num_tokens]`` with the sinks first and their originals masked."""
@@ -55,7 +59,7 @@ class Sinks:
             mask = torch.ones(batch, 1, 1, num_tokens, dtype=torch.bool, device=self.positions.device)
         mask = mask.expand(batch, -1, -1, -1)
         places = self.positions[:, None, None, :].expand(-1, *mask.shape[1:3], count)
-        nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        nothing = False if mask.dtype == torch.bool else -torch.inf
         return torch.cat([mask.gather(-1, places), mask.scatter(-1, places, nothing)], dim=-1)
 
     def put_back(self, tokens: ExactBlock) -> ExactBlock:

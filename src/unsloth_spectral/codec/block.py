@@ -74,6 +74,10 @@ class ExactBlock:
     def nbytes(self) -> int:
         return storage_bytes(self.keys, self.values)
 
+    def slice(self, start: int, stop: int) -> "ExactBlock":
+        """Tokens ``start`` to ``stop`` as views."""
+        return ExactBlock(self.keys[..., start:stop, :], self.values[..., start:stop, :])
+
     def scores(self, query: Tensor) -> Tensor:
         return query @ self.keys.to(query.dtype).mT
 
@@ -92,7 +96,7 @@ class ExactBlock:
 
     def first_tokens(self, num_tokens: int) -> list[Block]:
         # Cloned: a view would keep the bytes of the tokens that are gone.
-        return [ExactBlock(self.keys[..., :num_tokens, :].clone(), self.values[..., :num_tokens, :].clone())]
+        return [self.slice(0, num_tokens).map_batch(torch.clone)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -54,8 +54,9 @@ def attend(
         # Everything is exact and in one piece: the model's own arithmetic, so short contexts answer as ever.
         dense = ExactBlock(*layer.blocks[0].reconstruct())
         output = _attend_dense(module, query, dense, attention_mask, options, 0.0, kwargs)
+        layer.note_padding(_left_padding(attention_mask))
     if key.seal_after:
-        layer.seal(None if layer.is_sealed else _left_padding(attention_mask))
+        layer.seal()
     return output, None
 
 

@@ -122,7 +122,9 @@ class SpectralCache(Cache):
 def _layer_stats(layer: Any) -> LayerStats:
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats()
-    tensors = [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor) and tensor.numel() > 1]
+    # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
+    values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
+    tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
     nbytes = storage_bytes(*tensors)
     return LayerStats(
         kind=type(layer).__name__,

@@ -1,0 +1,130 @@
+"""Keys as the model caches them (rotated) or un-rotated: what each frame costs the rank codec in KL and in time.
+
+The codec is the library's own in both frames. Un-rotated keys are turned back by the model's own cos and sin before
+encoding and turned again after rebuilding, which is what attention over them has to do for every token.
+"""
+
+import torch
+from harness import alternate, arguments, finish
+from smollm2 import PREFIX, Slice, Subject, mean_fidelity
+from torch import Tensor
+from transformers import DynamicCache
+
+from unsloth_spectral.attention import direct
+from unsloth_spectral.attention.scores import ScoreOptions
+from unsloth_spectral.codec import rank
+from unsloth_spectral.codec.block import ExactBlock, seal
+from unsloth_spectral.codec.config import SpectralConfig
+
+CONFIG = SpectralConfig()
+RANKS = {"rotated": (16, 18, 20, 24), "un-rotated": (16, 24)}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def cold_range() -> tuple[int, int]:
+    """First and last sealed token of a prefill of PREFIX tokens."""
+    start = CONFIG.num_sink_tokens
+    blocks = (PREFIX - start - CONFIG.residual_length) // CONFIG.block_size
+    return start, start + blocks * CONFIG.block_size
+
+
+def through_codec(x: Tensor, rank_kept: int) -> Tensor:
+    """``[..., tokens, head_dim]`` with its cold blocks encoded and rebuilt; sinks and residual exact."""
+    start, stop = cold_range()
+    out = x.clone()
+    blocks = x[..., start:stop, :].unflatten(-2, (-1, CONFIG.block_size))
+    out[..., start:stop, :] = rank.encode(blocks, rank_kept).reconstruct().flatten(-3, -2)
+    return out
+
+
+def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> object:
+    cos, sin = subject.rotation(PREFIX)
+    if frame == "rotated":
+        keys = through_codec(part.keys, rank_keys)
+    else:
+        keys = rotate(through_codec(rotate(part.keys, cos, -sin), rank_keys), cos, sin)
+    values = through_codec(part.values, CONFIG.rank_values)
+    cache = DynamicCache(config=subject.model.config)
+    for layer, layer_keys, layer_values in zip(cache.layers, keys, values, strict=True):
+        layer.update(layer_keys, layer_values)
+    return subject.fidelity(part, cache)
+
+
+def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
+    """Milliseconds for one query's attention over the cold tokens of every layer, both frames and dense."""
+    start, stop = cold_range()
+    cos, sin = subject.rotation(PREFIX)
+    cos, sin = cos[:, start:stop], sin[:, start:stop]
+    query = torch.randn(1, 9, 1, 64, generator=torch.Generator().manual_seed(0))
+    dense = [
+        (k[..., start:stop, :].contiguous(), v[..., start:stop, :].contiguous())
+        for k, v in zip(part.keys, part.values, strict=True)
+    ]
+    rotated = [seal(k, v, CONFIG) for k, v in dense]
+    unrotated = [seal(rotate(k, cos, -sin), v, CONFIG) for k, v in dense]
+    options = ScoreOptions(64**-0.5)
+
+    def run_rotated() -> None:
+        for block in rotated:
+            direct.attend(query, [block], None, options)
+
+    def run_unrotated() -> None:
+        for block in unrotated:
+            tiles = block.tiles(1024)
+            position = 0
+            rebuilt = []
+            for tile in tiles:
+                keys = tile.keys.reconstruct().flatten(2, 3)  # type: ignore[attr-defined]
+                window = slice(position, position + keys.shape[-2])
+                keys = rotate(keys, cos[:, window], sin[:, window])
+                rebuilt.append(_RotatedTile(keys, tile))
+                position += keys.shape[-2]
+            direct.attend(query, rebuilt, None, options)
+
+    def run_dense() -> None:
+        for keys, values in dense:
+            torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    with torch.inference_mode():
+        timings = alternate({"rotated": run_rotated, "un-rotated": run_unrotated, "dense": run_dense}, repeats)
+    return {name: timing.median for name, timing in timings.items()}
+
+
+class _RotatedTile(ExactBlock):
+    """Rebuilt keys beside values still in codes."""
+
+    def __init__(self, keys: Tensor, values: object) -> None:
+        super().__init__(keys, keys)
+        object.__setattr__(self, "values", values)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.values.combine(weights)  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    options = arguments("key_frames", __doc__ or "", repeats=15)
+    subject = Subject()
+    results: dict[tuple[str, int], list[object]] = {}
+    times: dict[str, float] = {}
+    for part in subject.slices():
+        if not times:
+            times = step_times(subject, part, options.repeats)
+        for frame, ranks in RANKS.items():
+            for rank_keys in ranks:
+                results.setdefault((frame, rank_keys), []).append(evaluate(subject, part, frame, rank_keys))
+    rows = []
+    for (frame, rank_keys), fidelities in results.items():
+        mean = mean_fidelity(fidelities)  # type: ignore[arg-type]
+        rows.append({"frame": frame, "rank_keys": rank_keys, "rank_values": CONFIG.rank_values, **mean})
+        print(f"{frame:>10} {rank_keys}/{CONFIG.rank_values}: KL {mean['kl']:.4f}, top-1 {mean['top1_agreement']:.3f}")
+    for name, milliseconds in times.items():
+        print(f"attention over {cold_range()[1] - cold_range()[0]} tokens, 30 layers, {name}: {milliseconds:.1f} ms")
+    finish(options.json, {"benchmark": "key_frames", "rows": rows, "attention_step_ms": times}, [])
+
+
+if __name__ == "__main__":
+    main()
