@@ -175,6 +175,30 @@ def test_an_interrupted_seal_leaves_the_layer_as_it_was(
     assert layer.num_tokens == stats.num_tokens
 
 
+def test_an_interruption_between_two_runs_of_blocks_keeps_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SpectralLayer(CONFIG)
+    layer.append(*pair())
+    layer.seal()
+    more = pair(5 * SIZE, 1)
+    more[0][0, 0, 2 * SIZE, 0] = float("nan")  # splits the new blocks into two runs that are encoded apart
+    layer.append(*more)
+    stats, encode, calls = layer.stats(), block_module.rank_codec.encode, []
+
+    def interrupt(block: torch.Tensor, rank: int):
+        calls.append(rank)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(block, rank)
+
+    monkeypatch.setattr(block_module.rank_codec, "encode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer.seal()
+    assert layer.stats() == stats
+    layer.seal()
+    assert layer.num_tokens == TOKENS + 5 * SIZE
+    assert layer.stats().sealed_tokens == (NUM_BLOCKS + 4) * SIZE
+
+
 def test_a_failing_map_leaves_the_layer_as_it_was() -> None:
     layer = sealed(*pair())
     before, calls = layer.reconstruct(), []

@@ -277,12 +277,14 @@ def test_a_deepcopy_shares_nothing(assert_close: Callable[..., None]) -> None:
 
 
 def test_tokens_that_carry_gradients_are_held_without_them() -> None:
-    keys, values = pair(100)
     layer = SpectralLayer(LOSSLESS)
-    layer.append(keys.requires_grad_(), values.requires_grad_())
-    layer.seal()
-    assert not any(part.requires_grad for part in layer.reconstruct())
-    copy.deepcopy(layer)
+    for num_tokens in (10, 20, 80):
+        keys, values = pair(num_tokens)
+        layer.append(keys.requires_grad_() * 2, values.requires_grad_() * 2)
+        assert not any(part.requires_grad for part in layer.reconstruct())
+        copy.deepcopy(layer)  # refused by torch for tensors with a history
+        layer.seal()
+    assert layer.stats().sealed_tokens > 0
 
 
 def test_wrong_shapes_are_refused_and_change_nothing() -> None:

@@ -27,10 +27,12 @@ from transformers import (
 )
 
 from unsloth_spectral import SpectralCache, SpectralConfig, unpatch_unsloth_attention
+from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec import block as block_module
 from unsloth_spectral.codec.rank import RankFactors
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.eval.documents import default_document, tokens_of
+from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.cache import SpectralCacheLayer
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.models import LoadedModel
@@ -518,23 +520,43 @@ def test_sealing_waits_while_the_past_is_recorded() -> None:
     assert sealed_tokens(spectral) == [4 * BLOCK] * 2
 
 
-@pytest.mark.usefixtures("unrounded")
-def test_rows_keep_their_own_sinks_where_sealing_waited_for_crop() -> None:
-    # Assisted decoding of one left-padded prompt: the mask is seen by the attention, the sealing comes later.
+@pytest.mark.parametrize("recorded", [False, True])
+def test_rows_keep_their_own_sinks(recorded: bool) -> None:
+    # While the past is recorded, as in assisted decoding, the mask is seen by the attention and sealing comes later.
     inputs = padded_batch()
-    inputs = {name: tensor[1:2] for name, tensor in inputs.items()}
-    model = build()
-    lossy = SpectralConfig(1, 1, BLOCK, SINKS, RESIDUAL)
-    spectral, expected = SpectralCache(model, config=lossy), SpectralCache(model, config=lossy)
-    spectral.activate_past_recording()
+    dense_model, model = build(), build()
+    dense = dense_cache(dense_model)
+    logits(dense_model, inputs["input_ids"], dense, attention_mask=inputs["attention_mask"])
+    spectral = SpectralCache(model, config=SpectralConfig(1, 1, BLOCK, SINKS, RESIDUAL))
+    if recorded:
+        spectral.activate_past_recording()
     logits(model, inputs["input_ids"], spectral, attention_mask=inputs["attention_mask"])
     spectral.crop(0)
-    logits(model, inputs["input_ids"], expected, attention_mask=inputs["attention_mask"])
-    first = slice(30, 30 + SINKS)
-    for held, wanted in zip(
-        spectral.layers[0].spectral.reconstruct(), expected.layers[0].spectral.reconstruct(), strict=True
-    ):
-        assert torch.equal(held[..., first, :], wanted[..., first, :])
+    assert min(sealed_tokens(spectral)) >= 4 * BLOCK
+    for layer, dense_layer in zip(spectral.layers, dense.layers, strict=True):
+        held, came = layer.spectral.reconstruct(), (dense_layer.keys, dense_layer.values)
+        for row, first in enumerate((0, 30, 71)):
+            for part, expected in zip(held, came, strict=True):
+                assert torch.equal(part[row, :, first : first + SINKS], expected[row, :, first : first + SINKS])
+        assert (held[0][1, :, :30] == 0).all()
+        assert not torch.equal(held[0][1, :, 40:60], came[0][1, :, 40:60])
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_no_mask_means_causal(sealed: bool, assert_close: Callable[..., None]) -> None:
+    layer = SpectralLayer(LOSSLESS)
+    keys, values, query = torch.randn(3, 2, 2, 90, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    query = query[:, :, -5:] if sealed else query
+    layer.append(keys, values)
+    if sealed:
+        layer.seal()
+    handle = CompressedStates(layer, seal_after=True)
+    output, rest = attend(torch.nn.Module(), query, handle, handle, None)
+    assert rest is None
+    assert layer.is_sealed
+    seen = torch.ones(len(query[0, 0]), 90, dtype=torch.bool).tril(90 - len(query[0, 0]))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+    assert_close(output.transpose(1, 2), expected, 0.02 if sealed else 1e-6)
 
 
 # A real model
