@@ -135,6 +135,7 @@ class SpectralLayer:
             _join(cold, block)
         # Assigned together, at the end: whatever interrupts the work above leaves the layer as it was.
         self._sinks, self._cold, self._residual = sinks, cold, residual.copy(stop, residual.num_tokens)
+        self._padding = None  # used up: the sinks hold the positions from now on
         self._exact_blocks += num_exact
         self._svd_fallbacks += num_fallbacks
         self._seal_seconds += time.perf_counter() - started

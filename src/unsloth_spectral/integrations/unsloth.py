@@ -1,5 +1,8 @@
 """The one line: ``patch_unsloth_attention(model)``, for Unsloth and plain Hugging Face models alike."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,6 +13,15 @@ from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import disable, enable
 
 _WRAPPED = "_prepare_cache_for_generation"
+_STATE = "_unsloth_spectral_patch"
+
+
+@dataclass(slots=True)
+class _Patch:
+    """The options of the last patch, and the instance's own method from before the first, if it had one."""
+
+    config: SpectralConfig
+    previous: Callable[..., Any] | None
 
 
 def patch_unsloth_attention(
@@ -32,24 +44,35 @@ def patch_unsloth_attention(
     config = SpectralConfig(rank_keys=k_rank_keys, rank_values=k_rank_values, block_size=block_size)
     check_model(model, config)
     enable(model)
-    # Looked up on the class: patching twice must wrap the model's own method, not the first wrapper.
-    original = getattr(type(model), _WRAPPED)
-
-    def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        own_cache = model_kwargs.get("past_key_values") is not None
-        if not own_cache and generation_config.use_cache is not False:
-            enable(model)
-            cache = SpectralCache(model, config=config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
-            return None
-        return original(model, generation_config, model_kwargs, *args, **kwargs)
-
-    setattr(model, _WRAPPED, prepare_cache)
+    if _STATE not in vars(model):
+        setattr(model, _STATE, _Patch(config, vars(model).get(_WRAPPED)))
+    vars(model)[_STATE].config = config
+    # A bound method: a deepcopy of the model gets one bound to itself.
+    setattr(model, _WRAPPED, MethodType(_prepare_cache, model))
 
 
 def unpatch_unsloth_attention(model: PreTrainedModel) -> None:
     """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
-    vars(model).pop(_WRAPPED, None)
+    patch: _Patch | None = vars(model).get(_STATE)
+    if patch is not None:
+        delattr(model, _STATE)
+        delattr(model, _WRAPPED)
+        if patch.previous is not None:
+            setattr(model, _WRAPPED, patch.previous)
     disable(model)
+
+
+def _prepare_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    patch: _Patch = vars(model)[_STATE]
+    own_cache = model_kwargs.get("past_key_values") is not None
+    if own_cache or generation_config.use_cache is False:
+        original = patch.previous or MethodType(getattr(type(model), _WRAPPED), model)
+        return original(generation_config, model_kwargs, *args, **kwargs)
+    enable(model)
+    cache = SpectralCache(model, config=patch.config)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    return None

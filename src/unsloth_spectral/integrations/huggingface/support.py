@@ -11,6 +11,9 @@ SUPPORTED = (
     "for example Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi-3, SmolLM"
 )
 
+# Their attention modules slice or split what `update` returns.
+_READ_THEIR_KEYS = ("diffllama",)
+
 
 def check_model(model: object, config: SpectralConfig) -> None:
     """Raise unless ``model`` can carry a spectral cache with ``config``.
@@ -41,6 +44,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     text_config = model.config.get_text_config(decoder=True)
     if getattr(text_config, "kv_lora_rank", None):
         return "uses multi-head latent attention, whose cache is low-rank already"
+    if text_config.model_type in _READ_THEIR_KEYS:
+        return "computes with its keys and values before attention, which a compressed cache does not hand out"
     layer_types = get_layer_types_and_kwargs(text_config)[0]
     unknown = sorted(set(layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING))
     if unknown:
