@@ -20,6 +20,11 @@ SOLVERS = pytest.mark.parametrize("solve", [batched_randomized_svd, batched_gram
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -204,11 +209,16 @@ def test_power_iterations_and_oversampling_lower_the_error() -> None:
     assert by_oversampling[0] > 1.02 * by_oversampling[3]
 
 
-@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-42])
+@pytest.mark.parametrize("scale", [1e35, 1e26, 1e-26, 1e-35, 1e-42])
 @SOLVERS
-def test_extreme_scales_neither_overflow_nor_vanish(solve: Solver, scale: float) -> None:
+def test_extreme_scales_neither_overflow_nor_vanish(
+    solve: Solver, scale: float, caplog: pytest.LogCaptureFixture
+) -> None:
     M = (with_spectrum(decay(5), 60, 40, (2,)) * scale).float()
     factors = solve(M, 5)
+    if solve is batched_randomized_svd:
+        assert factors.num_fallbacks == (0 if 1e-28 < scale < 1e28 else 2)
+        assert not caplog.records
     tolerance = 5e-6 if scale > 1e-38 else 5e-2  # subnormal entries have few digits themselves
     assert relative_difference(dense(factors) / scale, M.double() / scale) < tolerance
     assert_orthonormal(factors, 5e-6)
@@ -241,11 +251,14 @@ def degenerate() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", degenerate())
 def test_rank_deficient_matrices_give_orthonormal_factors(solve: Solver, dtype: torch.dtype, k: int, name: str) -> None:
     M = degenerate()[name].to(dtype)
-    for matrix in (M, M.mT):
-        factors = solve(matrix, k)
-        expected = torch.linalg.svdvals(matrix.double())[:k]
-        assert float((factors.S.double() - expected).abs().max()) < 5e-6 * float(expected[0])
-        assert_orthonormal(factors, 5e-6)
+    expected = torch.linalg.svdvals(M.double())[:k]
+    randomized_float32 = solve is batched_randomized_svd and dtype == torch.float32
+    # Rounding decides whether such a matrix passes for a regular one, and the test matrix decides the rounding.
+    for _ in range(20 if randomized_float32 else 1):
+        for matrix in (M, M.mT):
+            factors = solve(matrix, k)
+            assert float((factors.S.double() - expected).abs().max()) < 5e-6 * float(expected[0])
+            assert_orthonormal(factors, 5e-6)
 
 
 @SOLVERS
@@ -312,9 +325,9 @@ def test_a_failed_cholesky_redoes_that_matrix_only(
     with caplog.at_level(logging.WARNING, logger="unsloth_spectral"):
         factors = batched_randomized_svd(M, 6, n_iter=1, generator=seeded())
     assert factors.num_fallbacks == 1
-    assert "1 overflow or fail the Cholesky factorization" in str(factors.fallback_reason)
+    assert "1 failed to factorize by Cholesky" in str(factors.fallback_reason)
     assert [(record.name, record.levelname) for record in caplog.records] == [("unsloth_spectral", "WARNING")]
-    assert "1 overflow or fail the Cholesky factorization" in caplog.text
+    assert "1 failed to factorize by Cholesky" in caplog.text
     assert exact_shapes == [(1, 60, 40)]
     assert relative_difference(factors.S[2], spectrum[:6]) < 1e-6
     assert relative_difference(healthy.S[2], spectrum[:6]) > 1e-4  # so the exact values do come from the fallback

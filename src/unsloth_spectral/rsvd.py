@@ -16,11 +16,11 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 logger = logging.getLogger("unsloth_spectral")
 
-# S[1] / S[k] up to which a float32 or a float64 product leaves U orthonormal to 1e-6.
-_MAX_CONDITION_FLOAT32, _MAX_CONDITION_FLOAT64 = 1e2, 1e4
+# S[1] / S[k] up to which dividing by S leaves U orthonormal to 1e-6.
+_MAX_CONDITION = 1e4
 _MAX_DRIFT = 1e-7
-# Squared norm beyond which float32 products may overflow.
-_MAX_TRACE = 1e74
+# Squared norms that leave room for float32 products and quotients whatever the condition.
+_MIN_TRACE, _MAX_TRACE = 1e-56, 1e56
 
 
 class _Factors(NamedTuple):
@@ -50,8 +50,8 @@ def batched_randomized_svd(
     error is bounded by ``svd_error_bound``. The ``k + oversampling`` test vectors, if below 32, are rounded up to a
     multiple of 8, which is more accurate and takes no longer. All matrices share one Gaussian test matrix.
 
-    The exact SVD is used for the whole batch where ``k + oversampling >= min(m, n)``, and for those matrices that are
-    zero or whose Cholesky factorization fails; the last is logged as a warning as well.
+    The exact SVD is used for the whole batch where ``k + oversampling >= min(m, n)``, and for those float32 matrices
+    that are zero, of a norm beyond ``1e-28`` to ``1e28``, or whose Cholesky factorization fails, which is logged too.
 
     Args:
         M: ``[..., m, n]``, floating. float16 and bfloat16 are computed in float32. No gradient flows through. On CUDA,
@@ -151,24 +151,31 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
         A = A.float()
     if not len(A):
         return SVDResult(M.new_empty(*batch, m, k), M.new_empty(*batch, k), M.new_empty(*batch, k, n))
-    # One NaN or infinity makes the sum so too, and summing is far cheaper than isfinite; a finite M may overflow it.
-    if not math.isfinite(float(A.sum())) and (count := int((~A.isfinite()).sum())):
-        raise InvalidArgumentError(f"M must be finite, got {count} NaN or infinite entries: mask or replace them first")
     kind = A.device.type
     # Autocast would run the products in half precision, whose errors the iteration amplifies.
     autocasts = torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocasts else contextlib.nullcontext():
         found = body(A if m >= n else A.mT)
     U, S, Vh = found if m >= n else (found.Vh.mT, found.S, found.U.mT)
-    U, S, Vh = U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
+    if M.dtype != A.dtype:
+        U, S, Vh = U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
     if not math.isfinite(float(S.amax())):
         raise InvalidArgumentError(f"S must fit the dtype of M, {M.dtype}, but overflows: scale M or use a wider dtype")
-    result = SVDResult(U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n))
+    if len(batch) != 1:
+        U, S, Vh = U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n)
+    result = SVDResult(U, S, Vh)
     result.num_fallbacks, result.fallback_reason = found.num_fallbacks, found.fallback_reason
     return result
 
 
+def _check_finite(A: Tensor) -> None:
+    # One NaN or infinity makes the sum so too, and summing is far cheaper than isfinite; finite entries may overflow it.
+    if not math.isfinite(float(A.sum())) and (count := int((~A.isfinite()).sum())):
+        raise InvalidArgumentError(f"M must be finite, got {count} NaN or infinite entries: mask or replace them first")
+
+
 def _exact(A: Tensor, k: int, reason: str) -> SVDResult:
+    _check_finite(A)
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     found = SVDResult(U[..., :k], S[..., :k], Vh[..., :k, :])
     found.num_fallbacks, found.fallback_reason = len(A), reason
@@ -193,6 +200,7 @@ def _randomized(A: Tensor, k: int, n_iter: int, oversampling: int, generator: to
     Omega = torch.randn(size, m, generator=generator, dtype=A.dtype, device=device).to(A.device)
     if _gains_from_float64(A):
         return _randomized_float32(A, k, n_iter, Omega)
+    _check_finite(A)
     B, peaks = _with_unit_peaks(A)
     Z = Omega @ B
     for _ in range(n_iter):
@@ -228,7 +236,9 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     eye = torch.eye(len(Omega), dtype=torch.float64, device=A.device).expand(b, -1, -1)
     Z = torch.bmm(Omega.expand(b, -1, -1), A)
     L_inv, trace, failed = _inverse_cholesky(Zd := Z.double(), eye, shifted=True)
-    failed |= ~(trace < _MAX_TRACE)
+    # A single NaN or infinity in a matrix reaches its trace, and NaN differs from itself: exact SVD, which refuses both.
+    extreme = trace.clamp(_MIN_TRACE, _MAX_TRACE) != trace
+    failed |= extreme
     for _ in range(n_iter):
         X = torch.bmm(torch.bmm(L_inv.mT, L_inv), Zd).float()
         Z = torch.bmm(torch.bmm(X, At), A)
@@ -246,21 +256,22 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     # Zeros stop the NaN of a failed matrix from stopping eigh. Negated, the largest eigenvalue comes first.
     gram = torch.bmm(Cd, Cd.mT).neg_().masked_fill_(unusable[:, None, None], 0.0)
     minus_squares, W = torch.linalg.eigh(gram)
-    S, W = minus_squares[:, :k].clamp(max=0).neg_().sqrt_(), W[..., :k]
+    S, W = minus_squares.abs_().sqrt_()[:, :k], W[..., :k]
     condition = S[:, 0] / S[:, -1]
     worst = float(condition.amax())
-    to_U = (W / S[:, None]).mT
-    U = torch.bmm(to_U.float(), C) if worst < _MAX_CONDITION_FLOAT32 else torch.bmm(to_U, Cd).float()
-    found = SVDResult(U.mT, S.float(), torch.bmm(W.mT.float(), P))
-    if worst < _MAX_CONDITION_FLOAT64:
+    U = torch.bmm((W / S[:, None]).float().mT, C).mT
+    found = SVDResult(U, S.float(), torch.bmm(W.mT.float(), P))
+    if worst < _MAX_CONDITION:
         return found
-    steep = ~failed & ~(condition < _MAX_CONDITION_FLOAT64)
+    steep = ~failed & ~(condition < _MAX_CONDITION)
     if bool(steep.any()):
         _replace(found, steep, _project(A[steep], Z[steep], k))
     if bool(failed.any()):
-        num_zero = int((A[failed] == 0).flatten(1).all(-1).sum())
-        num_failed = int(failed.sum()) - num_zero
-        reason = f"of {b} matrices, {num_zero} are zero and {num_failed} overflow or fail the Cholesky factorization"
+        num_extreme = int(extreme.sum())
+        num_failed = int(failed.sum()) - num_extreme
+        reason = (
+            f"of {b} matrices, {num_extreme} are zero or of extreme scale, {num_failed} failed to factorize by Cholesky"
+        )
         if num_failed:
             logger.warning("batched_randomized_svd uses the exact SVD: %s", reason)
         _replace(found, failed, _exact(A[failed], k, reason))
@@ -291,6 +302,7 @@ def _gram(A: Tensor, k: int, dtypes: list[torch.dtype]) -> SVDResult:
     """Use the Gram matrix in ``dtypes[0]``, for what that cannot resolve the next, and at last the exact SVD."""
     if not dtypes:
         return _exact(A, k, "the Gram matrix is too ill-conditioned")
+    _check_finite(A)
     B, peaks = _with_unit_peaks(A.to(dtypes[0]))
     V = torch.linalg.eigh(torch.bmm(B.mT, B).neg_()).eigenvectors[..., :k]
     # The norms of B V are accurate to second order in the error of V, the eigenvalues only to first.
