@@ -21,6 +21,8 @@ _MAX_CONDITION = 1e4
 _MAX_DRIFT = 1e-7
 # Squared norms that leave room for float32 products and quotients whatever the condition.
 _MIN_TRACE, _MAX_TRACE = 1e-56, 1e56
+# Largest entries whose matrices have Gram matrices well inside float32.
+_MIN_PEAK, _MAX_PEAK = 1e-8, 1e8
 
 
 class _Factors(NamedTuple):
@@ -169,7 +171,7 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
 
 
 def _check_finite(A: Tensor) -> None:
-    # One NaN or infinity makes the sum so too, and summing is far cheaper than isfinite; finite entries may overflow it.
+    # One NaN or infinity makes the sum so too, and summing is far cheaper than isfinite; finite ones may overflow it.
     if not math.isfinite(float(A.sum())) and (count := int((~A.isfinite()).sum())):
         raise InvalidArgumentError(f"M must be finite, got {count} NaN or infinite entries: mask or replace them first")
 
@@ -211,9 +213,15 @@ def _randomized(A: Tensor, k: int, n_iter: int, oversampling: int, generator: to
 
 
 def _with_unit_peaks(A: Tensor) -> tuple[Tensor, Tensor]:
-    """``A`` with each matrix divided by its largest entry, lest products overflow; and those divisors ``[b, 1]``."""
-    peaks = A.abs().amax(dim=(-2, -1))[:, None]
-    peaks = torch.where(peaks > 0, peaks, 1.0)
+    """``A`` with each matrix divided by its largest entry, lest products overflow; and those divisors ``[b, 1]``.
+
+    Moderate matrices, the usual ones, are not copied: their divisors are 1.
+    """
+    peaks = torch.maximum(A.amax((-2, -1)), -A.amin((-2, -1)))
+    least, largest = peaks.aminmax()
+    if _MIN_PEAK < float(least) and float(largest) < _MAX_PEAK:
+        return A, torch.ones_like(peaks)[:, None]
+    peaks = torch.where(peaks > 0, peaks, 1.0)[:, None]
     return A / peaks[..., None], peaks
 
 
@@ -236,7 +244,7 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     eye = torch.eye(len(Omega), dtype=torch.float64, device=A.device).expand(b, -1, -1)
     Z = torch.bmm(Omega.expand(b, -1, -1), A)
     L_inv, trace, failed = _inverse_cholesky(Zd := Z.double(), eye, shifted=True)
-    # A single NaN or infinity in a matrix reaches its trace, and NaN differs from itself: exact SVD, which refuses both.
+    # A single NaN or infinity reaches its matrix's trace, and NaN differs from itself: exact SVD, which refuses both.
     extreme = trace.clamp(_MIN_TRACE, _MAX_TRACE) != trace
     failed |= extreme
     for _ in range(n_iter):
@@ -307,13 +315,16 @@ def _gram(A: Tensor, k: int, dtypes: list[torch.dtype]) -> SVDResult:
     V = torch.linalg.eigh(torch.bmm(B.mT, B).neg_()).eigenvectors[..., :k]
     # The norms of B V are accurate to second order in the error of V, the eigenvalues only to first.
     US = torch.bmm(B, V)
-    S, order = torch.linalg.vector_norm(US, dim=-2).sort(dim=-1, descending=True)
-    U = US.gather(-1, order[:, None].expand_as(US)) / S[:, None]
+    squares = torch.bmm(US.mT, US)
+    S, order = squares.diagonal(dim1=-2, dim2=-1).sqrt().sort(dim=-1, descending=True)
     V = V.gather(-1, order[:, None].expand_as(V))
     weak = ~(S[:, -1] > 10 * math.sqrt(torch.finfo(B.dtype).eps) * S[:, 0])
-    # U is orthonormal to eps (S[1] / S[k])^2 by now, at worst a hundredth, so that one step of Cholesky-QR mends it.
-    R = torch.linalg.cholesky_ex(torch.bmm(U.mT, U)).L.mT
-    U = torch.linalg.solve_triangular(R, U, upper=True, left=False)
+    # U = US / S in that order is orthonormal to eps (S[1] / S[k])^2, at worst a hundredth, so that one step of
+    # Cholesky-QR mends it. Both are done on the short side, with one product by the long one.
+    T = torch.zeros_like(squares).scatter_(-2, order[:, None], S.reciprocal()[:, None])
+    R = torch.linalg.cholesky_ex(torch.bmm(torch.bmm(T.mT, squares), T)).L.mT
+    eye = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
+    U = torch.bmm(US, torch.bmm(T, torch.linalg.solve_triangular(R, eye, upper=True)))
     found = SVDResult(U.to(A.dtype), (S * peaks).to(A.dtype), V.mT.to(A.dtype))
     if bool(weak.any()):
         _replace(found, weak, _gram(A[weak], k, dtypes[1:]))

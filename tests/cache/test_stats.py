@@ -85,11 +85,14 @@ def test_seconds_add_up() -> None:
 
 
 def test_exact_factorizations_are_counted_once_per_matrix() -> None:
-    layer = filled(500, torch.float32, SpectralConfig(HEAD_DIM, HEAD_DIM, 64, 4, 16))
+    # Zero matrices go to the exact SVD.
+    layer = SpectralLayer(SpectralConfig(8, 8, 64, 4, 16))
+    layer.append(*torch.zeros(2, BATCH, HEADS, 500, HEAD_DIM))
+    layer.seal()
     expected = 2 * BATCH * HEADS * 448 // 64
     assert layer.stats().svd_fallbacks == expected
     layer.map_batch(lambda tensor: tensor.repeat_interleave(2, 0))
-    layer.append(*torch.randn(2, 2 * BATCH, HEADS, 64, HEAD_DIM))
+    layer.append(*torch.zeros(2, 2 * BATCH, HEADS, 64, HEAD_DIM))
     layer.seal()
     assert layer.stats().svd_fallbacks == expected + 2 * 2 * BATCH * HEADS
     layer.crop(4 + 64 + 10)
