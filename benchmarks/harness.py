@@ -15,6 +15,7 @@ from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.files import check_target, replacing
 
 THREADS = 2
+SETTLE_SECONDS = 0.15
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -56,12 +57,16 @@ def arguments(name: str, description: str, repeats: int) -> argparse.Namespace:
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Time the contenders in turn, ``repeats`` times each, so that a busy moment hits all of them alike."""
+    """Time the contenders in turn, ``repeats`` times each, so that a busy moment hits all of them alike.
+
+    Idle threads of one library's pool go on spinning for some milliseconds and would slow down whoever comes next, so
+    each turn waits until they sleep and runs once untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()  # once untimed: first calls allocate and page in
     for _ in range(repeats):
         for name, run in contenders.items():
+            time.sleep(SETTLE_SECONDS)
+            run()
             started = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - started))

@@ -1,7 +1,6 @@
 """Truncated SVD of a batch of blocks: ours against LAPACK, torch, scikit-learn, SciPy, Nystrom and CUR."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 import sklearn
 import torch
-from harness import Target, Timing, arguments, finish, summarize
+from harness import Target, alternate, arguments, finish
 from rich.console import Console
 from rich.table import Table
 from sklearn.utils.extmath import randomized_svd
@@ -24,8 +23,6 @@ SETTINGS = (((8, 512, 128), 16), ((8, 1024, 128), 16), ((8, 512, 128), 32), ((21
 SPECTRA = ("j^-0.8", "rank k")
 WANTED_SPEEDUP = {((8, 512, 128), 16): 9.5, ((8, 1024, 128), 16): 10.4, ((8, 512, 128), 32): 4.7}
 OURS, BASELINE = "batched_randomized_svd", "torch.linalg.svd, per head"
-# OpenBLAS threads spin for tens of milliseconds after a call, on the cores that the next contender needs.
-REST_SECONDS = 0.05
 OPTIMUM_IS_ZERO = 1e-6
 
 
@@ -121,19 +118,6 @@ def contenders(A: Tensor, k: int) -> dict[str, tuple[Callable[[], Any], Callable
             lambda factors: Approximation(factors[0], factors[1], None),
         ),
     }
-
-
-def alternate(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """The harness's round robin, but each contender starts with idle cores and one untimed run to warm the caches."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            time.sleep(REST_SECONDS)
-            run()
-            started = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: summarize(measured) for name, measured in times.items()}
 
 
 def blocks(shape: tuple[int, int, int], spectrum: Tensor) -> Tensor:

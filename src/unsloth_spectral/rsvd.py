@@ -219,7 +219,7 @@ def _with_unit_peaks(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     peaks = torch.maximum(A.amax((-2, -1)), -A.amin((-2, -1)))
     least, largest = peaks.aminmax()
-    if _MIN_PEAK < float(least) and float(largest) < _MAX_PEAK:
+    if float(least) > _MIN_PEAK and float(largest) < _MAX_PEAK:
         return A, torch.ones_like(peaks)[:, None]
     peaks = torch.where(peaks > 0, peaks, 1.0)[:, None]
     return A / peaks[..., None], peaks
