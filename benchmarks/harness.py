@@ -16,6 +16,7 @@ from unsloth_spectral.files import check_target, replacing
 
 THREADS = 2
 SETTLE_SECONDS = 0.15
+WARM_SECONDS = 0.02
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -60,13 +61,16 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     """Time the contenders in turn, ``repeats`` times each, so that a busy moment hits all of them alike.
 
     Idle threads of one library's pool go on spinning for some milliseconds and would slow down whoever comes next, so
-    each turn waits until they sleep and runs once untimed.
+    each turn waits until they sleep, then runs untimed for a moment so that its own pool and caches are warm.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
             time.sleep(SETTLE_SECONDS)
+            warm = time.perf_counter() + WARM_SECONDS
             run()
+            while time.perf_counter() < warm:
+                run()
             started = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - started))
