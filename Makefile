@@ -31,7 +31,7 @@ test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
 
 bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
-	for name in rsvd quantize attention_fidelity key_frames end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in rsvd quantize attention_paths attention_fidelity key_frames end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,7 @@
 """Correlation of attention output with the dense cache at ranks 16 and 32: random data, and SmolLM2's own."""
 
+from typing import Any
+
 import torch
 from harness import Target, arguments, finish
 from smollm2 import PREFIX, Subject
@@ -29,7 +31,7 @@ def real_queries(subject: Subject, input_ids: Tensor) -> list[Tensor]:
     cos, sin = subject.rotation(input_ids.shape[1])
     count = 64
 
-    def keep(module: torch.nn.Module, _: object, kwargs: dict[str, Tensor]) -> None:
+    def keep(module: Any, _: object, kwargs: dict[str, Tensor]) -> None:
         states = kwargs["hidden_states"][:, -count:]
         query = module.q_proj(states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         first, second = query.chunk(2, dim=-1)

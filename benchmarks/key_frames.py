@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unsloth_spectral.attention import direct
-from unsloth_spectral.attention.scores import ScoreOptions
+from unsloth_spectral.attention.scores import ScoreOptions, group_heads, ungroup_heads
 from unsloth_spectral.codec import rank
-from unsloth_spectral.codec.block import ExactBlock, seal
+from unsloth_spectral.codec.block import SpectralBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.eval.fidelity import Fidelity
 
 CONFIG = SpectralConfig()
+TILE_TOKENS = 1024
 RANKS = {"rotated": (16, 18, 20, 24), "un-rotated": (16, 24)}
 
 
@@ -41,7 +43,7 @@ def through_codec(x: Tensor, rank_kept: int) -> Tensor:
     return out
 
 
-def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> object:
+def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Fidelity:
     cos, sin = subject.rotation(PREFIX)
     if frame == "rotated":
         keys = through_codec(part.keys, rank_keys)
@@ -50,8 +52,21 @@ def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> objec
     values = through_codec(part.values, CONFIG.rank_values)
     cache = DynamicCache(config=subject.model.config)
     for layer, layer_keys, layer_values in zip(cache.layers, keys, values, strict=True):
-        layer.update(layer_keys, layer_values)
+        layer.update(layer_keys, layer_values)  # type: ignore[union-attr]
     return subject.fidelity(part, cache)
+
+
+def attend_unrotated(query: Tensor, block: SpectralBlock, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attention over keys kept un-rotated: rebuilt and turned a tile at a time; the values stay in code space."""
+    grouped, scores, start = group_heads(query, block.num_key_value_heads), [], 0
+    for tile in block.tiles(TILE_TOKENS):
+        assert isinstance(tile, SpectralBlock)
+        window = slice(start, start + tile.num_tokens)
+        keys = rotate(tile.keys.reconstruct().flatten(2, 3), cos[:, window], sin[:, window])
+        scores.append(grouped @ keys.mT)
+        start += tile.num_tokens
+    weights = (torch.cat(scores, -1) * query.shape[-1] ** -0.5).softmax(-1)
+    return ungroup_heads(block.combine(weights), query.shape[2])
 
 
 def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
@@ -74,16 +89,7 @@ def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
 
     def run_unrotated() -> None:
         for block in unrotated:
-            tiles = block.tiles(1024)
-            position = 0
-            rebuilt = []
-            for tile in tiles:
-                keys = tile.keys.reconstruct().flatten(2, 3)  # type: ignore[attr-defined]
-                window = slice(position, position + keys.shape[-2])
-                keys = rotate(keys, cos[:, window], sin[:, window])
-                rebuilt.append(_RotatedTile(keys, tile))
-                position += keys.shape[-2]
-            direct.attend(query, rebuilt, None, options)
+            attend_unrotated(query, block, cos, sin)
 
     def run_dense() -> None:
         for keys, values in dense:
@@ -94,21 +100,10 @@ def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
     return {name: timing.median for name, timing in timings.items()}
 
 
-class _RotatedTile(ExactBlock):
-    """Rebuilt keys beside values still in codes."""
-
-    def __init__(self, keys: Tensor, values: object) -> None:
-        super().__init__(keys, keys)
-        object.__setattr__(self, "values", values)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return self.values.combine(weights)  # type: ignore[attr-defined]
-
-
 def main() -> None:
     options = arguments("key_frames", __doc__ or "", repeats=15)
     subject = Subject()
-    results: dict[tuple[str, int], list[object]] = {}
+    results: dict[tuple[str, int], list[Fidelity]] = {}
     times: dict[str, float] = {}
     for part in subject.slices():
         if not times:
@@ -118,7 +113,7 @@ def main() -> None:
                 results.setdefault((frame, rank_keys), []).append(evaluate(subject, part, frame, rank_keys))
     rows = []
     for (frame, rank_keys), fidelities in results.items():
-        mean = mean_fidelity(fidelities)  # type: ignore[arg-type]
+        mean = mean_fidelity(fidelities)
         rows.append({"frame": frame, "rank_keys": rank_keys, "rank_values": CONFIG.rank_values, **mean})
         print(f"{frame:>10} {rank_keys}/{CONFIG.rank_values}: KL {mean['kl']:.4f}, top-1 {mean['top1_agreement']:.3f}")
     for name, milliseconds in times.items():

@@ -11,13 +11,14 @@ from unsloth_spectral.codec.quantize import quantize_int8
 
 # Coefficients of one block [heads, rank, tokens] at the default ranks, and of a long block.
 SHAPES = ((8, 16, 512), (8, 32, 512), (32, 32, 512), (8, 32, 4096))
+TINY = torch.finfo(torch.float32).tiny
 
 
 def per_head_loop(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain way: each head on its own."""
+    """The plain way: each head on its own, zeros included."""
     codes, scales = [], []
     for head in x:
-        scale = head.abs().max() / 127
+        scale = head.abs().max().clamp_min(TINY) / 127
         codes.append((head / scale).round_().to(torch.int8))
         scales.append(scale)
     return torch.stack(codes), torch.stack(scales)[:, None, None]
@@ -29,6 +30,7 @@ def main() -> None:
     rows, targets = [], []
     for shape in SHAPES:
         x = torch.randn(shape, generator=generator)
+        x[-1] = 0.0  # a head that a careless loop divides by zero
         expected, actual = per_head_loop(x), quantize_int8(x, dims=(-2, -1))
         assert torch.equal(expected[0], actual[0]), "the contenders must compute the same codes"
         contenders: dict[str, Callable[[], object]] = {

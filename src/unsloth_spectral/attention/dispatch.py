@@ -9,9 +9,9 @@ from unsloth_spectral.attention import direct
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
 
-# Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. Measured on
-# SmolLM2's shapes, see benchmarks/attention_paths.py for the crossing.
-DIRECT_QUERY_LENGTH = 64
+# Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. They cross at
+# 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
+DIRECT_QUERY_LENGTH = 32
 _TILE_TOKENS = 1024
 
 

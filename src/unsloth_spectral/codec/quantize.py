@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _INT8_MAX = 127
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -14,11 +15,11 @@ def quantize_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         scale: float32, the shape of ``x`` with ``dims`` reduced to 1; ``x`` is about ``codes * scale``.
     """
     x = x.float()
+    work = x.abs()  # one buffer for every step: a new one costs as much as the arithmetic
     # Clamped so that a group of zeros divides by something; it gets codes 0.
-    peak = x.abs().amax(dims, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    scale = peak / _INT8_MAX
+    scale = work.amax(dims, keepdim=True).clamp_min_(_TINY).div_(_INT8_MAX)
     # The peak comes out as 127 within rounding, so nothing needs clamping.
-    return (x / scale).round_().to(torch.int8), scale
+    return torch.div(x, scale, out=work).round_().to(torch.int8), scale
 
 
 def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
