@@ -25,7 +25,7 @@ def per_head_loop(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    options = arguments("quantize", __doc__ or "", repeats=200)
+    options = arguments("quantize", __doc__ or "", repeats=60)
     generator = torch.Generator().manual_seed(0)
     rows, targets = [], []
     for shape in SHAPES:

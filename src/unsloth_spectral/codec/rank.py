@@ -104,8 +104,7 @@ def encode(block: Tensor, rank: int) -> RankFactors:
     largest = singular_values[..., :1].clamp_min(torch.finfo(torch.float32).tiny)
     basis = ((singular_values / largest)[..., None] * right).half()
     codes, scale = quantize_int8(left.mT.contiguous(), dims=(-2, -1))
-    flat = matrix.flatten(-2)
-    energy = (flat[..., None, :] @ flat[..., :, None])[..., 0, 0]  # a dot product: no copy of the squares
+    energy = torch.linalg.vector_norm(matrix.flatten(-2), dim=-1).square()  # no copy of the squares
     kept = singular_values.square().sum(-1)
     # Uniform rounding adds scale^2 / 12 to each entry of U, hence tokens * scale^2 / 12 times the energy kept.
     rounding = kept * (matrix.shape[-2] / 12) * scale[..., 0, 0].square()
