@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
-from unsloth_spectral.plots import check_figure_target, save_figure, spectrum_figure
+from unsloth_spectral.plots import check_figure_target, comparison_figure, save_figure, spectrum_figure
 
 pytest.importorskip("matplotlib")
 
@@ -181,3 +181,81 @@ class TestWithoutMatplotlib:
 
         code = "import sys; sys.modules['matplotlib'] = None; import unsloth_spectral.plots"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestComparisonFigure:
+    @staticmethod
+    def result(ranks: int = 3) -> dict[str, Any]:
+        lengths = [256 * step for step in range(1, 17)]
+        dense = {
+            "name": "dense",
+            "stored_bytes": 4096 * 46_080,
+            "context_bytes": [length * 46_080 for length in lengths],
+            "compression_factor": 1.0,
+            "bits_per_element": 32.0,
+            "fidelity": {"kl": 0.0, "top1_agreement": 1.0, "perplexity": 13.9, "perplexity_change": 0.0},
+        }
+        others = [
+            {
+                **dense,
+                "name": f"spectral {8 * (step + 2)}/{8 * (step + 4)}",
+                "stored_bytes": (4 + step) * 10_000_000,
+                "context_bytes": [length * (4 + step) * 2_441 for length in lengths],
+                "compression_factor": 4.4 - step,
+                "bits_per_element": 7.3 + step,
+                "fidelity": {"kl": 0.1 / (step + 1), "top1_agreement": 0.9, "perplexity": 15, "perplexity_change": 0.4},
+            }
+            for step in range(ranks)
+        ]
+        return {
+            "model": "owner/model",
+            "dtype": "float32",
+            "context_length": 4096,
+            "lengths": lengths,
+            "caches": [dense, *others],
+        }
+
+    def test_curves_are_the_bytes(self) -> None:
+        result = self.result()
+        left, _ = comparison_figure(result).axes
+        for line, cache in zip(left.lines, result["caches"], strict=True):
+            assert list(line.get_xdata()) == result["lengths"]
+            assert list(line.get_ydata()) == pytest.approx([count / 1e6 for count in cache["context_bytes"]])
+        assert left.get_ylim()[0] == 0
+        assert (left.get_xlabel(), left.get_ylabel()) == ("context length, tokens", "stored bytes, MB")
+
+    def test_bars_are_the_divergences(self) -> None:
+        result = self.result()
+        figure = comparison_figure(result)
+        right = figure.axes[1]
+        assert [bar.get_width() for bar in right.patches] == [cache["fidelity"]["kl"] for cache in result["caches"][1:]]
+        names = [label.get_text() for label in right.get_yticklabels()]
+        assert names[0] == "spectral 16/32\n4.4x smaller, 7.3 bits"
+        assert figure.get_suptitle() == "owner/model: KV cache of 4,096 tokens, dense (float32) and spectral"
+
+    def test_no_label_overlaps_another_or_leaves_the_figure(self) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure = comparison_figure(self.result())
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        boxes = [text.get_window_extent(renderer) for axes in figure.axes for text in axes.texts]
+        width, height = figure.get_size_inches() * figure.dpi
+        for i, box in enumerate(boxes):
+            assert box.x0 >= 0
+            assert box.x1 <= width
+            assert box.y0 >= 0
+            assert box.y1 <= height
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+    def test_one_cache_alone(self) -> None:
+        assert len(comparison_figure(self.result(0)).axes[1].patches) == 0
+
+    def test_colours_differ(self) -> None:
+        left, _ = comparison_figure(self.result(5)).axes
+        assert len({line.get_color() for line in left.lines}) == 6
+
+    def test_not_a_comparison(self) -> None:
+        with pytest.raises(InvalidArgumentError, match="needs results with 'caches', got 'heads'"):
+            comparison_figure({"heads": []})

@@ -17,7 +17,6 @@ from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.files import check_target, replacing
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 _RANKS = ((16, 32), (24, 40), (32, 48))
 
 app = typer.Typer(
@@ -152,16 +151,13 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: user mistakes end in one line and status 2, an interrupt in status 130, success in 0."""
+    """Entry point: user mistakes end in one line and status 2, an interrupt in status 130 (typer's), success in 0."""
     logging.getLogger("unsloth_spectral").addHandler(logging.StreamHandler())
     try:
         app()
     except SpectralError as error:
         err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was written")
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _pair_ranks(rank_keys: list[int] | None, rank_values: list[int] | None) -> list[tuple[int, int]]:
@@ -230,8 +226,12 @@ class _Reporter:
 @contextmanager
 def _progress() -> Iterator[_Reporter]:
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err) as progress:
-        yield _Reporter(progress)
+    try:
+        with Progress(*columns, console=err) as progress:
+            yield _Reporter(progress)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was written")
+        raise
 
 
 def _plain(error: BaseException) -> str:

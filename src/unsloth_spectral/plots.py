@@ -149,8 +149,8 @@ def _draw_fidelity(axes: "Axes", result: dict[str, Any]) -> None:
         fidelity = cache["fidelity"]
         axes.barh(row, fidelity["kl"], color=color, height=0.6)
         axes.annotate(
-            f" KL {fidelity['kl']:.3f}\n {fidelity['top1_agreement']:.1%} same top token, perplexity "
-            f"{fidelity['perplexity_change']:+.2f}",
+            f" KL {fidelity['kl']:.3f}, perplexity {fidelity['perplexity_change']:+.2f}\n "
+            f"{fidelity['top1_agreement']:.1%} same top token",
             (fidelity["kl"], row),
             va="center",
             fontsize=_TICK,
