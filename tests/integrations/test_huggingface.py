@@ -590,3 +590,8 @@ def test_smollm2_at_the_default_settings(smollm2: LoadedModel) -> None:
     layer = stats.layers[0]
     assert layer.cold_bytes * 8 < 1024 * 2 * 3 * 64 * 4
     assert smollm2.model.config._attn_implementation == "sdpa"
+
+
+def test_options_of_another_kind_are_refused(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    with pytest.raises(InvalidArgumentError, match="config must be a SpectralConfig, got dict"):
+        SpectralCache(tiny_llama(), config={"rank_keys": 4})  # type: ignore[arg-type]

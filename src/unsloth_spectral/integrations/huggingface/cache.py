@@ -103,6 +103,10 @@ class SpectralCache(Cache):
 
     def __init__(self, model: PreTrainedModel, *, config: SpectralConfig | None = None) -> None:
         self.config = SpectralConfig() if config is None else config
+        if not isinstance(self.config, SpectralConfig):
+            raise InvalidArgumentError(
+                f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(rank_keys=...)"
+            )
         check_model(model, self.config)
         enable(model)
         layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
