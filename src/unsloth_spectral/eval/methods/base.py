@@ -1,0 +1,43 @@
+"""What the evaluation asks of a way to keep the cache."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one cache after a prefill, all layers and all metadata.
+
+    Attributes:
+        stored_bytes: of the whole cache, exact tiers included. Of a reference implementation that only simulates its
+            storage: what its codes, scales and tables would take, packed.
+        dense_bytes: of a dense cache in the model's dtype for the same tokens.
+        cold_bits_per_element: stored bits of the compressed tokens alone, metadata included, over the numbers that a
+            dense cache keeps for them; None where nothing is compressed.
+    """
+
+    stored_bytes: int
+    dense_bytes: int
+    cold_bits_per_element: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to keep the cache, under the name that results carry.
+
+    Attributes:
+        name: as a user asks for it and a table shows it, for example ``dense``, ``kivi 2`` or ``spectral balanced``.
+        family: methods that differ only in a setting share it; a picture joins them by a line.
+        make_cache: a fresh transformers ``Cache`` for a model.
+        footprint: of a cache that ``make_cache`` made and a prefill filled.
+    """
+
+    name: str
+    family: str
+    make_cache: Callable[[Any], Any]
+    footprint: Callable[[Any], Footprint]
