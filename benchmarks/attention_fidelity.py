@@ -16,7 +16,7 @@ from unsloth_spectral.codec.config import SpectralConfig
 
 def correlation(query: Tensor, keys: Tensor, values: Tensor) -> float:
     """Pearson correlation of the attention outputs over a spectral layer and over the same tokens dense."""
-    layer = SpectralLayer(SpectralConfig())
+    layer = SpectralLayer(SpectralConfig(rank_keys=16, rank_values=32))
     layer.append(keys.clone(), values.clone())
     layer.seal()
     options = ScoreOptions(keys.shape[-1] ** -0.5)

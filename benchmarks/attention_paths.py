@@ -21,7 +21,7 @@ SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
 
 def sealed_layer(num_key_value_heads: int, head_dim: int) -> SpectralLayer:
     generator = torch.Generator().manual_seed(0)
-    layer = SpectralLayer(SpectralConfig())
+    layer = SpectralLayer(SpectralConfig(rank_keys=16, rank_values=32))
     keys, values = (torch.randn(1, num_key_value_heads, KV_LENGTH, head_dim, generator=generator) for _ in range(2))
     layer.append(keys, values)
     layer.seal()

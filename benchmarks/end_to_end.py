@@ -12,7 +12,7 @@ from harness import Target, arguments, finish, summarize
 from smollm2 import Subject
 from transformers import DynamicCache, StaticCache
 
-from unsloth_spectral import SpectralCache
+from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.tensors import storage_bytes
 
 LENGTHS = (1024, 2048, 4096, 8064)  # the last leaves room for decoding within the model's 8,192 positions
@@ -22,7 +22,7 @@ def contenders(subject: Subject, length: int, steps: int) -> dict[str, Any]:
     return {
         "dense (DynamicCache)": DynamicCache(config=subject.model.config),
         "dense (StaticCache)": StaticCache(config=subject.model.config, max_cache_len=length + steps + 8),
-        "spectral 16/32": SpectralCache(subject.model),
+        "spectral 16/32": SpectralCache(subject.model, config=SpectralConfig(rank_keys=16, rank_values=32)),
     }
 
 

@@ -17,7 +17,8 @@ from unsloth_spectral.codec.block import SpectralBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.eval.fidelity import Fidelity
 
-CONFIG = SpectralConfig()
+RANK_VALUES = 32
+CONFIG = SpectralConfig(16, RANK_VALUES)
 TILE_TOKENS = 1024
 RANKS = {"rotated": (16, 18, 20, 24), "un-rotated": (16, 24)}
 
@@ -49,7 +50,7 @@ def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Fidel
         keys = through_codec(part.keys, rank_keys)
     else:
         keys = rotate(through_codec(rotate(part.keys, cos, -sin), rank_keys), cos, sin)
-    values = through_codec(part.values, CONFIG.rank_values)
+    values = through_codec(part.values, RANK_VALUES)
     cache = DynamicCache(config=subject.model.config)
     for layer, layer_keys, layer_values in zip(cache.layers, keys, values, strict=True):
         layer.update(layer_keys, layer_values)  # type: ignore[union-attr]
@@ -114,8 +115,8 @@ def main() -> None:
     rows = []
     for (frame, rank_keys), fidelities in results.items():
         mean = mean_fidelity(fidelities)
-        rows.append({"frame": frame, "rank_keys": rank_keys, "rank_values": CONFIG.rank_values, **mean})
-        print(f"{frame:>10} {rank_keys}/{CONFIG.rank_values}: KL {mean['kl']:.4f}, top-1 {mean['top1_agreement']:.3f}")
+        rows.append({"frame": frame, "rank_keys": rank_keys, "rank_values": RANK_VALUES, **mean})
+        print(f"{frame:>10} {rank_keys}/{RANK_VALUES}: KL {mean['kl']:.4f}, top-1 {mean['top1_agreement']:.3f}")
     for name, milliseconds in times.items():
         print(f"attention over {cold_range()[1] - cold_range()[0]} tokens, 30 layers, {name}: {milliseconds:.1f} ms")
     finish(options.json, {"benchmark": "key_frames", "rows": rows, "attention_step_ms": times}, [])

@@ -3,14 +3,29 @@
 import json
 import math
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_results import FAMILIES, write_results
 
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
-from unsloth_spectral.plots import check_figure_target, comparison_figure, save_figure, spectrum_figure
+from unsloth_spectral.eval.results import Point, Results, read_results
+from unsloth_spectral.plots import (
+    allocation_figure,
+    check_figure_target,
+    comparison_figure,
+    drift_figure,
+    frontier_figure,
+    heatmap_figure,
+    inline_svg,
+    place_of,
+    save_figure,
+    spectrum_figure,
+)
+from unsloth_spectral.plots.style import PALETTE, setting_of
 
 pytest.importorskip("matplotlib")
 
@@ -259,3 +274,160 @@ class TestComparisonFigure:
     def test_not_a_comparison(self) -> None:
         with pytest.raises(InvalidArgumentError, match="needs results with 'caches', got 'heads'"):
             comparison_figure({"heads": []})
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return read_results(write_results(tmp_path_factory.mktemp("results")))
+
+
+def points(scale: float = 1.0) -> list[Point]:
+    return [
+        Point(method, family, bits, kl * scale)
+        for family, members in FAMILIES.items()
+        for method, (bits, kl) in members.items()
+    ]
+
+
+def assert_texts_are_apart(figure: Any) -> None:
+    """No text of the figure covers another or leaves it: labels, titles and ticks alike."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    texts += [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]
+    texts += [label for axes in figure.axes if axes.get_legend() for label in axes.get_legend().get_texts()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text().strip()]
+    width, height = figure.get_size_inches() * figure.dpi
+    assert boxes
+    for name, box in boxes:
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, name
+    for (name, box), (other_name, other) in combinations(boxes, 2):
+        assert not box.overlaps(other), (name, other_name)
+
+
+class TestFrontierFigure:
+    @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])
+    @pytest.mark.parametrize("lower", [True, False])
+    @pytest.mark.parametrize("dense", [None, 0.0, 0.5])
+    def test_labels_are_there_and_apart(self, scale: float, lower: bool, dense: float | None) -> None:
+        figure = frontier_figure(points(scale), title="a title", metric="KL", lower_is_better=lower, dense=dense)
+        assert_texts_are_apart(figure)
+        texts = {text.get_text() for text in figure.axes[0].texts}
+        assert set(FAMILIES) <= texts, "every family has its name"
+
+    def test_lines_are_the_points(self) -> None:
+        axes = frontier_figure(points(), title="a", metric="KL", lower_is_better=True).axes[0]
+        lines = {line.get_gid(): line for line in axes.lines if line.get_gid()}
+        assert set(lines) == set(FAMILIES)
+        for family, members in FAMILIES.items():
+            assert sorted(map(tuple, lines[family].get_xydata())) == sorted(members.values())
+        assert len({line.get_color() for line in lines.values()}) == len(FAMILIES)
+        assert (axes.get_yscale(), axes.get_title(loc="left"), axes.get_ylabel()) == ("log", "a", "KL")
+        assert "16 bits: 0" in " ".join(text.get_text() for text in axes.texts)
+
+    def test_each_setting_is_named(self) -> None:
+        axes = frontier_figure(points(), title="a", metric="KL", lower_is_better=True).axes[0]
+        texts = [text.get_text() for text in axes.texts]
+        for family, members in FAMILIES.items():
+            for method in members:
+                assert setting_of(method, family) in ("", *texts)
+
+    def test_one_point_alone_and_many_in_one_place(self, tmp_path: Path) -> None:
+        save_figure(frontier_figure(points()[:1], title="a", metric="KL", lower_is_better=True), tmp_path / "a.png")
+        same = [Point(f"f{index} x", f"f{index}", 2.0, 0.01) for index in range(12)]
+        figure = frontier_figure(same, title="a", metric="KL", lower_is_better=True)
+        assert_texts_are_apart(figure)
+
+    def test_a_line_for_the_dense_cache(self) -> None:
+        axes = frontier_figure(points(), title="a", metric="retrieved", lower_is_better=False, dense=0.2).axes[0]
+        assert any(list(line.get_ydata()) == [0.2, 0.2] for line in axes.lines)
+        assert axes.get_yscale() == "linear"
+
+    def test_awkward_names(self, tmp_path: Path) -> None:
+        names = ["$x_", "<script>alert(1)</script>", "a" * 200, "naïve\n2"]
+        odd = [Point(name, name, 2 + index, 0.1) for index, name in enumerate(names)]
+        figure = frontier_figure(odd, title="$t_", metric="$m_", lower_is_better=True)
+        save_figure(figure, tmp_path / "a.png")
+        assert "<script" not in inline_svg(figure, "a")
+
+    def test_nothing_to_draw(self) -> None:
+        with pytest.raises(InvalidArgumentError, match="at least one method"):
+            frontier_figure([], title="a", metric="b", lower_is_better=True)
+
+
+class TestHeatmapFigure:
+    def test_cells(self) -> None:
+        dense_cells = {"length=1024 depth=0.00": 1.0, "length=1024 depth=1.00": 0.0, "length=2048 depth=1.00": 0.5}
+        kivi_cells = {"length=2048 depth=0.00 seed=0": 1.0, "length=2048 depth=0.00 seed=1": 0.0, "other": 1.0}
+        found = {"dense": dense_cells, "kivi 2": kivi_cells}
+        figure = heatmap_figure(found, title="a", metric="retrieved")
+        dense, kivi = figure.axes[:2]
+        assert dense.get_title() == "dense\n50%"
+        assert dense.collections[0].get_array().tolist() == [[1.0, None], [0.0, 0.5]]
+        assert kivi.collections[0].get_array().tolist() == [[None, 0.5], [None, None]]
+        assert [label.get_text() for label in dense.get_xticklabels()] == ["1k", "2k"]
+        assert [label.get_text() for label in dense.get_yticklabels()] == ["0%", "100%"]
+        assert dense.get_ylim() == (2, 0), "the beginning of the text is above"
+
+    def test_all_methods(self, results: Results) -> None:
+        found: dict[str, dict[str, float]] = {}
+        for record in results.of("needle-depth"):
+            found.setdefault(record.method, {})[record.case] = record.metrics["retrieved"]
+        figure = heatmap_figure(found, title="a", metric="retrieved")
+        assert_texts_are_apart(figure)
+
+    def test_names_of_cases(self) -> None:
+        assert place_of("length=2048 depth=0.30") == (2048, 0.3)
+        assert place_of("length=2048 seed=1 depth=1") == (2048, 1.0)
+        assert place_of("depth=0.3") is None
+        with pytest.raises(InvalidArgumentError, match="cases named"):
+            heatmap_figure({"dense": {"a": 1.0}}, title="a", metric="b")
+
+
+class TestDriftFigure:
+    def test_all_methods(self, results: Results) -> None:
+        rows = [(mean.method, mean.family, mean.series["kl"]) for mean in results.means("drift")]
+        figure = drift_figure(rows, title="a")
+        assert_texts_are_apart(figure)
+        assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == list(FAMILIES)
+
+    def test_windows_are_means(self) -> None:
+        figure = drift_figure([("a 1", "a", [1.0, 3.0] * 32), ("a 2", "a", [0.5]), ("a 3", "a", [0.0])], title="a")
+        lines = {line.get_gid(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+        assert lines["a 1"] == [[2 * window + 0.5, 2.0] for window in range(32)]
+        assert lines["a 2"] == [[0.0, 0.5]]
+        assert "a 3" not in lines
+        with pytest.raises(InvalidArgumentError, match="KL above 0"):
+            drift_figure([("a", "a", []), ("b", "b", [0.0, math.nan])], title="a")
+
+
+class TestAllocationFigure:
+    def test_lines_are_the_bits(self) -> None:
+        bits = {"spectral small": {"keys": [1.0, 2.0], "values": [3.0, 4.0]}, "spectral quality": {"keys": [2.0, 2.0]}}
+        figure = allocation_figure(bits, title="a")
+        assert_texts_are_apart(figure)
+        for axes, (method, sides) in zip(figure.axes, bits.items(), strict=True):
+            assert axes.get_title() == method
+            assert {line.get_gid(): list(line.get_ydata()) for line in axes.lines} == sides
+        assert "mean: keys 1.50, values 3.50" in [text.get_text() for text in figure.axes[0].texts]
+        with pytest.raises(InvalidArgumentError, match="bits by layer"):
+            allocation_figure({}, title="a")
+
+
+class TestInline:
+    def test_colours_are_the_pages(self) -> None:
+        svg = inline_svg(frontier_figure(points(), title="a", metric="KL", lower_is_better=True), "x")
+        assert svg.startswith("<svg ")
+        assert svg.endswith("</svg>")
+        for index, color in enumerate(PALETTE[: len(FAMILIES)]):
+            assert f"var(--plot-series-{index}, {color})" in svg
+            assert not [part for part in svg.split(color)[:-1] if not part.endswith(", ")]
+
+    def test_equal_figures_give_equal_bytes(self) -> None:
+        bits = {"spectral small": {"keys": [1.0, 2.0]}}
+        assert inline_svg(allocation_figure(bits, title="a"), "x") == inline_svg(
+            allocation_figure(bits, title="a"), "x"
+        )

@@ -1,12 +1,16 @@
 """Results as tables for people to read in a terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.metrics import best_of, figure_text
+from unsloth_spectral.eval.results import Mean
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -106,3 +110,47 @@ def info_table(collected: dict[str, Any]) -> RenderableType:
         available = Text("yes", style="green") if path["available"] else Text(f"no: {path['obstacle']}", style="yellow")
         paths.add_row(path["name"], path["serves"], available)
     return Group(facts, paths)
+
+
+def evaluation_table(task: str, means: list[Mean]) -> RenderableType:
+    """The table of one task of ``eval``: a row a method, the best of each column in bold."""
+    names = list(dict.fromkeys(name for mean in means for name in mean.metrics))
+    best = best_of(means)
+    table = Table(title=task)
+    table.add_column("method")
+    for heading in ("bits per\nelement", "times\nsmaller", *(name.replace("_", "\n") for name in names), "cases"):
+        table.add_column(Text(heading), justify="right")
+    for mean in means:
+        bits = "" if mean.cold_bits_per_element is None else f"{mean.cold_bits_per_element:.2f}"
+        cells = [Text(bits), Text(f"{mean.compression_factor:.1f}")]
+        for name in names:
+            style = "bold green" if mean.method in best.get(name, ()) else ""
+            cells.append(Text(figure_text(mean.metrics[name]) if name in mean.metrics else "", style=style))
+        cells.append(Text(str(mean.num_cases), style="" if mean.complete else "red"))
+        table.add_row(Text(mean.method), *cells)
+    return table
+
+
+def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable: dict[str, str]) -> RenderableType:
+    """The tables of ``eval --list``."""
+    first = Table("task", "measures", title="tasks")
+    for name, text in tasks.items():
+        first.add_row(Text(name), Text(text))
+    second = Table("method", "family", "runs here", title="methods")
+    for name, method in methods.items():
+        second.add_row(Text(name), Text(method.family), Text("yes", style="green"))
+    for name, obstacle in unavailable.items():
+        second.add_row(Text(name), "", Text(f"no: {obstacle}", style="yellow"))
+    return Group(first, second)
+
+
+def profile_table(model: str, sensitivities: Sequence[float]) -> RenderableType:
+    """The table of ``profile``: a row a layer, and a bar as long as what its values at one bit cost."""
+    table = Table(title=f"{model}: KL with one layer's values at one bit")
+    table.add_column("layer", justify="right")
+    table.add_column("KL, nats", justify="right")
+    table.add_column("")
+    largest = max(sensitivities) or 1.0
+    for layer, damage in enumerate(sensitivities):
+        table.add_row(str(layer), f"{damage:.5f}", Text("#" * round(40 * damage / largest), style="blue"))
+    return table

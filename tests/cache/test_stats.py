@@ -103,7 +103,24 @@ def test_exact_factorizations_are_counted_once_per_matrix() -> None:
 
 def test_the_sums_of_a_cache() -> None:
     layers = [
-        LayerStats("spectral", 100, 60, 10, 20, 30, 600, 300, 4, 8, 0.1, 0.2, 1, 2, 0.5),
+        LayerStats(
+            "spectral",
+            100,
+            60,
+            10,
+            20,
+            30,
+            600,
+            300,
+            160,
+            rank_keys=4,
+            rank_values=8,
+            error_keys=0.1,
+            error_values=0.2,
+            exact_blocks=1,
+            svd_fallbacks=2,
+            seal_seconds=0.5,
+        ),
         LayerStats("DynamicSlidingWindowLayer", 90, residual_bytes=40, dense_bytes=40, elements=20),
     ]
     stats = CacheStats.of(layers)
@@ -117,6 +134,7 @@ def test_the_sums_of_a_cache() -> None:
         "exact_blocks": 1,
         "svd_fallbacks": 2,
         "seal_seconds": 0.5,
+        "cold_bits_per_element": 1.0,
     }
     assert json.loads(json.dumps(stats.to_dict()))["layers"][0]["error_values"] == 0.2
     assert "layers" not in repr(stats)

@@ -21,16 +21,64 @@ def refusal(**options: object) -> str:
 
 def test_defaults_are_the_documented_ones() -> None:
     assert dataclasses.asdict(SpectralConfig()) == {
-        "rank_keys": 16,
-        "rank_values": 32,
+        "rank_keys": None,
+        "rank_values": None,
         "block_size": 512,
         "num_sink_tokens": 4,
         "residual_length": 64,
+        "preset": None,
+        "bits_per_element": None,
+        "compression_factor": None,
+        "key_frame": "unrotated",
+        "error_limit": None,
     }
+    assert SpectralConfig().codec == "spectral"
+    assert SpectralConfig().target_bits == SpectralConfig(preset="balanced").target_bits == 2.12
+
+
+@pytest.mark.parametrize(("given", "ranks"), [({"rank_keys": 8}, (8, 32)), ({"rank_values": 8}, (16, 8))])
+def test_a_rank_chooses_the_rank_codec(given: dict[str, int], ranks: tuple[int, int]) -> None:
+    config = SpectralConfig(**given)
+    assert (config.codec, config.rank_keys, config.rank_values) == ("rank", *ranks)
+
+
+def test_amounts() -> None:
+    assert SpectralConfig(bits_per_element=2.5).target_bits == 2.5
+    assert SpectralConfig(compression_factor=8).target_bits == 2
+    bits = [SpectralConfig(preset=preset).target_bits for preset in ("quality", "balanced", "small")]
+    assert bits == sorted(bits, reverse=True)
+    assert dataclasses.replace(SpectralConfig(), bits_per_element=3).target_bits == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "tiny"}, "preset must be one of quality, balanced, small, got 'tiny'"),
+        ({"bits_per_element": 1.1}, "bits_per_element must be 1.2 to 8, got 1.1"),
+        ({"bits_per_element": 9}, "bits_per_element must be 1.2 to 8, got 9"),
+        ({"bits_per_element": float("nan")}, "bits_per_element must be a number, got nan"),
+        ({"bits_per_element": "2"}, "bits_per_element must be a number, got '2'"),
+        ({"compression_factor": 1}, "compression_factor must be 2 to 13.33, got 1"),
+        ({"preset": "small", "bits_per_element": 2}, "preset and bits_per_element say the same thing"),
+        ({"rank_keys": 4, "preset": "small"}, "ranks choose the rank codec, preset belongs to the spectral one"),
+        ({"rank_keys": 4, "error_limit": 0.1}, "ranks choose the rank codec, error_limit belongs"),
+        ({"rank_keys": 4, "key_frame": "rotated"}, "ranks choose the rank codec, key_frame belongs"),
+        ({"key_frame": "other"}, "key_frame must be one of unrotated, rotated, got 'other'"),
+        ({"error_limit": 0}, None),
+        ({"error_limit": 1.5}, "error_limit must be 0 to 1, got 1.5"),
+        ({"block_size": 200}, "block_size must be a multiple of 128 for the spectral codec, got 200: take 256"),
+        ({"block_size": 1}, "got 1: take 128"),
+    ],
+)
+def test_bad_amounts_are_refused(options: dict[str, object], message: str | None) -> None:
+    if message is None:
+        SpectralConfig(**options)
+    else:
+        assert message in refusal(**options)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("value", [True, False, 16.0, "16", None, [16], float("nan")])
+@pytest.mark.parametrize("value", [True, False, 16.0, "16", [16], float("nan")])
 def test_wrong_types_are_refused(name: str, value: object) -> None:
     message = refusal(**{name: value})
     assert message.startswith(f"{name} must be an integer")
@@ -86,4 +134,4 @@ def test_it_is_frozen_and_takes_no_other_attribute() -> None:
 
 def test_replacing_an_option_checks_it_again() -> None:
     with pytest.raises(InvalidArgumentError, match="rank_values must be at most block_size"):
-        dataclasses.replace(SpectralConfig(), block_size=31)
+        dataclasses.replace(SpectralConfig(16, 32), block_size=31)

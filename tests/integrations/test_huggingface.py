@@ -33,7 +33,6 @@ from unsloth_spectral.codec.rank import RankFactors
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.huggingface.attention import attend
-from unsloth_spectral.integrations.huggingface.cache import SpectralCacheLayer
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -417,7 +416,7 @@ def test_a_handle_that_reaches_another_attention_function_says_what_to_do() -> N
 
 
 def test_a_handle_can_be_copied_but_not_read() -> None:
-    handle = CompressedStates(SpectralCacheLayer(LOSSLESS).spectral, seal_after=True)
+    handle = CompressedStates(SpectralLayer(LOSSLESS), seal_after=True)
     assert copy.deepcopy(handle).seal_after
     for name in ("shape", "dtype", "transpose", "device"):
         with pytest.raises(SpectralError, match=f"have no `.{name}`"):
@@ -579,8 +578,18 @@ def kl_of_smollm2(smollm2: LoadedModel, config: SpectralConfig | None = None) ->
     return (dense.exp() * (dense - found)).sum(-1).mean().item(), spectral.stats()
 
 
-def test_smollm2_at_the_default_settings(smollm2: LoadedModel) -> None:
-    kl, stats = kl_of_smollm2(smollm2)
+def test_smollm2_with_the_spectral_codec(smollm2: LoadedModel) -> None:
+    for key_frame, limit in (("unrotated", 0.02), ("rotated", 0.03)):
+        kl, stats = kl_of_smollm2(smollm2, SpectralConfig(preset="balanced", key_frame=key_frame))
+        assert 0.0005 < kl < limit
+        assert {layer.sealed_tokens for layer in stats.layers} == {1408}
+        assert stats.num_tokens == 1564
+        assert (stats.exact_blocks, stats.svd_fallbacks) == (0, 0)
+        assert 2.0 < stats.cold_bits_per_element < 2.2
+
+
+def test_smollm2_with_the_rank_codec(smollm2: LoadedModel) -> None:
+    kl, stats = kl_of_smollm2(smollm2, SpectralConfig(rank_keys=16, rank_values=32))
     # Measured .046; with keys read in the wrong order it is .16, without values .35, without keys 2.9.
     assert 0.005 < kl < 0.09
     assert {layer.sealed_tokens for layer in stats.layers} == {1024}

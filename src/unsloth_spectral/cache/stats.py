@@ -14,8 +14,11 @@ class LayerStats:
         sink_bytes, cold_bytes, residual_bytes: bytes of the three tiers.
         dense_bytes: bytes a dense cache of the same dtype takes for the same tokens.
         elements: numbers a dense cache would hold, for ``bits_per_element``.
-        rank_keys, rank_values: ranks of the sealed blocks; None while nothing is sealed.
-        error_keys, error_values: mean estimated relative Frobenius error of the sealed blocks; None likewise.
+        cold_elements: numbers a dense cache would hold for the tokens of the cold tier.
+        rank_keys, rank_values: ranks of the rank codec's blocks; None while it has sealed nothing.
+        bits_keys, bits_values: bits per element of the spectral codec's codes, metadata aside; None likewise.
+        error_keys, error_values: mean relative error of the sealed blocks; None while nothing is sealed. Frobenius, but
+            for the spectral codec's keys in the norm of the queries.
         exact_blocks: blocks kept exact because they held NaN or infinity, or could not be factorized.
         svd_fallbacks: matrices for which the randomized SVD gave way to the exact one.
         seal_seconds: time spent sealing so far, as seen by the host.
@@ -29,8 +32,11 @@ class LayerStats:
     residual_bytes: int = 0
     dense_bytes: int = 0
     elements: int = 0
+    cold_elements: int = 0
     rank_keys: int | None = None
     rank_values: int | None = None
+    bits_keys: float | None = None
+    bits_values: float | None = None
     error_keys: float | None = None
     error_values: float | None = None
     exact_blocks: int = 0
@@ -44,7 +50,10 @@ class LayerStats:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """The whole cache: the sums of its layers, and the layers."""
+    """The whole cache: the sums of its layers, and the layers.
+
+    ``cold_bits_per_element`` is of the cold tier alone, metadata included; None while that is empty.
+    """
 
     layers: tuple[LayerStats, ...] = field(repr=False)
     num_tokens: int
@@ -55,6 +64,7 @@ class CacheStats:
     exact_blocks: int
     svd_fallbacks: int
     seal_seconds: float
+    cold_bits_per_element: float | None
 
     @classmethod
     def of(cls, layers: list[LayerStats]) -> "CacheStats":
@@ -69,6 +79,9 @@ class CacheStats:
             dense_bytes=dense,
             compression_factor=dense / stored if stored else 1.0,
             bits_per_element=8 * stored / elements if elements else 0.0,
+            cold_bits_per_element=_ratio(
+                8 * sum(layer.cold_bytes for layer in layers), sum(layer.cold_elements for layer in layers)
+            ),
             exact_blocks=sum(layer.exact_blocks for layer in layers),
             svd_fallbacks=sum(layer.svd_fallbacks for layer in layers),
             seal_seconds=sum(layer.seal_seconds for layer in layers),
@@ -77,3 +90,7 @@ class CacheStats:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
         return asdict(self)
+
+
+def _ratio(amount: float, count: float) -> float | None:
+    return amount / count if count else None

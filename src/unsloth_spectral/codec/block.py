@@ -189,6 +189,8 @@ def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> SpectralBlock:
         InvalidArgumentError: a rank exceeds ``head_dim``, or a value is not finite.
     """
     shape = (-1, config.block_size)
+    assert config.rank_keys is not None, "not a config of the rank codec"
+    assert config.rank_values is not None
     return SpectralBlock(
         rank_codec.encode(keys.unflatten(2, shape), config.rank_keys),
         rank_codec.encode(values.unflatten(2, shape), config.rank_values),

@@ -34,8 +34,8 @@ def build_prompt(
     Raises:
         InvalidArgumentError: the context has no room for the chat format's opening, or the document ends too early.
     """
-    opening, closing = _chat_frame(tokenizer, question)
-    opening_ids, closing_ids = _ids(tokenizer, opening), _ids(tokenizer, closing)
+    opening, closing = chat_frame(tokenizer, question)
+    opening_ids, closing_ids = token_ids(tokenizer, opening), token_ids(tokenizer, closing)
     if context_length <= opening_ids.shape[1]:
         raise InvalidArgumentError(
             f"context_length must exceed the {opening_ids.shape[1]} tokens of the chat format's opening, "
@@ -54,7 +54,7 @@ def build_prompt(
     )
 
 
-def _chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
+def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     """The text before the document and the text after it."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.bos_token or "", f"\n\nQuestion: {question}\nAnswer:"
@@ -64,6 +64,6 @@ def _chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     return opening, closing
 
 
-def _ids(tokenizer: Any, text: str) -> Tensor:
+def token_ids(tokenizer: Any, text: str) -> Tensor:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([ids], dtype=torch.long)

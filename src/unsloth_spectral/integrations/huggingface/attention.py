@@ -11,6 +11,7 @@ from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 
 
 def attend(
@@ -46,6 +47,13 @@ def attend(
     if not isinstance(key, CompressedStates):
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
     layer = key.layer
+    padding = None if layer.is_sealed else _left_padding(attention_mask)
+    if not layer.is_sealed:
+        layer.note_padding(padding)
+    if layer.config.codec == "spectral":
+        is_prefill = query.shape[2] == layer.num_tokens
+        rotation = rotation_of(module, query.shape[-1], padding if is_prefill else None)
+        layer.observe(query.detach() * options.scaling, rotation)
     if layer.is_sealed:
         if attention_mask is None and query.shape[2] > 1:
             attention_mask = causal_mask(query.shape[2], layer.num_tokens, query.device)
@@ -54,7 +62,6 @@ def attend(
         # Everything is exact and in one piece: the model's own arithmetic, so short contexts answer as ever.
         dense = ExactBlock(*layer.blocks[0].reconstruct())
         output = _attend_dense(module, query, dense, attention_mask, options, 0.0, kwargs)
-        layer.note_padding(_left_padding(attention_mask))
     if key.seal_after:
         layer.seal()
     return output, None

@@ -8,14 +8,17 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     get_layer_types_and_kwargs,
 )
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.sealer import Sealer, make_sealers
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import enable
@@ -28,9 +31,9 @@ class SpectralCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, config: SpectralConfig) -> None:
+    def __init__(self, config: SpectralConfig, sealer: Sealer) -> None:
         super().__init__()
-        self.spectral = SpectralLayer(config)
+        self.spectral = SpectralLayer(config, sealer)
         self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -94,15 +97,27 @@ class SpectralCache(Cache):
 
     Args:
         model: a decoder-only transformers model that uses the AttentionInterface.
-        config: ranks, block size and exact tiers; the default is ``SpectralConfig()``.
+        preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
+        config: bits or ranks, block size and exact tiers.
+        use_profile: whether to give values the widths that follow from the model's profile, if one was measured
+            (``unsloth-spectral profile``); without one all layers get the same.
 
     Raises:
         UnsupportedModelError: the model cannot carry it; the message names the model and what is supported.
         InvalidArgumentError: an option is out of its range for this model.
     """
 
-    def __init__(self, model: PreTrainedModel, *, config: SpectralConfig | None = None) -> None:
-        self.config = SpectralConfig() if config is None else config
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        preset: str | None = None,
+        config: SpectralConfig | None = None,
+        use_profile: bool = True,
+    ) -> None:
+        if preset is not None and config is not None:
+            raise InvalidArgumentError("preset and config both say how to compress: give one of them")
+        self.config = SpectralConfig(preset=preset) if config is None else config
         if not isinstance(self.config, SpectralConfig):
             raise InvalidArgumentError(
                 f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(rank_keys=...)"
@@ -110,8 +125,11 @@ class SpectralCache(Cache):
         check_model(model, self.config)
         enable(model)
         layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        num_layers = layer_types.count("full_attention")
+        profile = profile_of(model, num_layers) if use_profile and self.config.codec == "spectral" else None
+        sealers = iter(make_sealers(self.config, num_layers, profile))
         layers = [
-            SpectralCacheLayer(self.config)
+            SpectralCacheLayer(self.config, next(sealers))
             if layer_type == "full_attention"
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
             for layer_type, options in zip(layer_types, layer_options, strict=True)
@@ -137,3 +155,8 @@ def _layer_stats(layer: Any) -> LayerStats:
         dense_bytes=nbytes,
         elements=sum(tensor.numel() for tensor in tensors),
     )
+
+
+def dense_cache(model: PreTrainedModel) -> DynamicCache:
+    """The library's own cache, to compare with."""
+    return DynamicCache(config=model.config)

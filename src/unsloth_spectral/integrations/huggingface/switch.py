@@ -7,6 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations.huggingface.attention import attend
+from unsloth_spectral.integrations.huggingface.rotary import note
 
 ATTENTION_NAME = "unsloth_spectral"
 _STATE = "_unsloth_spectral_switch"
@@ -14,9 +15,10 @@ _STATE = "_unsloth_spectral_switch"
 
 @dataclass(frozen=True, slots=True)
 class _Switched:
-    """Every configuration object of a model with the attention implementation it had."""
+    """Every configuration object of a model with the attention implementation it had, and the hooks put on."""
 
     implementations: tuple[tuple[Any, str | None], ...]
+    hooks: tuple[Any, ...]
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -34,7 +36,9 @@ def enable(model: PreTrainedModel) -> None:
     if _STATE not in vars(model):
         configs = {id(config): config for config in _configs(model)}
         before = tuple((config, config._attn_implementation_internal) for config in configs.values())
-        setattr(model, _STATE, _Switched(before))
+        attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+        hooks = tuple(module.register_forward_pre_hook(note, with_kwargs=True) for module in attention)
+        setattr(model, _STATE, _Switched(before, hooks))
     text_config = model.config.get_text_config(decoder=True)
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
@@ -47,6 +51,8 @@ def disable(model: PreTrainedModel) -> None:
         return
     for config, implementation in switched.implementations:
         config._attn_implementation_internal = implementation
+    for hook in switched.hooks:
+        hook.remove()
     delattr(model, _STATE)
 
 

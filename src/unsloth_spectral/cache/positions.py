@@ -1,0 +1,80 @@
+"""Where the tokens of the exact tail stand, until they are sealed."""
+
+from dataclasses import dataclass, replace
+
+from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.rope import Rotation
+
+_MOST_PIECES = 64  # decoding adds one a token; joined they take a few numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive tokens; ``rotation`` is None where nobody said where they stand."""
+
+    num_tokens: int
+    rotation: Rotation | None
+
+
+class PositionLog:
+    """Rotations of consecutive tokens, oldest first."""
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for piece in self._pieces)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.rotation.nbytes for piece in self._pieces if piece.rotation is not None)
+
+    def append(self, rotation: Rotation | None, num_tokens: int) -> None:
+        """Add the newest ``num_tokens`` tokens."""
+        if num_tokens > 0:
+            self._pieces.append(_Piece(num_tokens, rotation))
+        if len(self._pieces) > _MOST_PIECES:
+            self._keep(0, self.num_tokens)
+
+    def range(self, start: int, stop: int) -> Rotation | None:
+        """Tokens ``start`` to ``stop``; None unless the places of all of them are known."""
+        found, begin = [], 0
+        for piece in self._pieces:
+            end = begin + piece.num_tokens
+            if begin < stop and end > start:
+                if piece.rotation is None:
+                    return None
+                found.append(piece.rotation.slice(max(start - begin, 0), min(stop, end) - begin))
+            begin = end
+        if not found or begin < stop:
+            return None
+        return found[0] if len(found) == 1 else Rotation.join(found)
+
+    def drop(self, num_tokens: int) -> None:
+        """Forget the oldest ``num_tokens`` tokens."""
+        self._keep(num_tokens, self.num_tokens)
+
+    def crop(self, num_tokens: int) -> None:
+        """Keep the oldest ``num_tokens`` tokens."""
+        self._keep(0, num_tokens)
+
+    def map_batch(self, function: TensorFunction) -> None:
+        """Apply ``function`` along the batch dimension."""
+        self._pieces = [
+            piece if piece.rotation is None else replace(piece, rotation=piece.rotation.map_batch(function))
+            for piece in self._pieces
+        ]
+
+    def _keep(self, start: int, stop: int) -> None:
+        kept, begin = [], 0
+        for piece in self._pieces:
+            first, last = max(start - begin, 0), min(stop - begin, piece.num_tokens)
+            if first < last:
+                rotation = None if piece.rotation is None else piece.rotation.slice(first, last)
+                kept.append(_Piece(last - first, rotation))
+            begin += piece.num_tokens
+        known = [piece.rotation for piece in kept if piece.rotation is not None]
+        if len(known) == len(kept) > 1:
+            kept = [_Piece(sum(piece.num_tokens for piece in kept), Rotation.join(known))]
+        self._pieces = kept

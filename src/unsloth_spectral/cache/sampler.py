@@ -1,0 +1,58 @@
+"""A sample of the queries that look at tokens about to be sealed, for the spectral codec's metric."""
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.tensors import storage_bytes
+
+_PREFILL_SAMPLES = 256
+# While decoding: every fourth query of the last 128 before a sealing, in half precision, so that little is held and
+# not for long.
+_DECODE_WINDOW, _DECODE_STRIDE = 128, 4
+
+
+class QuerySampler:
+    """Scaled queries with the positions they were asked at."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._queries: list[Tensor] = []
+        self._positions: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        return storage_bytes(*self._queries)
+
+    def note(self, query: Tensor, num_tokens: int, missing: int, padding: int) -> None:
+        """See ``query [B, num_attention_heads, Q, D]``, of the newest of ``num_tokens`` tokens.
+
+        ``missing`` tokens are still to come before the next sealing; none where it is due now. The first ``padding``
+        tokens are not asked.
+        """
+        length = query.shape[2]
+        if missing > _DECODE_WINDOW or (missing > 0 and num_tokens % _DECODE_STRIDE):
+            return
+        first = num_tokens - length
+        if missing > 0:
+            # Held until the sealing: the newest query is enough.
+            places = torch.tensor([length - 1])
+        else:
+            places = torch.linspace(max(0, padding - first), length - 1, min(length, _PREFILL_SAMPLES)).long()
+        picked = query[:, :, places.to(query.device)]
+        self._queries.append(picked.half() if missing > 0 else picked)
+        self._positions.append(first + places)
+
+    def sample(self, start: int, num_tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """Queries ``[B, heads, n, D]`` that saw any of the ``num_tokens`` tokens from ``start`` on, and how many of
+        them each saw, ``[n]``; None and None if there are none."""
+        if not self._queries:
+            return None, None
+        queries = torch.cat([query.float() for query in self._queries], dim=2)
+        distances = torch.cat(self._positions) + 1 - start
+        seen = distances > 0
+        if not bool(seen.any()):
+            return None, None
+        return queries[:, :, seen.to(queries.device)], distances[seen].clamp(max=num_tokens)

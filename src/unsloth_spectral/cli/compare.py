@@ -1,0 +1,91 @@
+"""``unsloth-spectral compare``."""
+
+from typing import Annotated
+
+import typer
+
+from unsloth_spectral.cli.shared import (
+    BlockOption,
+    ContextOption,
+    DocumentOption,
+    JsonOption,
+    ModelOption,
+    PlotOption,
+    check_outputs,
+    load,
+    out,
+    progress_shown,
+    write_json,
+    write_plot,
+)
+from unsloth_spectral.errors import InvalidArgumentError
+
+EXAMPLES = (
+    "unsloth-spectral compare --plot compare.png",
+    "unsloth-spectral compare --document book.txt --question 'Who is the thief?' --rank-keys 16 --rank-keys 32 "
+    "--rank-values 48",
+)
+_RANKS = ((16, 32), (24, 40), (32, 48))
+
+
+def command(
+    model: ModelOption = None,
+    document: DocumentOption = None,
+    question: Annotated[str, typer.Option(help="Asked after the document.")] = "What is the text above about?",
+    context_length: ContextOption = 4096,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each cache.")] = 64,
+    rank_keys: Annotated[
+        list[int] | None, typer.Option(help="Rank of the keys; repeat for several caches. Default: 16, 24, 32.")
+    ] = None,
+    rank_values: Annotated[
+        list[int] | None, typer.Option(help="Rank of the values; as often, or once for all. Default: 32, 40, 48.")
+    ] = None,
+    block_size: BlockOption = 512,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="0: the document's beginning; else a place picked by it.")] = 0,
+) -> None:
+    """One long document through the dense cache and spectral ones, side by side: bytes, speed, fidelity, answers."""
+    from unsloth_spectral import plots, reports
+    from unsloth_spectral.codec.config import SpectralConfig
+    from unsloth_spectral.eval.compare import compare as run
+    from unsloth_spectral.eval.documents import read_document
+
+    check_outputs(json_file, plot)
+    configs = [
+        SpectralConfig(rank_keys=keys, rank_values=values, block_size=block_size)
+        for keys, values in _pair_ranks(rank_keys, rank_values)
+    ]
+    text = read_document(document)
+    with progress_shown() as report:
+        loaded = load(model, report)
+        result = run(
+            loaded,
+            text,
+            configs,
+            question=question,
+            context_length=context_length,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            on_progress=report,
+        ).to_dict()
+    out.print(reports.comparison_table(result))
+    out.print(reports.comparison_answers(result))
+    write_json(result, json_file)
+    if plot is not None:
+        write_plot(plots.comparison_figure(result), plot)
+
+
+def _pair_ranks(rank_keys: list[int] | None, rank_values: list[int] | None) -> list[tuple[int, int]]:
+    if not rank_keys and not rank_values:
+        return list(_RANKS)
+    keys = rank_keys or [_RANKS[0][0]]
+    values = rank_values or [_RANKS[0][1]]
+    count = max(len(keys), len(values))
+    if len(keys) not in (1, count) or len(values) not in (1, count):
+        raise InvalidArgumentError(
+            f"--rank-keys and --rank-values must be given equally often, or one of them once; got {len(keys)} and "
+            f"{len(values)}"
+        )
+    keys, values = keys * (count // len(keys)), values * (count // len(values))
+    return list(zip(keys, values, strict=True))

@@ -1,0 +1,125 @@
+"""``unsloth-spectral eval``."""
+
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from unsloth_spectral.cli.shared import (
+    JsonOption,
+    ModelOption,
+    Reporter,
+    check_outputs,
+    err,
+    load,
+    out,
+    plain,
+    progress_shown,
+    write_json,
+)
+from unsloth_spectral.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from unsloth_spectral.eval.methods.base import Method
+
+EXAMPLES = (
+    "unsloth-spectral eval --list",
+    "unsloth-spectral eval --task fidelity --task needle --method 'spectral *' --method 'kivi*' --output results",
+)
+EXIT_FAILURES = 1
+
+
+def command(
+    model: ModelOption = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task; repeat for several. Default: fidelity.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method or pattern such as 'kivi*'; repeat for several. Default: all that run here."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.")] = Path(
+        "results"
+    ),
+    show_list: Annotated[bool, typer.Option("--list", help="Show the tasks and methods, and run nothing.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure every method on every case of the tasks, and keep each outcome as it comes.
+
+    Methods are ways to keep the cache: dense, spectral, and others' for comparison. The dense cache always runs too.
+    Run the same command again to go on after an interrupt, to add tasks or methods, or to try failures once more.
+    `unsloth-spectral report` draws the results. Exit status 1: something failed; 2: a mistake in the options.
+    """
+    from unsloth_spectral import reports
+    from unsloth_spectral.eval.methods import registry
+    from unsloth_spectral.eval.results import read_results
+    from unsloth_spectral.eval.runner import run_evaluation
+    from unsloth_spectral.eval.tasks.registry import TASKS
+
+    available, missing = registry.methods(), registry.unavailable()
+    if show_list:
+        listed = {name: _first_line(make) for name, make in TASKS.items()}
+        out.print(reports.choices_table(listed, available, missing))
+        return
+    check_outputs(json_file)
+    tasks = [TASKS[name]() for name in _chosen_tasks(task or ["fidelity"], list(TASKS))]
+    methods = chosen_methods(method or ["*"], available, missing)
+    with progress_shown(f"run the same command again to go on; all finished cases are in {output}") as report:
+        loaded = load(model, report)
+        progress = _Bars(report, [each.name for each in tasks])
+        summary = run_evaluation(loaded, tasks, methods, output, on_progress=progress)
+    results = read_results(output)
+    for name in results.tasks:
+        out.print(reports.evaluation_table(name, results.means(name)))
+    write_json(results.summary(), json_file)
+    err.print(f"{summary.num_measured} measured, {summary.num_skipped} from an earlier run; results in {plain(output)}")
+    if summary.failures:
+        lines = "\n".join(f"  {line}" for line in summary.failures)
+        err.print(f"[bold red]{len(summary.failures)} failed:[/]\n{plain(lines)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_FAILURES)
+
+
+def chosen_methods(patterns: list[str], available: dict[str, "Method"], missing: dict[str, str]) -> list["Method"]:
+    """The methods that names and patterns mean, ``dense`` with them, in the registry's order.
+
+    Raises:
+        InvalidArgumentError: a pattern means nothing, or only methods that do not run here.
+    """
+    chosen = {"dense"}
+    for pattern in patterns:
+        found = [name for name in available if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            obstacles = [f"{name!r} {why}" for name, why in missing.items() if fnmatch.fnmatchcase(name, pattern)]
+            reason = f"does not run here: {'; '.join(obstacles)}" if obstacles else "means no method"
+            raise InvalidArgumentError(f"--method {pattern!r} {reason}; see `unsloth-spectral eval --list`")
+        chosen.update(found)
+    return [method for name, method in available.items() if name in chosen]
+
+
+def _chosen_tasks(names: list[str], known: list[str]) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise InvalidArgumentError(f"--task must be one of {', '.join(known)}; got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+def _first_line(make: Any) -> str:
+    lines = (make.__doc__ or "").strip().splitlines()
+    return lines[0] if lines else ""
+
+
+class _Bars:
+    """A bar for each task, and one more for whatever goes on within the run at hand."""
+
+    def __init__(self, report: Reporter, tasks: list[str]) -> None:
+        self._report, self._tasks = report, tasks
+        self._progress: Progress = report.progress
+        self._inner: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage in self._tasks:
+            self._report(stage, done, total)
+        elif self._inner is None:
+            self._inner = self._progress.add_task(plain(stage), completed=done, total=total)
+        else:
+            self._progress.update(self._inner, description=plain(stage), completed=done, total=total)

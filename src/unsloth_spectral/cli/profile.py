@@ -1,0 +1,36 @@
+"""``unsloth-spectral profile``."""
+
+from typing import Annotated
+
+import typer
+
+from unsloth_spectral.cli.shared import JsonOption, check_outputs, err, load, out, plain, progress_shown, write_json
+
+EXAMPLES = ("unsloth-spectral profile", "unsloth-spectral profile ./my-model --json profile.json")
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub name or local folder. Default: the embedded SmolLM2-135M-Instruct.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure once how much each layer's values matter. Spectral caches of the model then spend their bits by it."""
+    from unsloth_spectral import reports
+    from unsloth_spectral.eval.environment import environment
+    from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
+    from unsloth_spectral.integrations.huggingface.fingerprint import save_profile
+
+    check_outputs(json_file)
+    with progress_shown() as report:
+        loaded = load(model, report)
+        found = measure_profile(loaded, on_progress=report)
+    facts = {
+        "model": loaded.name,
+        "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
+        "environment": environment(),
+    }
+    path = save_profile(loaded.model, found, facts)
+    out.print(reports.profile_table(loaded.name, found.value_sensitivities))
+    write_json({"value_sensitivities": found.value_sensitivities, **facts}, json_file)
+    err.print(f"profile written to {plain(path)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,102 @@
+"""``unsloth-spectral report``."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unsloth_spectral.cli.shared import err, out, plain
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from unsloth_spectral.eval.results import Results
+
+EXAMPLES = ("unsloth-spectral report results", "unsloth-spectral report results --output page")
+_DENSE_BITS = {"float32": 32, "float64": 64}
+
+
+def command(
+    results: Annotated[Path, typer.Argument(help="Folder that `unsloth-spectral eval --output` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the pictures. Default: `report` within the results.")
+    ] = None,
+) -> None:
+    """Draw the results of `eval`: one page that needs nothing else, report.html, and its pictures as .png files."""
+    from unsloth_spectral import plots
+    from unsloth_spectral.eval.report import Picture, render
+    from unsloth_spectral.eval.results import read_results
+
+    found = read_results(results)
+    if not found.records:
+        raise InvalidArgumentError(f"{str(results)!r} holds no outcome yet: run `unsloth-spectral eval` to the end")
+    folder = output or results / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
+    pictures: list[Picture] = []
+    for task, kind, caption, figure in _figures(found):
+        file = folder / f"{_file_name(f'{kind}-{task}')}.png"
+        plots.check_figure_target(file)
+        plots.save_figure(figure, file)
+        pictures.append(Picture(task, caption, plots.inline_svg(figure, f"figure-{len(pictures)}")))
+        err.print(f"plot written to {plain(file)}", highlight=False)
+    page = folder / "report.html"
+    with replacing(page) as temporary:
+        temporary.write_text(render(found, pictures), encoding="utf-8")
+    out.print(plain(page), highlight=False, soft_wrap=True)
+
+
+def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
+    """Task, kind, caption and figure of all that the results have the numbers for."""
+    from unsloth_spectral import plots
+    from unsloth_spectral.eval.metrics import lower_is_better, primary_metric
+    from unsloth_spectral.eval.results import frontier
+
+    model = Path(results.config["model"]).name
+    bits = _DENSE_BITS.get(results.config.get("dtype", ""), 16)
+    for task in results.tasks:
+        means = results.means(task)
+        metric = primary_metric(means)
+        if metric is None:
+            continue
+        name = "KL from the dense cache, nats" if metric == "kl" else metric.replace("_", " ")
+        points = frontier(means, metric)
+        if points:
+            dense = next((mean.metrics.get(metric) for mean in means if mean.family == "dense"), None)
+            yield (
+                task,
+                "frontier",
+                f"{name} against bits per element, all methods; a line joins the settings of a family",
+                plots.frontier_figure(points, title=f"{task}: quality against bytes, {model}", metric=name,
+                                      lower_is_better=lower_is_better(metric), dense=dense, dense_bits=bits),
+            )  # fmt: skip
+        shares: dict[str, dict[str, float]] = {}
+        for record in results.of(task):
+            if metric in record.metrics and plots.place_of(record.case) is not None:
+                shares.setdefault(record.method, {})[record.case] = record.metrics[metric]
+        if shares:
+            caption = f"{name} by length of the text and depth of the needle: pale is found, dark red lost"
+            yield task, "heatmap", caption, plots.heatmap_figure(shares, title=f"{task}: {model}", metric=name)
+        rows = [(mean.method, mean.family, mean.series["kl"]) for mean in means if any(mean.series.get("kl", []))]
+        if rows:
+            caption = "KL along the generation, averaged over windows of tokens; in grey all other methods"
+            yield task, "drift", caption, plots.drift_figure(rows, title=f"{task}: KL along the generation, {model}")
+        layers = {
+            mean.method: {side: row for side in ("keys", "values") if (row := mean.series.get(f"bits_{side}"))}
+            for mean in means
+        }
+        layers = {method: sides for method, sides in layers.items() if sides}
+        if layers:
+            caption = "Bits per element in each layer: where the budget went"
+            yield task, "bits", caption, plots.allocation_figure(layers, title=f"{task}: bits by layer, {model}")
+
+
+def _file_name(text: str) -> str:
+    """Text of letters, digits and hyphens: names of tasks may hold anything."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")

@@ -1,0 +1,63 @@
+"""The basis keys are coded in: principal axes under the metric of the queries that will look at them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Directions no sampled query looked at still get this share of the mean weight: later queries may look there.
+_FLOOR = 1e-2
+_SCARCITY = 1.0
+
+
+class Basis(NamedTuple):
+    """Axes in order of falling variance.
+
+    Attributes:
+        vectors: ``[..., D, D]``, rows such that ``x = coefficients @ vectors``.
+        variances: ``[..., D]``, what each axis adds to the variance of the scores.
+    """
+
+    vectors: Tensor
+    variances: Tensor
+
+
+def query_metric(queries: Tensor, num_distinct: int | None = None) -> Tensor:
+    """``E[q q^T]`` of ``queries [..., n, D]``, with a floor on its diagonal, ``[..., D, D]`` float32.
+
+    The fewer the queries, the higher the floor: fewer than ``D`` cannot even span the space. ``num_distinct`` tells how
+    many there are where some are taken several times.
+    """
+    head_dim, count = queries.shape[-1], queries.shape[-2] if num_distinct is None else num_distinct
+    metric = queries.mT @ queries / queries.shape[-2]
+    floor = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metric.dtype).tiny)
+    eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    return metric + (_FLOOR + _SCARCITY * (head_dim / count) ** 2) * floor[..., None, None] * eye
+
+
+def principal_basis(x: Tensor, metric: Tensor) -> Basis:
+    """Axes of ``x [..., tokens, D]``, centred, under ``metric [..., D, D]``, by the Gram matrix of ``x W^(1/2)``."""
+    weights, axes = torch.linalg.eigh(metric)
+    root = weights.clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
+    whiten = (axes * root[..., None, :]) @ axes.mT
+    restore = (axes / root[..., None, :]) @ axes.mT
+    gram = whiten @ (x.mT @ x) @ whiten / x.shape[-2]
+    variances, vectors = torch.linalg.eigh(gram)
+    return Basis(vectors.flip(-1).mT @ restore, variances.flip(-1).clamp_min(0))
+
+
+def projection(vectors: Tensor, metric: Tensor) -> Tensor:
+    """``[..., D, C]``: coefficients of least error under ``metric`` in the span of ``vectors [..., C, D]``.
+
+    They need not be orthogonal, so what rounding did to them costs nothing but that. A row of zeros gets zeros.
+    """
+    weighted = vectors @ metric
+    gram = weighted @ vectors.mT
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    empty = scale == 0
+    scale = scale.masked_fill(empty, 1.0)
+    normed = gram / scale[..., :, None] / scale[..., None, :]
+    normed.diagonal(dim1=-2, dim2=-1).masked_fill_(empty, 1.0)
+    # Rounded axes are nearly orthogonal under the metric, so this is close to the identity.
+    factor = torch.linalg.cholesky_ex(normed).L
+    return torch.cholesky_solve(weighted / scale[..., None], factor).mT / scale[..., None, :]

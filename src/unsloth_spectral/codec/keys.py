@@ -1,0 +1,308 @@
+"""Keys as codes of their principal components (DESIGN section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.allocate import DISTORTION
+from unsloth_spectral.codec.basis import Basis, projection
+from unsloth_spectral.codec.config import GROUP_SIZE
+from unsloth_spectral.codec.logscale import decode_scales, encode_scales
+from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.rope import Rotation, rotate, unrotate
+
+# What a component costs beside its codes: a byte a group, and its row of the basis (int8 and a half-precision scale).
+SCALE_BITS = 8 / GROUP_SIZE
+STEPS_PER_OCTAVE = 32
+# Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
+_CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyCodes:
+    """Keys of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
+
+    Only components of one bit or more are held, ``C`` of all heads together, by falling width.
+
+    Attributes:
+        planes: ``[B, sum of widths, T / 8]`` uint8, see ``packing``; ``T`` is ``num_tokens`` rounded up.
+        scales: ``[B, C, groups]`` uint8, see ``logscale``.
+        vectors: ``[B, C, D]`` int8, the basis.
+        vector_scales: ``[B, C, 1]`` float32, of the basis rows; the largest scale of each component is in it.
+        heads: ``[C]`` uint8, the key-value head of each component.
+        mean: ``[B, H, D]`` float16, un-rotated.
+        relative_error: ``[B, H]`` float16, relative error under the query metric.
+        counts: how many components have each width, 0 to 8.
+        num_tokens: tokens held.
+        rotation: the tokens' positions; None for a model without rotary embeddings.
+        is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    vectors: Tensor
+    vector_scales: Tensor
+    heads: Tensor
+    mean: Tensor
+    relative_error: Tensor
+    counts: tuple[int, ...]
+    num_tokens: int
+    rotation: Rotation | None
+    is_rotated: bool
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.mean.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor, as torch reports their storages."""
+        held = storage_bytes(
+            self.planes, self.scales, self.vectors, self.vector_scales, self.heads, self.mean, self.relative_error
+        )
+        return held + (0 if self.rotation is None else self.rotation.nbytes)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits a token of all heads together, codes alone."""
+        return sum(nbits * count for nbits, count in enumerate(self.counts))
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Coefficients ``[B, H, K, num_tokens]`` and their basis ``[B, H, K, D]``, both float32.
+
+        ``K`` is the most components of any head; others are filled up with zeros.
+        """
+        batch = self.vectors.shape[0]
+        coefficients = dequantize(
+            unpack(self.planes, self.counts), self._nbits(), decode_scales(self.scales, STEPS_PER_OCTAVE)
+        )
+        basis = self.vectors.float() * self.vector_scales
+        slots, most = slots_of(self.heads, self.num_key_value_heads)
+        shape = (batch, self.num_key_value_heads * most, -1)
+        padded = coefficients.new_zeros(*shape[:2], coefficients.shape[-1]).index_copy_(1, slots, coefficients)
+        padded_basis = basis.new_zeros(*shape[:2], basis.shape[-1]).index_copy_(1, slots, basis)
+        split = (self.num_key_value_heads, most)
+        return padded[..., : self.num_tokens].unflatten(1, split), padded_basis.unflatten(1, split)
+
+    def reconstruct(self) -> Tensor:
+        """The dense keys as the model caches them, ``[B, H, num_tokens, D]`` float32."""
+        coefficients, basis = self.components()
+        x = coefficients.mT @ basis
+        mean = self.mean.float()[:, :, None]
+        if self.rotation is None:
+            return x + mean
+        table = self.rotation.table()[:, None]
+        if self.is_rotated:
+            return x + rotate(mean.expand_as(x), table, self.rotation)
+        return rotate(x + mean, table, self.rotation)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Dot products of ``query [B, H, rows, D]`` with every key, ``[B, H, rows, num_tokens]``."""
+        if not self.is_rotated and self.rotation is not None:
+            return query @ self.reconstruct().to(query.dtype).mT
+        coefficients, basis = self.components()
+        scores = (query @ basis.to(query.dtype).mT) @ coefficients.to(query.dtype)
+        mean = self.mean.to(query.dtype)[:, :, None]
+        if self.rotation is None:
+            return scores + query @ mean.mT
+        return scores + _rotated_mean_scores(query, mean, self.rotation)
+
+    def slice(self, start: int, stop: int) -> "KeyCodes":
+        """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
+        return replace(
+            self,
+            planes=self.planes[..., start // 8 : -(-stop // 8)],
+            scales=self.scales[..., start // GROUP_SIZE : -(-stop // GROUP_SIZE)],
+            num_tokens=stop - start,
+            rotation=None if self.rotation is None else self.rotation.slice(start, stop),
+        )
+
+    def map(self, function: TensorFunction) -> "KeyCodes":
+        """``function`` applied along the batch dimension of each tensor."""
+        batched = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error")
+        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in batched}
+        rotation = None if self.rotation is None else self.rotation.map_batch(function)
+        return replace(self, **mapped, rotation=rotation)
+
+    def append(self, other: "KeyCodes") -> "KeyCodes":
+        """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
+        share = other.num_tokens / (self.num_tokens + other.num_tokens)
+        rotation = self.rotation
+        if rotation is not None and other.rotation is not None:
+            rotation = Rotation.join([rotation, other.rotation])
+        error = self.relative_error.float().square() * (1 - share) + other.relative_error.float().square() * share
+        return replace(
+            self,
+            planes=torch.cat([self.planes, other.planes], -1),
+            scales=torch.cat([self.scales, other.scales], -1),
+            relative_error=error.sqrt().half(),
+            num_tokens=self.num_tokens + other.num_tokens,
+            rotation=rotation,
+        )
+
+    def _nbits(self) -> Tensor:
+        return widths_of(self.counts, self.planes.device)
+
+
+def widths_of(counts: Sequence[int], device: torch.device) -> Tensor:
+    """``[C]`` int64 widths in the order of ``packing``."""
+    falling = torch.arange(MAX_NBITS, 0, -1, device=device)
+    return falling.repeat_interleave(torch.tensor(counts[:0:-1], device=device))
+
+
+def slots_of(heads: Tensor, num_heads: int) -> tuple[Tensor, int]:
+    """Where each of ``C`` components goes when every head gets room for the most any head has, and that number."""
+    same = heads.long()[:, None] == torch.arange(num_heads, device=heads.device)
+    most = int(same.sum(0).max()) if len(heads) else 0
+    places = (same.cumsum(0) * same).sum(-1) - 1
+    return heads.long() * most + places, most
+
+
+def centre(
+    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What is coded of ``keys [B, H, n, D]``, and the mean taken from it, ``[B, H, D]`` float16 (or the given one).
+
+    ``real [B, n]`` bool leaves out padding, which becomes zero.
+    """
+    x = keys.float()
+    table = None if rotation is None else rotation.table()[:, None]
+    unrotated = x if table is None or rotation is None else unrotate(x, table, rotation)
+    weight = None if real is None else real[:, None, :, None].to(x.dtype)
+    if mean is None:
+        total = unrotated.mean(-2) if weight is None else (unrotated * weight).sum(-2) / weight.sum(-2).clamp_min(1)
+        mean = total.half()
+    if is_rotated and table is not None and rotation is not None:
+        x = x - rotate(mean.float()[:, :, None].expand_as(x), table, rotation)
+    else:
+        x = unrotated - mean.float()[:, :, None]
+    return (x if weight is None else x * weight), mean
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyPlan:
+    """How keys are coded: which components, how many bits each, in which rounded basis.
+
+    Attributes:
+        vectors: ``[B, C, D]`` int8, by falling width.
+        row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``.
+        tops: ``[B, C, 1]`` float32, the largest scale that codes may have; None until the first tokens are coded.
+        heads: ``[C]`` uint8.
+        counts: how many components have each width.
+        level: the water level of the widths.
+    """
+
+    vectors: Tensor
+    row_scales: Tensor
+    tops: Tensor | None
+    heads: Tensor
+    counts: tuple[int, ...]
+    level: float
+
+
+def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
+    """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
+    order = widths.flatten().argsort(descending=True, stable=True)[: int((widths > 0).sum())]
+    counts = tuple(torch.bincount(widths.flatten()[order], minlength=MAX_NBITS + 1).tolist())
+    rows = basis.vectors.flatten(1, 2)[:, order]
+    peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    vectors = (rows * (127 / peak)).round().to(torch.int8)
+    heads = (order // widths.shape[-1]).to(torch.uint8)
+    return KeyPlan(vectors, peak / 127, None, heads, counts, level)
+
+
+def encode(
+    x: Tensor, plan: KeyPlan, metric: Tensor, mean: Tensor, rotation: Rotation | None, is_rotated: bool
+) -> tuple[KeyCodes, KeyPlan]:
+    """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``. ``n`` is a multiple of 8."""
+    batch, num_heads, num_tokens, head_dim = x.shape
+    nbits = widths_of(plan.counts, x.device)
+    rows = plan.vectors.float() * plan.row_scales
+    slots, most = slots_of(plan.heads, num_heads)
+    padded = rows.new_zeros(batch, num_heads * most, head_dim).index_copy_(1, slots, rows)
+    project = projection(padded.unflatten(1, (num_heads, most)), metric)
+    coefficients = (x @ project).mT.flatten(1, 2)[:, slots]
+    codes, scales = quantize(coefficients, nbits)
+    # Twice the largest: later tokens coded in the same basis may need more.
+    tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
+    found = KeyCodes(
+        pack(codes, plan.counts),
+        encode_scales(scales, STEPS_PER_OCTAVE, tops)[0],
+        plan.vectors,
+        plan.row_scales * tops,
+        plan.heads,
+        mean,
+        x.new_zeros(batch, num_heads, dtype=torch.float16),
+        plan.counts,
+        num_tokens,
+        rotation,
+        is_rotated,
+    )
+    return replace(found, relative_error=_relative_error(x, found, metric)), replace(plan, tops=tops)
+
+
+def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform mid-rise codes ``[B, C, T]`` uint8 and scales ``[B, C, groups]`` of ``coefficients [B, C, n]``.
+
+    Per component and group the clipping point of least squared error, then the scale that makes the codes project
+    exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
+    """
+    count = coefficients.shape[-1]
+    groups = torch.nn.functional.pad(coefficients, (0, -count % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]
+    peak = groups.abs().amax(-1, keepdim=True)
+    best, step = None, torch.ones_like(peak)
+    for clip in _CLIPS:
+        trial = (peak * clip / half).clamp_min(torch.finfo(groups.dtype).tiny)
+        value = _mid_rise(groups / trial, half)
+        # The error once the scale is the least-squares one for these codes.
+        along = (groups * value).sum(-1, keepdim=True).square() / value.square().sum(-1, keepdim=True)
+        better = torch.ones_like(peak, dtype=torch.bool) if best is None else along > best
+        best = along if best is None else torch.where(better, along, best)
+        step = torch.where(better, trial, step)
+    value = _mid_rise(groups / step, half)
+    overlap = (groups * value).sum(-1, keepdim=True)
+    scales = groups.square().sum(-1, keepdim=True) / overlap.clamp_min(torch.finfo(groups.dtype).tiny)
+    codes = (value + (half - 0.5)).to(torch.uint8).flatten(-2)
+    return codes[..., : -(-count // 8) * 8].contiguous(), scales[..., 0]
+
+
+def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:
+    """Coefficients ``[B, C, T]`` float32 of codes of widths ``nbits [C]`` under ``scales [B, C, groups]``."""
+    values = codes.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
+    spread = scales.repeat_interleave(GROUP_SIZE, dim=-1)[..., : codes.shape[-1]]
+    return values * spread
+
+
+def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
+    """Distortion left at ``widths``, summed over the last dimension."""
+    return (variances * torch.tensor(DISTORTION, device=variances.device)[widths]).sum(-1)
+
+
+def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
+    return (x.floor() + 0.5).clamp(0.5 - half, half - 0.5)
+
+
+def _relative_error(x: Tensor, found: KeyCodes, metric: Tensor) -> Tensor:
+    coefficients, basis = found.components()
+    error = x - coefficients.mT @ basis
+    lost = ((error @ metric) * error).sum((-2, -1))
+    whole = ((x @ metric) * x).sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
+    return (lost / whole).sqrt().half()
+
+
+def _rotated_mean_scores(query: Tensor, mean: Tensor, rotation: Rotation) -> Tensor:
+    """``q R(n) mu`` for every token: two products per pair and token, shared by nothing but cheap beside the codes."""
+    fixed = torch.ones(mean.shape[-1], dtype=torch.bool, device=mean.device)
+    fixed[rotation.first], fixed[rotation.second] = False, False
+    q_real, q_imaginary = query[..., rotation.first], query[..., rotation.second]
+    m_real, m_imaginary = mean[..., rotation.first], mean[..., rotation.second]
+    cosine = q_real * m_real + q_imaginary * m_imaginary
+    sine = q_imaginary * m_real - q_real * m_imaginary
+    table = rotation.table()[:, None]
+    turned = cosine @ table.real.to(query.dtype).mT + sine @ table.imag.to(query.dtype).mT
+    return turned + query[..., fixed] @ mean[..., fixed].mT

@@ -1,0 +1,27 @@
+"""Positive scales as one byte each: logarithmic steps below the largest of their row."""
+
+import torch
+from torch import Tensor
+
+_ZERO = 255  # the code of a scale of 0
+
+
+def encode_scales(scales: Tensor, steps_per_octave: int, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``scales [..., n]``, non-negative, to codes ``[..., n]`` uint8 and ``top [..., 1]`` float32, the scale of code 0.
+
+    ``top`` is the largest scale unless it is given; larger ones are lowered to it.
+
+    A step is ``2 ** (-1 / steps_per_octave)``, so the error is at most ``0.35 / steps_per_octave``, relative. Scales
+    more than ``254 / steps_per_octave`` octaves below the largest are raised to that, zeros stay.
+    """
+    if top is None:
+        top = scales.amax(-1, keepdim=True)
+    octaves = -(scales / top.clamp_min(torch.finfo(top.dtype).tiny)).log2()
+    codes = (octaves * steps_per_octave).round().clamp(0, _ZERO - 1)
+    return torch.where(scales > 0, codes, float(_ZERO)).to(torch.uint8), top
+
+
+def decode_scales(codes: Tensor, steps_per_octave: int) -> Tensor:
+    """Scales over the largest of their row, float32."""
+    relative = torch.exp2(codes.float() * (-1 / steps_per_octave))
+    return relative.masked_fill_(codes == _ZERO, 0.0)

@@ -1,0 +1,48 @@
+"""The dense cache and this library's own codecs, as methods of the evaluation."""
+
+from functools import partial
+from typing import Any
+
+from unsloth_spectral.cache.stats import CacheStats
+from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
+from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.eval.methods.base import Footprint, Method
+from unsloth_spectral.integrations.huggingface import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache import dense_cache
+
+_RANKS = ((16, 32), (24, 40), (32, 48))
+
+
+def spectral_methods() -> dict[str, Method]:
+    """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``rotated`` for rotated keys."""
+    found = [Method("dense", "dense", dense_cache, _dense_footprint)]
+    for keys, values in _RANKS:
+        found.append(_method(f"rank {keys}/{values}", "rank", SpectralConfig(rank_keys=keys, rank_values=values)))
+    for frame in KEY_FRAMES:
+        family = "spectral" if frame == "unrotated" else "spectral rotated"
+        for preset in PRESETS:
+            name = f"spectral {preset}" + (" rotated" if frame == "rotated" else "")
+            found.append(_method(name, family, SpectralConfig(preset=preset, key_frame=frame)))
+    for preset in ("balanced", "small"):
+        make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
+        found.append(Method(f"spectral {preset} without profile", "spectral without profile", make, _footprint))
+    return {method.name: method for method in found}
+
+
+def _method(name: str, family: str, config: SpectralConfig) -> Method:
+    return Method(name, family, partial(_make, config), _footprint)
+
+
+def _make(config: SpectralConfig, model: Any, use_profile: bool = True) -> SpectralCache:
+    return SpectralCache(model, config=config, use_profile=use_profile)
+
+
+def _footprint(cache: Any) -> Footprint:
+    stats: CacheStats = cache.stats()
+    return Footprint(stats.stored_bytes, stats.dense_bytes, stats.cold_bits_per_element)
+
+
+def _dense_footprint(cache: Any) -> Footprint:
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    nbytes = storage_bytes(*tensors)
+    return Footprint(nbytes, nbytes, None)

@@ -1,0 +1,228 @@
+"""Tasks times cases times methods, into a folder: a run killed at any moment goes on where it stopped."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.eval.environment import environment
+from unsloth_spectral.eval.lines import append_line, keep_lines, read_lines
+from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.results import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, read_config
+from unsloth_spectral.eval.tasks.base import Task
+from unsloth_spectral.files import replacing
+from unsloth_spectral.integrations.models import LoadedModel
+
+DENSE = "dense"
+_LONGEST_OPTION = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        num_measured: lines written by this run, failures included.
+        num_skipped: lines that an earlier run had written.
+        failures: ``task, method, case: error`` of each that failed in this run; the next run tries them again.
+    """
+
+    num_measured: int
+    num_skipped: int
+    failures: list[str]
+
+
+def run_evaluation(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    folder: Path,
+    settings: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Summary:
+    """Run every method on every case of every task, the dense cache first, and write each outcome as it comes.
+
+    The folder receives ``config.json``, ``environment.json``, ``metrics.jsonl`` and ``predictions.jsonl``. What an
+    earlier run wrote into it stays and is not measured again, except failures; tasks and methods may be added. An
+    exception of one method on one case becomes an error line and stops nothing else.
+
+    Args:
+        loaded: model and tokenizer.
+        tasks: in the order to run them.
+        methods: in any order.
+        folder: made where it does not exist; its parent must.
+        settings: whatever else the results depend on, ready for JSON. The options of tasks that are dataclasses are
+            added by themselves.
+        on_progress: called with a task's name, how many of its runs are done and how many there are; and by the task
+            with its own stages.
+
+    Raises:
+        InvalidArgumentError: the folder was made with another model or other settings, or cannot be made.
+        LoadError: a file in the folder is damaged.
+    """
+    ordered = sorted(methods, key=lambda method: method.name != DENSE)
+    cases = {task.name: list(task.cases(loaded)) for task in tasks}
+    _prepare(folder, _config(loaded, tasks, ordered, settings or {}))
+    done = _resume(folder)
+    num_measured, num_skipped, failures = 0, 0, []
+    for task in tasks:
+        total = len(cases[task.name]) * len(ordered)
+        for index, (case, method) in enumerate((case, method) for case in cases[task.name] for method in ordered):
+            if on_progress is not None:
+                on_progress(task.name, index, total)
+            if (task.name, method.name, case) in done:
+                num_skipped += 1
+                continue
+            error = _measure(loaded, task, method, case, folder, on_progress)
+            num_measured += 1
+            if error is not None:
+                failures.append(f"{task.name}, {method.name}, {case}: {error}")
+        if on_progress is not None:
+            on_progress(task.name, total, total)
+    return Summary(num_measured, num_skipped, failures)
+
+
+def _measure(
+    loaded: LoadedModel, task: Task, method: Method, case: str, folder: Path, on_progress: OnProgress | None
+) -> str | None:
+    """Run one method on one case and write its lines; what went wrong, None where nothing did."""
+    line: dict[str, Any] = {"task": task.name, "method": method.name, "family": method.family, "case": case}
+    predictions: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            outcome = task.run(loaded, method, case, on_progress)
+        predictions = outcome.predictions
+        line |= {"metrics": outcome.metrics, "footprint": outcome.footprint.to_dict(), "series": outcome.series}
+        # Here, where it fails this method alone: a task may hand over what is no JSON.
+        json.dumps([line, predictions])
+    except Exception as error:
+        line = {name: line[name] for name in ("task", "method", "family", "case")}
+        line["error"], predictions = _one_line(error), []
+    if "error" in line and torch.cuda.is_available():
+        # Out of memory is the likeliest failure; the next method must not inherit it. The exception, and with it the
+        # frames that held tensors, is gone by now.
+        torch.cuda.empty_cache()
+    line["seconds"] = round(time.perf_counter() - start, 4)
+    # The metrics last: their line is what marks the triple as done.
+    place = {name: line[name] for name in ("task", "method", "case")}
+    append_line(folder / PREDICTIONS, {**place, "predictions": predictions})
+    append_line(folder / METRICS, line)
+    return line.get("error")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+
+
+def _config(
+    loaded: LoadedModel, tasks: Sequence[Task], methods: Sequence[Method], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = {
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "settings": dict(settings),
+        "tasks": [task.name for task in tasks],
+        "task_settings": {task.name: _options_of(task) for task in tasks},
+        "methods": [method.name for method in methods],
+    }
+    # As it will be read back: tuples become lists, keys text.
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    return result
+
+
+def _options_of(task: Any) -> dict[str, Any]:
+    """The plain public fields of a task that is a dataclass; what it keeps from case to case is none of these.
+
+    A long text, such as a document, stands as its digest.
+    """
+    if not is_dataclass(task):
+        return {}
+    values = {each.name: getattr(task, each.name) for each in fields(task) if each.repr and each.name[0] != "_"}
+    return {name: _brief(value) for name, value in values.items() if _is_plain(value)}
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > _LONGEST_OPTION:
+        return "sha256 " + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _prepare(folder: Path, config: dict[str, Any]) -> None:
+    """Make the folder, or refuse one made otherwise; write its config and environment."""
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgumentError(f"cannot write results to {str(folder)!r}: it is a file")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
+    here = environment()
+    if (folder / CONFIG).exists():
+        earlier = read_config(folder)
+        _check_same(folder, earlier, config)
+        for name in ("tasks", "methods"):
+            config[name] = list(dict.fromkeys([*earlier[name], *config[name]]))
+        config["task_settings"] = {**earlier.get("task_settings", {}), **config["task_settings"]}
+        here = _with_earlier(folder / ENVIRONMENT, here)
+    elif any((folder / name).exists() for name in (METRICS, PREDICTIONS)):
+        raise InvalidArgumentError(f"{str(folder)!r} holds results without their {CONFIG}: use another folder")
+    # The environment first: a folder with a config counts as a results folder, and must be whole.
+    for name, content in {ENVIRONMENT: here, CONFIG: config}.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name in (METRICS, PREDICTIONS):
+        (folder / name).touch()
+
+
+def _check_same(folder: Path, earlier: dict[str, Any], config: dict[str, Any]) -> None:
+    pairs = {name: (earlier.get(name), config[name]) for name in ("model", "dtype")}
+    for group in ("settings", "task_settings"):
+        before = earlier.get(group, {})
+        for name in dict.fromkeys([*before, *config[group]]):
+            # A task that only one of the two ran differs in nothing.
+            if group == "settings" or (name in before and name in config[group]):
+                pairs[f"{group} {name}"] = (before.get(name), config[group].get(name))
+    different = [f"{name} was {was!r} and is now {now!r}" for name, (was, now) in pairs.items() if was != now]
+    if different:
+        raise InvalidArgumentError(
+            f"{str(folder)!r} was made otherwise: {'; '.join(different)}. Use another folder, or the same settings"
+        )
+
+
+def _with_earlier(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The environment of this run, with those of earlier runs that differ in more than the time."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        others = before.pop("earlier", [])
+    except (OSError, ValueError, AttributeError):
+        return here  # lost or damaged: it is for people to read, nothing depends on it
+    if {**before, "date": None} != {**here, "date": None}:
+        others = [*others, before]
+    return {**here, "earlier": others} if others else here
+
+
+def _resume(folder: Path) -> set[tuple[str, str, str]]:
+    """What is done, after dropping failures, half-written lines, and lines that have no partner in the other file."""
+
+    def triple(line: dict[str, Any]) -> tuple[str, str, str]:
+        return line.get("task", ""), line.get("method", ""), line.get("case", "")
+
+    measured = {triple(line) for line in read_lines(folder / METRICS) if line.get("error") is None}
+    done = measured & {triple(line) for line in read_lines(folder / PREDICTIONS)}
+    keep_lines(folder / METRICS, lambda line: triple(line) in done)
+    keep_lines(folder / PREDICTIONS, lambda line: triple(line) in done)
+    return done

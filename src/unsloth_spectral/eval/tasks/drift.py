@@ -1,0 +1,142 @@
+"""How far a long greedy generation stays that of the dense cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.eval.documents import default_document, tokens_of
+from unsloth_spectral.eval.fidelity import compare_logits
+from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.prompt import Prompt, build_prompt
+from unsloth_spectral.eval.tasks.asking import (
+    DENSE,
+    at_least,
+    check_case,
+    check_positions,
+    continue_on,
+    end_tokens,
+    prefill,
+    prefill_dense,
+)
+from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.integrations.models import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the dense cache generated: tokens and the logits ``[num_tokens, vocabulary]`` they were chosen from."""
+
+    loaded: LoadedModel
+    case: str
+    tokens: list[int]
+    logits: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Drift:
+    """``num_tokens`` tokens generated greedily after a prefix of a document and a request.
+
+    The dense cache's tokens are then fed to a cache one at a time, so that it seals while decoding as in use. Metrics:
+    ``first_difference``, the place of the first token at which this cache prefers another one (``num_tokens`` where
+    there is none): up to there its own greedy generation is the dense one, word for word, so it need not be run; and
+    ``kl``, the mean Kullback-Leibler divergence from the dense cache's distribution in nats. Series: ``kl``, of each
+    token. End tokens are never chosen, so that all caches go the same way.
+
+    Args:
+        document: the text; None is the default document.
+        starts: the document's tokens where the prefixes begin.
+        context_length: tokens prefilled.
+        num_tokens: tokens generated.
+        request: what is asked behind the prefix.
+
+    Raises:
+        InvalidArgumentError: an option is out of its range.
+    """
+
+    document: str | None = None
+    starts: tuple[int, ...] = (20_000,)
+    context_length: int = 4096
+    num_tokens: int = 512
+    request: str = "Explain the text above in detail."
+    _kept: _Kept | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        at_least(1, starts=len(self.starts), context_length=self.context_length, num_tokens=self.num_tokens)
+        for start in self.starts:
+            at_least(0, starts=start)
+
+    @property
+    def name(self) -> str:
+        return "drift"
+
+    def cases(self, loaded: LoadedModel) -> Sequence[str]:
+        check_positions(loaded, self.context_length + self.num_tokens + 128)
+        return [f"start={start}" for start in self.starts]
+
+    @torch.inference_mode()
+    def run(self, loaded: LoadedModel, method: Method, case: str, on_progress: OnProgress | None = None) -> Outcome:
+        prompt = self._prompt(loaded, self.starts[check_case(case, self.cases(loaded))])
+        filled = prefill(loaded, method, prompt.context, on_progress)
+        if method.name == DENSE:
+            self._kept = self._generate(loaded, case, filled.cache, prompt.question, on_progress)
+        elif self._kept is None or self._kept.loaded is not loaded or self._kept.case != case:
+            dense = prefill_dense(loaded, prompt.context)
+            self._kept = self._generate(loaded, case, dense, prompt.question, on_progress)
+        kept, ends = self._kept, _end_ids(loaded)
+        divergence: list[float] = []
+        first = self.num_tokens
+        step_ids = prompt.question
+        for step, token in enumerate(kept.tokens):
+            dense_row = kept.logits[step : step + 1]
+            # Of the dense cache the rows are the very ones it has just generated from.
+            row = dense_row if method.name == DENSE else _next(loaded, filled.cache, step_ids, ends)
+            target = torch.tensor([token], device=row.device)
+            divergence.append(compare_logits(dense_row, row, target).kl)
+            if first == self.num_tokens and int(row.argmax()) != token:
+                first = step
+            step_ids = torch.tensor([[token]])
+            if on_progress is not None:
+                on_progress(f"{method.name}: decode", step + 1, self.num_tokens)
+        metrics = {"first_difference": float(first), "kl": sum(divergence) / len(divergence)}
+        same = str(loaded.tokenizer.decode(kept.tokens[:first]))
+        prediction = {"dense": str(loaded.tokenizer.decode(kept.tokens)), "same": same}
+        return Outcome(metrics, filled.footprint, [prediction], {"kl": divergence})
+
+    def _generate(
+        self, loaded: LoadedModel, case: str, cache: Any, question: Tensor, on_progress: OnProgress | None
+    ) -> _Kept:
+        ends, tokens, rows = _end_ids(loaded), [], []
+        step_ids = question
+        for step in range(self.num_tokens):
+            rows.append(_next(loaded, cache, step_ids, ends))
+            tokens.append(int(rows[-1].argmax()))
+            step_ids = torch.tensor([[tokens[-1]]])
+            if on_progress is not None:
+                on_progress(f"{DENSE}: generation", step + 1, self.num_tokens)
+        return _Kept(loaded, case, tokens, torch.cat(rows))
+
+    def _prompt(self, loaded: LoadedModel, start: int) -> Prompt:
+        document = default_document() if self.document is None else self.document
+        return build_prompt(
+            loaded.tokenizer,
+            tokens_of(document, loaded.tokenizer, start + self.context_length),
+            self.request,
+            context_length=self.context_length,
+            start=start,
+            continuation_length=0,
+        )
+
+
+def _end_ids(loaded: LoadedModel) -> Tensor:
+    return torch.tensor(sorted(end_tokens(loaded)), dtype=torch.long, device=loaded.model.device)
+
+
+def _next(loaded: LoadedModel, cache: Any, tokens: Tensor, ends: Tensor) -> Tensor:
+    """Logits ``[1, vocabulary]`` of what follows ``tokens [1, n]``, end tokens ruled out."""
+    row = continue_on(loaded, cache, tokens)[-1:].clone()
+    row[:, ends] = -torch.inf
+    return row

@@ -1,0 +1,78 @@
+"""Real text with sentences hidden in it."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.eval.documents import default_document, tokens_of
+from unsloth_spectral.eval.tasks.asking import ids_of, opening_ids
+from unsloth_spectral.integrations.models import LoadedModel
+
+# Cities that small models know, one or two tokens each: what is tested is the cache, not the tokenizer.
+_CITIES = """
+Amsterdam Athens Bangkok Barcelona Beijing Berlin Boston Brussels Budapest Cairo Chicago Dallas Delhi Denver Dublin
+Florence Geneva Hamburg Helsinki Houston Istanbul Jakarta Lagos Lima Lisbon London Madrid Manila Miami Milan Montreal
+Moscow Mumbai Munich Nairobi Naples Oslo Paris Prague Rome Seattle Seoul Singapore Stockholm Sydney Tokyo Toronto Vienna
+"""
+CITIES = tuple(_CITIES.split())
+_ONSETS, _VOWELS, _CODAS = "bdfgklmnprstvz", "aeiou", ("", "l", "n", "r", "s")
+
+
+def hide(
+    loaded: LoadedModel,
+    document: str | None,
+    sentences: Sequence[str],
+    depths: Sequence[float],
+    *,
+    context_length: int,
+    generator: random.Random,
+) -> Tensor:
+    """A context ``[1, context_length]``: the chat format's opening, then text with a paragraph for each sentence.
+
+    Args:
+        loaded: its tokenizer cuts.
+        document: the text; None is the default document. Where in it to begin, ``generator`` draws.
+        sentences: what to hide.
+        depths: where, ascending, from 0 (before all text) to 1 (behind it).
+        context_length: tokens in all.
+        generator: draws the place.
+
+    Raises:
+        InvalidArgumentError: the sentences do not fit.
+        LoadError: the document is too short.
+    """
+    opening = opening_ids(loaded)
+    hidden = [ids_of(loaded, f"\n\n{sentence}\n\n") for sentence in sentences]
+    needed = opening.shape[1] + sum(ids.shape[1] for ids in hidden)
+    room = context_length - needed
+    if room < 0:
+        raise InvalidArgumentError(f"context_length must be at least {needed} for what is hidden, got {context_length}")
+    text = tokens_of(default_document() if document is None else document, loaded.tokenizer, room)
+    start = generator.randrange(text.shape[1] - room + 1)
+    stops = [start, *(start + round(depth * room) for depth in depths), start + room]
+    parts = [opening]
+    for index, ids in enumerate(hidden):
+        parts += [text[:, stops[index] : stops[index + 1]], ids]
+    return torch.cat([*parts, text[:, stops[-2] : stops[-1]]], dim=1)
+
+
+def spread(count: int) -> list[float]:
+    """Depths of ``count`` sentences, each in the middle of its part of the text."""
+    return [(index + 0.5) / count for index in range(count)]
+
+
+def made_up_words(count: int, generator: random.Random, syllables: int = 2) -> list[str]:
+    """Different words that can be spoken and mean nothing: no model knows them from elsewhere."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        parts = [generator.choice(_ONSETS) + generator.choice(_VOWELS) for _ in range(syllables)]
+        words["".join(parts) + generator.choice(_CODAS)] = None
+    return list(words)
+
+
+def numbers(count: int, generator: random.Random, digits: int) -> list[str]:
+    """Different numbers of ``digits`` digits, none beginning with 0."""
+    return [str(number) for number in generator.sample(range(10 ** (digits - 1), 10**digits), count)]

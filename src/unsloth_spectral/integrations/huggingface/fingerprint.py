@@ -1,0 +1,81 @@
+"""Knowing a model again, and the profile that was measured of it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import platformdirs
+from transformers import PreTrainedModel
+
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.files import replacing
+
+_known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
+_SAMPLES = 4096
+_VERSION = 1
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen hexadecimal digits from the sizes of ``model`` and a sample of its weights."""
+    if model in _known:
+        return _known[model]
+    config = model.config.get_text_config(decoder=True)
+    sizes = [config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size]
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    parameters = list(model.parameters())
+    for weight in (parameters[0], parameters[len(parameters) // 2]):
+        flat = weight.detach().flatten()
+        picked = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+        # Signs alone: a copy in half precision is the same model.
+        digest.update((picked > 0).cpu().numpy().tobytes())
+    found = digest.hexdigest()[:16]
+    _known[model] = found
+    return found
+
+
+def profile_path(model: PreTrainedModel) -> Path:
+    """Where the profile of ``model`` is kept."""
+    return Path(platformdirs.user_cache_dir("unsloth-spectral")) / "profiles" / f"{fingerprint(model)}.json"
+
+
+def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
+    """The profile measured of ``model``, None if there is none.
+
+    Raises:
+        LoadError: the file is not a profile, or not one of ``num_layers`` full-attention layers.
+    """
+    path = profile_path(model)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"the profile {str(path)!r} cannot be read ({error}): delete it or measure it again") from error
+    profile = _profile(record, path)
+    held = len(profile.value_sensitivities)
+    if held != num_layers:
+        raise LoadError(
+            f"the profile {str(path)!r} is of {held} layers, not {num_layers}: delete it or measure it again"
+        )
+    return profile
+
+
+def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str, Any]) -> Path:
+    """Keep ``profile`` for later caches of ``model``; ``facts`` say how it was measured."""
+    path = profile_path(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"version": _VERSION, "value_sensitivities": profile.value_sensitivities, **facts}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _profile(record: Any, path: Path) -> ModelProfile:
+    values = record.get("value_sensitivities") if isinstance(record, dict) else None
+    good = isinstance(values, list) and values and all(isinstance(x, (int, float)) and x >= 0 for x in values)
+    if not good or record.get("version") != _VERSION:
+        raise LoadError(f"{str(path)!r} is not a profile of this version: delete it or measure it again")
+    return ModelProfile(tuple(float(value) for value in values or ()))

@@ -1,0 +1,48 @@
+"""A figure as SVG to put into a page, in the page's colours."""
+
+import io
+import re
+from typing import TYPE_CHECKING
+
+from unsloth_spectral.plots.style import GREY, INK, PALETTE, PAPER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Each colour of the style becomes a variable of the page's, so that its dark scheme can lighten them.
+_VARIABLES = {INK: "ink", "#000000": "ink", PAPER: "paper", GREY: "muted"}
+_VARIABLES |= {color: f"series-{index}" for index, color in enumerate(PALETTE)}
+
+
+def inline_svg(figure: "Figure", prefix: str) -> str:
+    """The ``<svg>`` element of a figure, without a fixed size; it needs nothing from outside.
+
+    Colours of ``style`` are written ``var(--plot-ink, #1f2328)``, ``--plot-paper``, ``--plot-muted`` and
+    ``--plot-series-0`` to ``-9``: a page may set these, and the figure looks as drawn where it does not.
+
+    Args:
+        figure: any of this package's.
+        prefix: of all ids, different for each figure of a page.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Text as outlines: labels were placed by the widths of one font, and another's could overlap. Equal figures give
+    # equal bytes: no date, and ids by a fixed salt.
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    # Black is what SVG fills with, so matplotlib does not write it out.
+    head += f' style="fill: var(--plot-ink, {INK})"'
+    # Ids that nothing refers to are only weight; the others must differ from those of the page's other figures.
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', rest))
+    rest = re.sub(r'\sid="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", rest)
+    rest = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", rest)
+    for color, name in _VARIABLES.items():
+        rest = re.sub(rf"(?<=: ){color}\b", f"var(--plot-{name}, {color})", rest)
+    return f"{head}>{rest}"

@@ -1,0 +1,112 @@
+"""What all figures share: size, colours, type, and writing them. Without pyplot: no display, no global state."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.files import check_target, replacing
+
+# matplotlib is an extra, and slow to import: the functions import it.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+GREY = "#666666"
+# Text and axes, and the paper: `inline` hands these, `GREY` and `PALETTE` to the page, which has a dark scheme too.
+INK, PAPER = "#1f2328", "#ffffff"
+# Okabe and Ito's hues, spread to ten, each dark enough for small type on white.
+PALETTE = (
+    "#0072b2", "#d55e00", "#00855f", "#b5508a", "#9a6f00", "#5b5bd0", "#c2304f", "#3a86a8", "#6b7d1e", "#8a5a44",
+)  # fmt: skip
+MARKERS = "osD^vPX*hp"
+TITLE, LABEL, TICK = 13, 12, 11
+
+
+def check_figure_target(path: str | os.PathLike[str]) -> Path:
+    """The path of a figure to be written, checked before the work whose result it is to show.
+
+    Raises:
+        InvalidArgumentError: the suffix is not .png, .svg or .pdf, or the folder is missing or cannot be written to.
+        SpectralError: matplotlib is not installed.
+    """
+    target = check_target(path, FORMATS)
+    require_matplotlib()
+    return target
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write ``figure`` to ``path``, whole or not at all, in the format that the suffix names.
+
+    Raises:
+        InvalidArgumentError: the suffix is not .png, .svg or .pdf, or the folder is missing or cannot be written to.
+    """
+    target = check_target(path, FORMATS)
+    with replacing(target) as temporary:
+        figure.savefig(temporary, format=target.suffix[1:].lower())
+
+
+def model_title(report: dict[str, Any]) -> str:
+    """The model's name, or the end of it: names can be long paths."""
+    name = str(report.get("model", "KV cache"))
+    return name if len(name) <= 50 else f"...{name[-47:]}"
+
+
+def blank_figure(width: float, height: float) -> "Figure":
+    """A white figure of ``width`` by ``height`` inches, 100 pixels each."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+
+
+def tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=TICK)
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SpectralError(
+            'figures are drawn with matplotlib, which is not installed: run `pip install "unsloth-spectral[plot]"`'
+        ) from error
+
+
+def family_colors(families: Iterable[str]) -> dict[str, str]:
+    """A colour for each family, the dense cache grey; in order, so that equal families get equal colours."""
+    others = [family for family in dict.fromkeys(families) if family != "dense"]
+    colors = {family: PALETTE[index % len(PALETTE)] for index, family in enumerate(others)}
+    return {"dense": GREY, **colors}
+
+
+def family_markers(families: Iterable[str]) -> dict[str, str]:
+    """A marker for each family, for prints without colour."""
+    return {family: MARKERS[index % len(MARKERS)] for index, family in enumerate(dict.fromkeys(families))}
+
+
+def setting_of(method: str, family: str) -> str:
+    """What a method's name says beyond its family: ``16/32`` of ``rank 16/32``, empty where nothing."""
+    known = family.split()
+    return " ".join(word for word in method.split() if word not in known)
+
+
+def short(name: str, limit: int = 28) -> str:
+    """A name that fits its place: the end of a long one is left out."""
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def panels(count: int, columns: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure of ``count`` panels, ``width`` by ``height`` inches each, with shared scales."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = blank_figure(max(width * columns, 6), height * rows + 0.8)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    for spare in grid[count:]:
+        spare.set_visible(False)
+    for axes in grid[count - columns : count]:
+        axes.tick_params(labelbottom=True)
+    return figure, grid[:count]

@@ -1,0 +1,121 @@
+"""Rotary position embeddings as what they are, a complex number per token and pair of dimensions.
+
+Su et al., "RoFormer", 2021. A rotation is kept as the angle step of its pairs where positions run on evenly, which
+takes a few numbers whatever the length, and as a table where they do not.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Dims: TypeAlias = slice | Tensor
+
+# Every model's own table has the rounding of float32 angles, which grows with the position.
+_TOLERANCE, _ROUNDING = 2e-3, 1e-7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotation:
+    """The rotations of consecutive tokens: pair ``j`` of a token is multiplied by ``table()[token, j]``.
+
+    Attributes:
+        first, second: the ``P`` dimensions that make the real and the imaginary parts, as slices where they run on
+            evenly (many times faster), else ``[P]`` int64; others are not rotated.
+        start: ``[B or 1, 1 or num_tokens, P]`` complex64, the first token's rotation, or all tokens' where ``step`` is
+            None.
+        step: ``[P]`` float64, the angle from one token to the next; None where positions do not run on evenly.
+        num_tokens: how many tokens it is for.
+    """
+
+    first: Dims
+    second: Dims
+    start: Tensor
+    step: Tensor | None
+    num_tokens: int
+
+    @classmethod
+    def of(cls, table: Tensor, first: Dims, second: Dims, padding: Tensor | None = None) -> "Rotation":
+        """From ``table [B or 1, num_tokens, P]`` complex64, compact where its angles grow evenly.
+
+        The first ``padding [B]`` tokens of each row may stand anywhere.
+        """
+        if len(table) > 1 and bool((table == table[:1]).all()):
+            table = table[:1]
+        num_tokens = table.shape[1]
+        free = 0 if padding is None else int(padding.max())
+        if num_tokens - free > 2:
+            step = _angle_step(table[:, free:])
+            # Counted back from the last token, which is never padding.
+            back = torch.polar(torch.ones_like(step), -step * (num_tokens - 1)).to(table.dtype)
+            even = cls(first, second, table[:, -1:] * back, step, num_tokens)
+            error = (even.table() - table).abs().amax(-1)
+            if padding is not None:
+                places = torch.arange(num_tokens, device=table.device)
+                error = error.masked_fill(places < padding.to(table.device)[:, None], 0.0)
+            if float(error.max()) <= (_TOLERANCE + _ROUNDING * num_tokens) * float(table.abs().max()):
+                return even
+        return cls(first, second, table.clone(), None, num_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.start,) if self.step is None else (self.start, self.step)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def table(self) -> Tensor:
+        """``[B or 1, num_tokens, P]`` complex64."""
+        if self.step is None:
+            return self.start
+        angle = torch.arange(self.num_tokens, device=self.step.device)[:, None] * self.step
+        # In float64 up to here: the angle of the ten-thousandth token keeps its fraction.
+        return self.start * torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
+
+    def slice(self, start: int, stop: int) -> "Rotation":
+        """The rotations of tokens ``start`` to ``stop``."""
+        if self.step is None:
+            return Rotation(self.first, self.second, self.start[:, start:stop].clone(), None, stop - start)
+        turn = torch.polar(torch.ones_like(self.step), self.step * start).to(self.start.dtype)
+        return Rotation(self.first, self.second, self.start * turn, self.step, stop - start)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
+        """``function`` applied along the batch dimension, where the rows differ."""
+        if len(self.start) == 1:
+            return self
+        return Rotation(self.first, self.second, function(self.start), self.step, self.num_tokens)
+
+    @classmethod
+    def join(cls, pieces: Sequence["Rotation"]) -> "Rotation":
+        """The tokens of all ``pieces``, one after another."""
+        rows = max(len(piece.start) for piece in pieces)
+        tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
+        return cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
+
+
+def rotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``x [..., tokens, head_dim]`` with every pair turned by the complex ``table``, like ``[..., tokens, P]``."""
+    real, imaginary = x[..., rotation.first], x[..., rotation.second]
+    cos, sin = table.real, table.imag
+    out = x.clone()
+    out[..., rotation.first] = real * cos - imaginary * sin
+    out[..., rotation.second] = real * sin + imaginary * cos
+    return out
+
+
+def unrotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """The inverse of ``rotate``, whatever the size of the table's entries."""
+    return rotate(x, table.conj() / table.abs().square(), rotation)
+
+
+def _angle_step(table: Tensor) -> Tensor:
+    """The angle between neighbours, ``[P]`` float64, from ever longer spans, each unwrapped by the last one."""
+    wide = table[0].to(torch.complex128)
+    span, step = 1, torch.zeros(wide.shape[-1], dtype=torch.float64, device=wide.device)
+    while span < len(wide):
+        turn = (wide[span:] * wide[:-span].conj()).sum(0).angle()
+        turns = ((span * step - turn) / (2 * math.pi)).round()
+        step = (turn + 2 * math.pi * turns) / span
+        span *= 2
+    return step

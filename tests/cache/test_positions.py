@@ -1,0 +1,149 @@
+"""The positions of the exact tail against a plain list, and the sample of queries that look at it."""
+
+import random
+
+import pytest
+import torch
+
+from unsloth_spectral.cache.positions import PositionLog
+from unsloth_spectral.cache.sampler import QuerySampler
+from unsloth_spectral.rope import Rotation
+
+PAIRS = 4
+
+
+def rotation_of(*rows: list[int]) -> Rotation:
+    angle = torch.tensor(rows)[..., None] * 10.0 ** -torch.arange(PAIRS)
+    return Rotation.of(torch.polar(torch.ones_like(angle), angle), torch.arange(PAIRS), torch.arange(PAIRS) + PAIRS)
+
+
+def near(found: Rotation, rows: list[list[int]]) -> bool:
+    expected = rotation_of(*rows).table()
+    table = found.table().expand(max(len(found.table()), len(rows)), -1, -1)
+    return table.shape[1:] == expected.shape[1:] and bool((table - expected).abs().max() < 2e-2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("padded", [False, True])
+def test_random_histories_match_a_list(seed: int, padded: bool) -> None:
+    rng = random.Random(seed)
+    log, rows, position = PositionLog(), [[], []], 0
+    for _ in range(30):
+        kind = rng.choice(["append", "append", "append", "drop", "crop", "batch"])
+        held = len(rows[0])
+        if kind == "append":
+            count = rng.choice([1, 1, 2, 30])
+            new = [list(range(position + shift, position + shift + count)) for shift in (0, 5 * padded)]
+            log.append(rotation_of(*new), count)
+            rows = [row + extra for row, extra in zip(rows, new, strict=True)]
+            position += count
+        elif kind == "drop":
+            count = rng.choice([0, held, rng.randint(0, held)])
+            log.drop(count)
+            rows = [row[count:] for row in rows]
+        elif kind == "crop":
+            kept = rng.choice([held, rng.randint(0, held), held + 3])
+            log.crop(kept)
+            position -= max(0, held - kept)
+            rows = [row[:kept] for row in rows]
+        elif padded:
+            log.map_batch(lambda tensor: tensor[[1, 0]])
+            rows = rows[::-1]
+            if rows[0] and rows[0][0] > rows[1][0]:
+                log.map_batch(lambda tensor: tensor[[1, 0]])
+                rows = rows[::-1]
+        held = len(rows[0])
+        assert log.num_tokens == held
+        assert log.range(0, held + 1) is None
+        if held:
+            start = rng.randint(0, held - 1)
+            stop = rng.randint(start + 1, held)
+            found = log.range(start, stop)
+            assert found is not None
+            assert found.num_tokens == stop - start
+            assert near(found, [row[start:stop] for row in rows])
+        else:
+            assert log.nbytes == 0
+
+
+def test_many_single_tokens_stay_a_few_numbers() -> None:
+    log = PositionLog()
+    for position in range(500):
+        log.append(rotation_of([position]), 1)
+        log.range(0, 1)
+    assert log.num_tokens == 500
+    assert log.nbytes <= (64 + 2) * 8 * PAIRS
+    log.drop(128)
+    found = log.range(0, 372)
+    assert found is not None
+    assert near(found, [list(range(128, 500))])
+
+
+def test_an_empty_log() -> None:
+    log = PositionLog()
+    assert log.range(0, 0) is None
+    log.drop(5)
+    log.crop(0)
+    log.map_batch(torch.clone)
+    assert log.num_tokens == log.nbytes == 0
+
+
+def queries(length: int, first: int) -> torch.Tensor:
+    """``[2, 3, length, 5]``, each filled with its position."""
+    return torch.arange(first, first + length, dtype=torch.float32)[:, None].expand(2, 3, length, 5).clone()
+
+
+def test_a_prefill_is_sampled_evenly() -> None:
+    sampler = QuerySampler()
+    sampler.note(queries(1000, 0), 1000, missing=0, padding=0)
+    found, distances = sampler.sample(4, 900)
+    assert found is not None
+    assert distances is not None
+    places = found[0, 0, :, 0]
+    assert found.shape == (2, 3, len(distances), 5)
+    assert 200 <= len(distances) <= 256
+    assert places[0] < 10
+    assert places[-1] == 999
+    assert (places.diff() <= 5).all()
+    assert (places.diff() >= 3).all()
+    # A query saw itself and all before it, from token 4 on and no more than there are.
+    assert torch.equal(distances, (places.long() + 1 - 4).clamp(max=900))
+    assert sampler.nbytes == 256 * 2 * 3 * 5 * 4
+
+
+def test_padding_is_not_asked() -> None:
+    sampler = QuerySampler()
+    sampler.note(queries(100, 0), 100, missing=-5, padding=40)
+    found, _ = sampler.sample(0, 100)
+    assert found is not None
+    assert found.min() == 40
+    assert found.max() == 99
+
+
+def test_while_decoding_few_are_held() -> None:
+    sampler = QuerySampler()
+    for position in range(1000, 1600):
+        sampler.note(queries(1, position), position + 1, missing=1600 - position - 1, padding=0)
+    found, distances = sampler.sample(1100, 500)
+    assert found is not None
+    assert distances is not None
+    assert 30 <= len(distances) <= 34
+    assert found.dtype == torch.float32
+    assert sampler.nbytes <= 34 * 2 * 3 * 5 * 4
+    assert torch.allclose(found[0, 0, :, 0], distances + 1099.0, rtol=1e-3)
+    assert distances.max() == 500
+    assert distances.min() > 500 - 140
+
+
+def test_queries_before_the_tokens_do_not_count() -> None:
+    sampler = QuerySampler()
+    assert sampler.sample(0, 10) == (None, None)
+    sampler.note(queries(50, 0), 50, missing=0, padding=0)
+    assert sampler.sample(50, 10) == (None, None)
+    found, distances = sampler.sample(48, 10)
+    assert found is not None
+    assert found[0, 0, :, 0].tolist() == [48, 49]
+    assert distances.tolist() == [1, 2]
+    sampler.reset()
+    assert sampler.sample(0, 10) == (None, None)
+    assert sampler.nbytes == 0

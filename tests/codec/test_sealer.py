@@ -1,0 +1,282 @@
+"""One sealer a layer: what a later block shares with the first, the error limit, and bits within the budget."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.stats import CacheStats
+from unsloth_spectral.codec import sealer as sealer_module
+from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
+from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.sealer import RankSealer, SpectralSealer, make_sealers
+from unsloth_spectral.rope import Rotation
+
+BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 32, 256
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(count: int, seed: int = 0, kind: int = 0, head_dim: int = HEAD_DIM, batch: int = BATCH) -> ExactBlock:
+    """Keys with a decaying spectrum in a basis that ``kind`` chooses, and plain values."""
+    mix = torch.linalg.qr(random(HEADS, head_dim, head_dim, seed=1000 + kind)).Q
+    spread = torch.logspace(0.3, -1.2, head_dim)
+    keys = (random(batch, HEADS, count, head_dim, seed=seed) * spread) @ mix + random(1, HEADS, 1, head_dim, seed=7)
+    return ExactBlock(keys, random(batch, HEADS, count, head_dim, seed=seed + 500))
+
+
+def rotation_of(count: int, start: int = 0, head_dim: int = HEAD_DIM) -> Rotation:
+    pairs = head_dim // 2
+    angle = torch.arange(start, start + count)[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)
+    first = torch.arange(pairs)
+    return Rotation.of(torch.polar(torch.ones_like(angle), angle)[None], first, first + pairs)
+
+
+def sealer_of(frame: str = "unrotated", bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
+    config = SpectralConfig(block_size=BLOCK, bits_per_element=bits, key_frame=frame, error_limit=limit)
+    return make_sealers(config, layers)[0]
+
+
+frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
+
+
+def sealed(sealer: Any, what: ExactBlock, observed: Observed | None = None) -> CodedBlock:
+    block = sealer.seal(what, None, Observed() if observed is None else observed)
+    assert isinstance(block, CodedBlock)
+    return block
+
+
+@frames
+def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str) -> None:
+    sealer = sealer_of(frame)
+    first = sealed(sealer, tokens(512), Observed(rotation_of(512)))
+    second = sealed(sealer, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
+    assert second.keys.vectors is first.keys.vectors
+    assert second.keys.mean is first.keys.mean
+    assert second.values.largest is first.values.largest
+    joined = sealer.join(first, second)
+    assert joined.num_tokens == 768
+    assert joined.nbytes < first.nbytes + second.nbytes - first.keys.vectors.nbytes
+    for part, a, b in zip(joined.reconstruct(), first.reconstruct(), second.reconstruct(), strict=True):
+        assert (part - torch.cat([a, b], -2)).abs().max() < 2e-3 * part.abs().max()
+    third = sealed(sealer, tokens(BLOCK, seed=2), Observed(rotation_of(BLOCK, 768)))
+    assert sealer.join(joined, third).num_tokens == 1024
+
+
+def test_a_block_of_another_kind_gets_its_own_basis() -> None:
+    sealer = sealer_of()
+    first, other = sealed(sealer, tokens(512)), sealed(sealer, tokens(BLOCK, seed=1, kind=1))
+    assert other.keys.vectors is not first.keys.vectors
+    assert sealer.join(first, other) is None
+    assert float(other.keys.relative_error.max()) < 2.5 * float(first.keys.relative_error.max())
+    # The first basis stays the one that is tried.
+    again = sealed(sealer, tokens(BLOCK, seed=2))
+    assert again.keys.vectors is first.keys.vectors
+    assert sealer.join(first, again) is not None
+
+
+def test_values_that_grow_later_are_not_cut_off() -> None:
+    sealer = sealer_of()
+    first, later = tokens(512), tokens(BLOCK, seed=1)
+    later.values[:, :, 40:50] *= 20
+    sealed(sealer, first)
+    values = sealed(sealer, later).reconstruct()[1]
+    error = (values - later.values).norm(dim=-1) / later.values.norm(dim=-1)
+    assert float(error[:, :, 40:50].max()) < 2 * float(error[:, :, 100:].max())
+
+
+def test_after_forgetting_everything_is_planned_anew() -> None:
+    sealer = sealer_of()
+    first = sealed(sealer, tokens(512))
+    assert sealer.nbytes > 0
+    sealer.forget()
+    assert sealer.nbytes == 0
+    second = sealed(sealer, tokens(BLOCK, seed=1))
+    assert second.keys.vectors is not first.keys.vectors
+    assert second.keys.num_bits > 0
+    assert sealer.join(first, second) is None
+    sealer.reset()
+    assert torch.equal(sealed(sealer, tokens(512)).keys.planes, first.keys.planes)
+
+
+def test_only_whole_groups_and_coded_blocks_join() -> None:
+    sealer = sealer_of()
+    first, second = sealed(sealer, tokens(512)), sealed(sealer, tokens(BLOCK, seed=1))
+    assert sealer.join(first.first_tokens(500)[0], second) is None
+    assert sealer.join(tokens(512), second) is None
+    assert sealer.join(first, tokens(512)) is None
+    assert sealer.join(first.map_batch(torch.clone), second) is None
+
+
+@pytest.mark.parametrize("limit", [0.2, 0.06, 0.02])
+def test_a_tight_limit_buys_bits(limit: float) -> None:
+    plain = sealed(sealer_of(bits=2.0), tokens(512))
+    assert max(float(plain.keys.relative_error.max()), float(plain.values.relative_error.max())) > limit
+    block = sealed(sealer_of(bits=2.0, limit=limit), tokens(512))
+    assert float(block.keys.relative_error.max()) <= limit
+    assert float(block.values.relative_error.max()) <= limit
+    assert block.values.nbits > plain.values.nbits
+    if limit < 0.2:
+        assert block.keys.num_bits > plain.keys.num_bits
+    found, exact = block.reconstruct()[1], tokens(512).values
+    assert (found - exact).norm() / exact.norm() <= limit * 1.01
+
+
+def test_a_limit_that_is_met_changes_nothing() -> None:
+    one, other = sealed(sealer_of(), tokens(512)), sealed(sealer_of(limit=0.9), tokens(512))
+    assert torch.equal(one.keys.planes, other.keys.planes)
+    assert torch.equal(one.values.planes, other.values.planes)
+
+
+def test_an_impossible_limit_gives_none_and_the_layer_keeps_the_block() -> None:
+    assert sealer_of(limit=1e-4).seal(tokens(512), None, Observed()) is None
+    layer = SpectralLayer(SpectralConfig(block_size=BLOCK, num_sink_tokens=4, residual_length=16, error_limit=1e-4))
+    block = tokens(4 + 512 + 16)
+    layer.append(block.keys, block.values)
+    layer.seal()
+    assert layer.stats().exact_blocks == 2
+    assert layer.stats().sealed_tokens == 0
+    assert all(isinstance(part, ExactBlock) for part in layer.blocks)
+    assert torch.equal(layer.reconstruct()[0], block.keys)
+    assert torch.equal(layer.reconstruct()[1], block.values)
+
+
+def test_an_impossible_limit_ends_where_keys_lack_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, encode = [], sealer_module.key_codec.encode
+
+    def spy(*args: Any) -> Any:
+        calls.append(1)
+        assert len(calls) < 100
+        return encode(*args)
+
+    monkeypatch.setattr(sealer_module.key_codec, "encode", spy)
+    block = tokens(512)
+    block.keys[..., HEAD_DIM // 2 :] = 0
+    assert sealer_of(limit=1e-4).seal(block, None, Observed()) is None
+    assert len(calls) > 2
+
+
+def layers_of(config: SpectralConfig, num_layers: int, count: int, head_dim: int, **options: Any) -> CacheStats:
+    """A cache of layers whose keys differ tenfold in size, filled and sealed one layer after another."""
+    stats, rotation = [], rotation_of(count, head_dim=head_dim)
+    for index, sealer in enumerate(make_sealers(config, num_layers, **options)):
+        layer, block = SpectralLayer(config, sealer), tokens(count, seed=index, head_dim=head_dim, batch=1)
+        layer.append((10.0 ** (index % 3 / 2)) * block.keys, block.values)
+        layer.observe(random(1, 2 * HEADS, 16, head_dim, seed=index), rotation)
+        layer.seal()
+        stats.append(layer.stats())
+        assert stats[-1].sealed_tokens > 0
+    return CacheStats.of(stats)
+
+
+@frames
+@pytest.mark.parametrize(("preset", "head_dim"), [("quality", 64), ("balanced", 64), ("small", 64)])
+def test_the_cold_tier_takes_the_bits_asked_for(frame: str, preset: str, head_dim: int) -> None:
+    config = SpectralConfig(preset=preset, key_frame=frame)
+    stats = layers_of(config, 6, 2200, head_dim)
+    check_bits(stats, config)
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+@pytest.mark.parametrize("preset", ["balanced", "small"])
+def test_the_cold_tier_takes_the_bits_asked_for_at_other_head_dims(preset: str, head_dim: int) -> None:
+    config = SpectralConfig(preset=preset)
+    check_bits(layers_of(config, 4, 2200, head_dim), config)
+
+
+def test_the_cold_tier_takes_the_bits_asked_for_with_a_profile() -> None:
+    config = SpectralConfig(bits_per_element=2.6)
+    profile = ModelProfile((1.0, 0.01, 5.0, 0.1, 0.5, 0.02))
+    stats = layers_of(config, 6, 2200, 64, profile=profile)
+    check_bits(stats, config)
+    assert len({layer.bits_values for layer in stats.layers}) > 1
+
+
+def check_bits(stats: CacheStats, config: SpectralConfig) -> None:
+    assert stats.cold_bits_per_element == pytest.approx(config.target_bits, rel=0.02)
+    codes = sum((layer.bits_keys + layer.bits_values) / 2 * layer.cold_elements for layer in stats.layers)
+    assert stats.cold_bits_per_element > codes / sum(layer.cold_elements for layer in stats.layers)
+
+
+def test_the_query_metric_buys_what_queries_look_at() -> None:
+    queries = 0.01 * random(BATCH, 2 * HEADS, 64, HEAD_DIM, seed=4)
+    queries[..., :8] *= 300
+    observed = Observed(None, queries, torch.full((64,), 512))
+    block = tokens(512)
+    with_queries, without = (sealed(sealer_of(bits=1.5), block, o) for o in (observed, Observed()))
+    per_head = queries.unflatten(1, (HEADS, 2)).flatten(2, 3)
+    exact = per_head @ block.keys.mT
+    errors = [(found.scores(per_head) - exact).norm() / exact.norm() for found in (with_queries, without)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@frames
+@pytest.mark.parametrize("count", [1, 8, 33, 256])
+def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
+    """While decoding at most 33 queries a head are sampled: they span a part of the directions later queries use."""
+    queries = random(BATCH, HEADS, count, 64)
+    block, rotation = tokens(BLOCK, head_dim=64), rotation_of(BLOCK, head_dim=64)
+    later = random(BATCH, HEADS, 300, 64, seed=1)
+    exact = later @ block.keys.mT
+    errors = []
+    for observed in (Observed(rotation, queries, torch.full((count,), BLOCK)), Observed(rotation)):
+        found = sealed(sealer_of(frame, bits=4.0), block, observed)
+        errors.append(float((found.scores(later) - exact).norm() / exact.norm()))
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("is_rotated", [True, False])
+def test_the_metric_is_that_of_the_queries_turned_back(is_rotated: bool) -> None:
+    queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
+    fixed = Observed(None, queries, torch.full((600,), 64)).metric(HEADS, HEAD_DIM, is_rotated)
+    seen = Observed(rotation_of(64), queries, torch.full((600,), 64)).metric(HEADS, HEAD_DIM, is_rotated)
+    assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
+    # Turning keeps lengths; the floor depends on the number of queries.
+    assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
+    assert torch.equal(seen, fixed) == is_rotated
+    first = Observed(rotation_of(64), queries, torch.ones(600, dtype=torch.int64)).metric(HEADS, HEAD_DIM, False)
+    assert torch.allclose(first, fixed, atol=5e-3), "who saw one token alone saw it at position 0, not turned"
+    nothing = Observed(rotation_of(64)).metric(HEADS, HEAD_DIM, is_rotated)
+    assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))
+
+
+def test_units_and_kinds() -> None:
+    config = SpectralConfig(block_size=512)
+    sealers = make_sealers(config, 3)
+    assert all(isinstance(sealer, SpectralSealer) for sealer in sealers)
+    assert len({id(sealer.budget) for sealer in sealers}) == 1
+    assert (sealers[0].unit(True), sealers[0].unit(False)) == (128, 512)
+    rank = make_sealers(SpectralConfig(8, 8, block_size=32), 2)
+    assert all(isinstance(sealer, RankSealer) for sealer in rank)
+    assert rank[0].unit(True) == rank[0].unit(False) == 32
+    block = tokens(64)
+    found = rank[0].seal(block, None, Observed())
+    assert isinstance(found, SpectralBlock)
+    joined = rank[0].join(found, rank[0].seal(block, None, Observed()))
+    assert joined is not None
+    assert joined.num_tokens == 128
+
+
+def test_coded_blocks_answer_like_dense_ones() -> None:
+    for frame in ("rotated", "unrotated"):
+        block = sealed(sealer_of(frame), tokens(1280), Observed(rotation_of(1280)))
+        keys, values = block.reconstruct()
+        query, weights = random(BATCH, HEADS, 3, HEAD_DIM), torch.rand(BATCH, HEADS, 3, 1280)
+        assert torch.allclose(block.scores(query), query @ keys.mT, atol=2e-2)
+        assert torch.allclose(block.combine(weights), weights @ values, rtol=1e-3, atol=1e-2)
+        tiles = list(block.tiles(300))
+        assert [tile.num_tokens for tile in tiles] == [256] * 5
+        assert torch.allclose(torch.cat([tile.reconstruct()[0] for tile in tiles], -2), keys, atol=1e-2)
+        (cut,) = block.first_tokens(333)
+        assert cut.num_tokens == 333
+        assert torch.allclose(cut.reconstruct()[0], keys[..., :333, :], atol=1e-2)
+        assert torch.allclose(cut.reconstruct()[1], values[..., :333, :], atol=1e-4)
+        assert cut.nbytes < 0.4 * block.nbytes
+        assert block.num_key_value_heads == HEADS
+        assert block.is_finite

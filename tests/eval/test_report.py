@@ -1,0 +1,128 @@
+"""The page: whole, self-contained, escaped, and with the right numbers first."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_results import write_results
+
+from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.eval.report import Need, Picture, needs, render
+from unsloth_spectral.eval.results import Point, read_results
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Every tag closed in turn; text, tags and addresses collected."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("href", "src", "xlink:href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_results(tmp_path / "results")
+
+
+def test_fewest_bits_for_each_level() -> None:
+    points = [Point("a 2", "a", 2, 0.02), Point("a 4", "a", 4, 0.002), Point("b", "b", 3, 0.009), Point("c", "c", 1, 9)]
+    assert needs(points, (0.1, 0.01, 0.001)) == {
+        0.1: [Need("a 2", "a", 2), Need("b", "b", 3)],
+        0.01: [Need("b", "b", 3), Need("a 4", "a", 4)],
+        0.001: [],
+    }
+
+
+def test_the_answer_comes_first(folder: Path) -> None:
+    text = " ".join(Page(render(read_results(folder))).text.split())
+    assert "KL at most 0.01 2.13 bits spectral balanced next families: spectral balanced rotated, 2.38;" in text
+    assert text.index("KL at most") < text.index("Means over 3 cases")
+    for words in (
+        "kivi 4",
+        "OutOfMemoryError: tried to allocate 2.00 GiB",
+        "1 of 2 cases",
+        "SmolLM2",
+        "top1 agreement",
+    ):
+        assert words in text
+
+
+def test_it_needs_nothing_from_outside(folder: Path) -> None:
+    page = Page(render(read_results(folder), [Picture("needle", "a picture", "<svg><path/></svg>")]))
+    assert page.addresses == []
+    assert "svg" in page.tags
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"https?://|@import|url\(", render(read_results(folder)))
+
+
+def test_the_best_of_each_column_is_marked(folder: Path) -> None:
+    page = render(read_results(folder))
+    (row,) = re.findall(r"<tr><th scope=\"row\">int8</th>\s*<td>8.25</td>.*?</tr>", page, re.DOTALL)[1:2]
+    assert row.count('class="best"') == 4
+    dense = re.findall(r"<tr><th scope=\"row\">dense</th>.*?</tr>", page, re.DOTALL)
+    assert dense
+    assert not any("best" in each for each in dense)
+
+
+def test_everything_is_escaped(folder: Path) -> None:
+    evil = "<script>alert('x')</script>&\"{{ 7 * 7 }}"
+    for name in ("metrics.jsonl", "config.json", "environment.json"):
+        text = (folder / name).read_text()
+        for word in (
+            "kivi 2",
+            "fidelity",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "A Processor (AVX512)",
+            "OutOfMemory",
+        ):
+            text = text.replace(word, json.dumps(evil)[1:-1] + word)
+        (folder / name).write_text(text)
+    results = read_results(folder)
+    page = render(results, [Picture(results.tasks[0], evil, "<svg></svg>")])
+    assert "script" not in Page(page).tags
+    assert "<script" not in page
+    assert "{{ 7 * 7 }}kivi 2" in Page(page).text
+
+
+def test_results_of_few_kinds(folder: Path) -> None:
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for wanted in ('"task": "needle"', '"method": "dense"', '"method": "rank 16/32"'):
+        (folder / "metrics.jsonl").write_text("".join(line for line in lines if wanted in line))
+        page = render(read_results(folder))
+        assert Page(page).text
+        assert ("No measured method stays within" in page) == ("rank" in wanted)
+
+
+def test_without_jinja(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SpectralError, match=r'`pip install "unsloth-spectral\[plot\]"`'):
+        render(read_results(folder))
