@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow bench clean
+.PHONY: help demo test test-slow eval bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,13 @@ test: $(STAMP) ## ruff, mypy and the fast tests
 
 test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
+
+eval: $(STAMP) ## every method on the fidelity task and the report: about half an hour on 2 cores
+	$(BIN)/pip install -q -c constraints.txt 'optimum-quanto>=0.2.7' 'hqq>=0.2.8'
+	$(BIN)/pip install -q -c constraints.txt --no-deps tiny-turboquant
+	$(BIN)/unsloth-spectral profile
+	$(BIN)/unsloth-spectral eval --output results
+	$(BIN)/unsloth-spectral report results
 
 bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
 	for name in rsvd quantize attention_paths attention_fidelity key_frames end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done

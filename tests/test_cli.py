@@ -23,7 +23,7 @@ from unsloth_spectral.eval.tasks.base import Outcome
 from unsloth_spectral.integrations.models import LoadedModel
 
 LOAD = "unsloth_spectral.integrations.models.load_model"
-SHORT = ["--context-length", "300", "--max-new-tokens", "4", "--block-size", "64"]
+SHORT = ["--context-length", "300", "--max-new-tokens", "4", "--block-size", "128"]
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -55,7 +55,9 @@ def test_version_and_help() -> None:
 
 def test_every_option_of_compare_is_there() -> None:
     text = CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
-    wanted = "model document question context-length max-new-tokens rank-keys rank-values block-size json plot seed"
+    wanted = (
+        "model document question context-length max-new-tokens preset rank-keys rank-values block-size json plot seed"
+    )
     for option in wanted.split():
         assert re.search(rf"--{option}\b", text), option
 
@@ -64,7 +66,9 @@ def test_every_option_of_compare_is_there() -> None:
     ("arguments", "message"),
     [
         (["compare", "--rank-keys", "0"], "rank_keys must be at least 1, got 0"),
-        (["compare", "--block-size", "8"], "rank_keys must be at most block_size"),
+        (["compare", "--rank-keys", "16", "--block-size", "8"], "rank_keys must be at most block_size"),
+        (["compare", "--block-size", "100"], "block_size must be a multiple of 128"),
+        (["compare", "--preset", "tiny"], "preset must be one of quality, balanced, small, got 'tiny'"),
         (["compare", "--rank-keys", "1", "--rank-keys", "2", "--rank-values", "1", "--rank-values", "2",
           "--rank-values", "3"], "must be given equally often"),
         (["compare", "--json", "a.txt"], "must end in .json"),
@@ -143,11 +147,11 @@ def test_compare(
 ) -> None:
     monkeypatch.setattr(LOAD, lambda *_, **__: smollm2)
     json_file, plot = tmp_path / "a.json", tmp_path / "a.png"
-    ranks = ["--rank-keys", "16", "--rank-keys", "24", "--rank-values", "32"]
+    ranks = ["--preset", "balanced", "--rank-keys", "16", "--rank-keys", "24", "--rank-values", "32"]
     app(["compare", *SHORT, *ranks, "--json", str(json_file), "--plot", str(plot)], standalone_mode=False)
     result = json.loads(json_file.read_text())
-    assert [cache["name"] for cache in result["caches"]] == ["dense", "spectral 16/32", "spectral 24/32"]
-    assert result["config"]["block_size"] == 64
+    assert [cache["name"] for cache in result["caches"]] == ["dense", "spectral balanced", "rank 16/32", "rank 24/32"]
+    assert result["config"]["block_size"] == 128
     assert plot.read_bytes().startswith(b"\x89PNG")
     found = output.readouterr()
     assert "KL to dense, nats" in found.out
@@ -346,7 +350,7 @@ class TestReport:
 @pytest.mark.parametrize(
     ("keys", "values", "pairs"),
     [
-        (None, None, [(16, 32), (24, 40), (32, 48)]),
+        (None, None, []),
         ([8], None, [(8, 32)]),
         (None, [8, 9], [(16, 8), (16, 9)]),
         ([1, 2], [3], [(1, 3), (2, 3)]),

@@ -47,8 +47,8 @@ def comparison_table(result: dict[str, Any]) -> RenderableType:
     row("perplexity", lambda cache: f"{cache['fidelity']['perplexity']:.2f}")
     row("change of perplexity", lambda cache: f"{cache['fidelity']['perplexity_change']:+.2f}", dense=False)
     notes = Text(
-        "spectral 16/32: rank 16 for the keys, 32 for the values. A half-precision cache has 16\n"
-        "bits per element. KL, top-1 and perplexity: on the 256 tokens after the context.",
+        "A half-precision cache has 16 bits per element; exact first and newest tokens are counted.\n"
+        "KL, top-1 and perplexity: on the 256 tokens after the context.",
         style="dim",
     )
     return Group(table, notes)

@@ -5,6 +5,7 @@ takes a few numbers whatever the length, and as a table where they do not.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,6 +17,14 @@ Dims: TypeAlias = slice | Tensor
 
 # Every model's own table has the rounding of float32 angles, which grows with the position.
 _TOLERANCE, _ROUNDING = 2e-3, 1e-7
+
+
+class _Last(threading.local):
+    step: Tensor | None = None
+    table: Tensor | None = None
+
+
+_last = _Last()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +76,21 @@ class Rotation:
 
     def table(self) -> Tensor:
         """``[B or 1, num_tokens, P]`` complex64."""
+        relative = self.relative()
+        return self.start if relative is None else self.start * relative
+
+    def relative(self) -> Tensor | None:
+        """``[num_tokens, P]`` complex64: ``table() == start * relative()``; None where there is no step.
+
+        The last one is kept, as all layers of a model ask for the same.
+        """
         if self.step is None:
-            return self.start
-        angle = torch.arange(self.num_tokens, device=self.step.device)[:, None] * self.step
-        # In float64 up to here: the angle of the ten-thousandth token keeps its fraction.
-        return self.start * torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
+            return None
+        if _last.step is not self.step or _last.table is None or len(_last.table) < self.num_tokens:
+            # In float64: the angle of the ten-thousandth token keeps its fraction.
+            angle = torch.arange(self.num_tokens, device=self.step.device)[:, None] * self.step
+            _last.step, _last.table = self.step, torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
+        return _last.table[: self.num_tokens]
 
     def slice(self, start: int, stop: int) -> "Rotation":
         """The rotations of tokens ``start`` to ``stop``."""

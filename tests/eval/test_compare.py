@@ -32,7 +32,7 @@ def run(loaded: LoadedModel, document: str, *configs: SpectralConfig, **options:
 def test_figures(loaded: LoadedModel, document: str) -> None:
     result = run(loaded, document, CLOSE, FAR)
     dense, close, far = result.caches
-    assert [cache.name for cache in result.caches] == ["dense", "spectral 16/16", "spectral 1/1"]
+    assert [cache.name for cache in result.caches] == ["dense", "rank 16/16", "rank 1/1"]
     # 2 layers, 2 heads, keys and values of head_dim 16 in float32
     assert dense.stored_bytes == dense.dense_bytes == LENGTH * 2 * 2 * 2 * 16 * 4
     assert dense.bits_per_element == 32
@@ -86,7 +86,7 @@ def test_progress_of_each_cache(loaded: LoadedModel, document: str) -> None:
         on_progress=lambda stage, done, total: steps.setdefault(stage, []).append((done, total)),
     )
     assert list(steps) == [
-        f"{name}: {stage}" for name in ("dense", "spectral 16/16") for stage in ("prefill", "continuation", "decode")
+        f"{name}: {stage}" for name in ("dense", "rank 16/16") for stage in ("prefill", "continuation", "decode")
     ]
     assert all(done[-1][0] == done[-1][1] for done in steps.values())
     assert steps["dense: decode"] == [(i, 8) for i in range(1, 9)]
@@ -144,3 +144,14 @@ def test_an_unsupported_model_is_told_before_any_work(character_tokenizer: Any, 
         )  # fmt: skip
     assert steps == []
     assert model.config._attn_implementation != "unsloth_spectral"
+
+
+def test_the_spectral_codec_by_its_title(loaded: LoadedModel, document: str) -> None:
+    small = SpectralConfig(bits_per_element=8, block_size=128, residual_length=16)
+    rotated = SpectralConfig(bits_per_element=8, key_frame="rotated", block_size=128, residual_length=16)
+    _, first, second = run(loaded, document, small, rotated).caches
+    assert (first.name, second.name) == ("spectral 8 bits", "spectral 8 bits rotated")
+    for cache in (first, second):
+        assert cache.stored_bytes < cache.dense_bytes
+        assert cache.context_bytes[-1] == pytest.approx(cache.stored_bytes, rel=0.1)
+        assert 0 < cache.fidelity.kl < 0.1

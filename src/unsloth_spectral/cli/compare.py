@@ -22,10 +22,12 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 EXAMPLES = (
     "unsloth-spectral compare --plot compare.png",
+    "unsloth-spectral compare --preset balanced --rank-keys 16",
     "unsloth-spectral compare --document book.txt --question 'Who is the thief?' --rank-keys 16 --rank-keys 32 "
     "--rank-values 48",
 )
-_RANKS = ((16, 32), (24, 40), (32, 48))
+_DEFAULT_RANKS = (16, 32)
+_PRESETS = ("quality", "balanced", "small")
 
 
 def command(
@@ -34,11 +36,15 @@ def command(
     question: Annotated[str, typer.Option(help="Asked after the document.")] = "What is the text above about?",
     context_length: ContextOption = 4096,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each cache.")] = 64,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(help="quality, balanced or small; repeat for several caches. Default, without ranks: all three."),
+    ] = None,
     rank_keys: Annotated[
-        list[int] | None, typer.Option(help="Rank of the keys; repeat for several caches. Default: 16, 24, 32.")
+        list[int] | None, typer.Option(help="Rank codec: rank of the keys; repeat for several caches.")
     ] = None,
     rank_values: Annotated[
-        list[int] | None, typer.Option(help="Rank of the values; as often, or once for all. Default: 32, 40, 48.")
+        list[int] | None, typer.Option(help="Rank codec: rank of the values; as often, or once for all.")
     ] = None,
     block_size: BlockOption = 512,
     json_file: JsonOption = None,
@@ -52,10 +58,10 @@ def command(
     from unsloth_spectral.eval.documents import read_document
 
     check_outputs(json_file, plot)
-    configs = [
-        SpectralConfig(rank_keys=keys, rank_values=values, block_size=block_size)
-        for keys, values in _pair_ranks(rank_keys, rank_values)
-    ]
+    ranks = _pair_ranks(rank_keys, rank_values)
+    presets = preset or ([] if ranks else _PRESETS)
+    configs = [SpectralConfig(preset=name, block_size=block_size) for name in presets]
+    configs += [SpectralConfig(rank_keys=keys, rank_values=values, block_size=block_size) for keys, values in ranks]
     text = read_document(document)
     with progress_shown() as report:
         loaded = load(model, report)
@@ -78,9 +84,9 @@ def command(
 
 def _pair_ranks(rank_keys: list[int] | None, rank_values: list[int] | None) -> list[tuple[int, int]]:
     if not rank_keys and not rank_values:
-        return list(_RANKS)
-    keys = rank_keys or [_RANKS[0][0]]
-    values = rank_values or [_RANKS[0][1]]
+        return []
+    keys = rank_keys or [_DEFAULT_RANKS[0]]
+    values = rank_values or [_DEFAULT_RANKS[1]]
     count = max(len(keys), len(values))
     if len(keys) not in (1, count) or len(values) not in (1, count):
         raise InvalidArgumentError(

@@ -88,6 +88,15 @@ class SpectralConfig:
         return "spectral" if self.rank_keys is None else "rank"
 
     @property
+    def title(self) -> str:
+        """What tables call it: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits rotated``."""
+        if self.codec == "rank":
+            return f"rank {self.rank_keys}/{self.rank_values}"
+        has_amount = self.bits_per_element is not None or self.compression_factor is not None
+        amount = f"{self.target_bits:.3g} bits" if has_amount else self.preset or "balanced"
+        return f"spectral {amount}" + (" rotated" if self.key_frame == "rotated" else "")
+
+    @property
     def target_bits(self) -> float:
         """Bits per element asked of the spectral codec."""
         if self.bits_per_element is not None:

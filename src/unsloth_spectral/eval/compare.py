@@ -31,7 +31,7 @@ class CacheResult:
     """What one cache did.
 
     Attributes:
-        name: ``dense`` or ``spectral <rank_keys>/<rank_values>``.
+        name: ``dense``, ``spectral <preset or bits>`` or ``rank <rank_keys>/<rank_values>``.
         stored_bytes, dense_bytes: after the prefill, all layers; dense in the model's own dtype.
         compression_factor: ``dense_bytes / stored_bytes``.
         bits_per_element: stored bits per number of the dense cache; 16 is a half-precision cache.
@@ -180,9 +180,9 @@ class _Run:
         )
 
     def spectral(self, config: SpectralConfig) -> CacheResult:
-        """A spectral cache of the given ranks, against the dense one run before."""
+        """A compressed cache, against the dense one run before."""
         assert self._dense_logits is not None, "the dense cache runs first"
-        name = f"spectral {config.rank_keys}/{config.rank_values}"
+        name = config.title
         cache, seconds = self._prefill(name, SpectralCache(self._model, config=config))
         stats: CacheStats = cache.stats()
         logits = self._continue(name, copy.deepcopy(cache))
