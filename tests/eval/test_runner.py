@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
@@ -240,3 +241,10 @@ def test_registry_joins_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     groups[1]["dense"] = method("dense")
     with pytest.raises(AssertionError, match="share a name"):
         registry.methods()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "a", FakeTask(num_cases=1))
+    with FileLock(tmp_path / "a" / ".lock"), pytest.raises(InvalidArgumentError, match="another run is writing to"):
+        run(tmp_path / "a", FakeTask(num_cases=1))
+    assert run(tmp_path / "a", FakeTask(num_cases=1)).num_skipped == 4

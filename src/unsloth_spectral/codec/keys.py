@@ -290,8 +290,9 @@ def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
 def _relative_error(x: Tensor, found: KeyCodes, metric: Tensor) -> Tensor:
     coefficients, basis = found.components()
     error = x - coefficients.mT @ basis
-    lost = ((error @ metric) * error).sum((-2, -1))
-    whole = ((x @ metric) * x).sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
+    # tr(W E^T E): a small product instead of one as long as the context.
+    lost = ((error.mT @ error) * metric).sum((-2, -1)).clamp_min(0)
+    whole = ((x.mT @ x) * metric).sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
     return (lost / whole).sqrt().half()
 
 

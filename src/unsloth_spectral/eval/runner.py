@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.environment import environment
@@ -70,6 +71,25 @@ def run_evaluation(
     ordered = sorted(methods, key=lambda method: method.name != DENSE)
     cases = {task.name: list(task.cases(loaded)) for task in tasks}
     _prepare(folder, _config(loaded, tasks, ordered, settings or {}))
+    # Two runs in one folder would measure everything twice.
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise InvalidArgumentError(
+            f"another run is writing to {str(folder)!r}: wait for it, or give another folder"
+        ) from None
+    with held:
+        return _run_all(loaded, tasks, ordered, cases, folder, on_progress)
+
+
+def _run_all(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    ordered: Sequence[Method],
+    cases: Mapping[str, Sequence[str]],
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> Summary:
     done = _resume(folder)
     num_measured, num_skipped, failures = 0, 0, []
     for task in tasks:
