@@ -22,7 +22,7 @@ def contenders(subject: Subject, length: int, steps: int) -> dict[str, Any]:
     return {
         "dense (DynamicCache)": DynamicCache(config=subject.model.config),
         "dense (StaticCache)": StaticCache(config=subject.model.config, max_cache_len=length + steps + 8),
-        "spectral 16/32": SpectralCache(subject.model, config=SpectralConfig(rank_keys=16, rank_values=32)),
+        "rank 16/32": SpectralCache(subject.model, config=SpectralConfig(rank_keys=16, rank_values=32)),
     }
 
 

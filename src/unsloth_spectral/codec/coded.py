@@ -12,7 +12,7 @@ from unsloth_spectral.codec.keys import KeyCodes
 from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.codec.values import ValueCodes
 
-_TILE_TOKENS = 1024  # of a product over un-rotated keys, which have to be rebuilt for it
+_TILE_TOKENS = 2048  # of a product over un-rotated keys, which have to be rebuilt for it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
