@@ -17,7 +17,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import Sealer, make_sealers
+from unsloth_spectral.codec.sealer import SealedBlock, Sealer, make_sealers
 from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.rope import Rotation
@@ -225,7 +225,7 @@ class SpectralLayer:
             return LayerStats(kind="spectral", num_tokens=0)
         ranked = [block for block in self._cold if isinstance(block, SpectralBlock)]
         coded = [block for block in self._cold if isinstance(block, CodedBlock)]
-        sealed: list[SpectralBlock | CodedBlock] = [*ranked, *coded]
+        sealed: list[SealedBlock] = [*ranked, *coded]
         tail = self._residual.block
         per_token = tail.keys.shape[0] * tail.keys.shape[1] * (tail.keys.shape[-1] + tail.values.shape[-1])
         num_sealed = sum(block.num_tokens for block in sealed)
@@ -289,7 +289,7 @@ class SpectralLayer:
             for first in range(run.start, run.stop, size):
                 yield from self._encode_run(old, real, start, slice(first, min(first + size, run.stop)))
 
-    def _try_seal(self, tokens: ExactBlock, real: Tensor | None, start: int) -> Block | None:
+    def _try_seal(self, tokens: ExactBlock, real: Tensor | None, start: int) -> SealedBlock | None:
         num_tokens = tokens.num_tokens
         try:
             rotation = self._positions.range(start, start + num_tokens)
@@ -300,7 +300,7 @@ class SpectralLayer:
         except RuntimeError as error:  # a LinAlgError, or no memory for the factorization
             logger.warning("%d tokens could not be factorized together: %s", num_tokens, error)
             return None
-        if isinstance(sealed, (SpectralBlock, CodedBlock)) and not sealed.is_finite:  # finite squares may overflow
+        if sealed is not None and not sealed.is_finite:  # finite tokens whose squares overflow
             logger.warning("the factors of %d tokens overflowed", num_tokens)
             return None
         return sealed

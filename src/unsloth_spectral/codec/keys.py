@@ -12,10 +12,10 @@ from unsloth_spectral.codec.basis import Basis, projection
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
 from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
 from unsloth_spectral.rope import Rotation, rotate, unrotate
 
-# What a component costs beside its codes: a byte a group, and its row of the basis (int8 and a half-precision scale).
+# What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
 SCALE_BITS = 8 / GROUP_SIZE
 STEPS_PER_OCTAVE = 32
 # Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
@@ -76,17 +76,13 @@ class KeyCodes:
 
         ``K`` is the most components of any head; others are filled up with zeros.
         """
-        batch = self.vectors.shape[0]
-        coefficients = dequantize(
-            unpack(self.planes, self.counts), self._nbits(), decode_scales(self.scales, STEPS_PER_OCTAVE)
-        )
+        nbits = widths_of(self.counts, self.planes.device)
+        scales = decode_scales(self.scales, STEPS_PER_OCTAVE)
+        coefficients = dequantize(unpack(self.planes, self.counts), nbits, scales)
         basis = self.vectors.float() * self.vector_scales
         slots, most = slots_of(self.heads, self.num_key_value_heads)
-        shape = (batch, self.num_key_value_heads * most, -1)
-        padded = coefficients.new_zeros(*shape[:2], coefficients.shape[-1]).index_copy_(1, slots, coefficients)
-        padded_basis = basis.new_zeros(*shape[:2], basis.shape[-1]).index_copy_(1, slots, basis)
         split = (self.num_key_value_heads, most)
-        return padded[..., : self.num_tokens].unflatten(1, split), padded_basis.unflatten(1, split)
+        return _by_head(coefficients, slots, split)[..., : self.num_tokens], _by_head(basis, slots, split)
 
     def reconstruct(self) -> Tensor:
         """The dense keys as the model caches them, ``[B, H, num_tokens, D]`` float32."""
@@ -130,22 +126,17 @@ class KeyCodes:
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
         """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
-        share = other.num_tokens / (self.num_tokens + other.num_tokens)
         rotation = self.rotation
         if rotation is not None and other.rotation is not None:
             rotation = Rotation.join([rotation, other.rotation])
-        error = self.relative_error.float().square() * (1 - share) + other.relative_error.float().square() * share
         return replace(
             self,
             planes=torch.cat([self.planes, other.planes], -1),
             scales=torch.cat([self.scales, other.scales], -1),
-            relative_error=error.sqrt().half(),
+            relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
             rotation=rotation,
         )
-
-    def _nbits(self) -> Tensor:
-        return widths_of(self.counts, self.planes.device)
 
 
 def widths_of(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -160,6 +151,13 @@ def slots_of(heads: Tensor, num_heads: int) -> tuple[Tensor, int]:
     most = int(same.sum(0).max()) if len(heads) else 0
     places = (same.cumsum(0) * same).sum(-1) - 1
     return heads.long() * most + places, most
+
+
+def _by_head(components: Tensor, slots: Tensor, split: tuple[int, int]) -> Tensor:
+    """``[B, C, n]`` put into ``slots`` of ``[B, num_heads, most, n]``, zeros elsewhere."""
+    batch, _, count = components.shape
+    empty = components.new_zeros(batch, split[0] * split[1], count)
+    return empty.index_copy_(1, slots, components).unflatten(1, split)
 
 
 def centre(
@@ -219,12 +217,11 @@ def encode(
     x: Tensor, plan: KeyPlan, metric: Tensor, mean: Tensor, rotation: Rotation | None, is_rotated: bool
 ) -> tuple[KeyCodes, KeyPlan]:
     """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``. ``n`` is a multiple of 8."""
-    batch, num_heads, num_tokens, head_dim = x.shape
+    batch, num_heads, num_tokens, _ = x.shape
     nbits = widths_of(plan.counts, x.device)
     rows = plan.vectors.float() * plan.row_scales
     slots, most = slots_of(plan.heads, num_heads)
-    padded = rows.new_zeros(batch, num_heads * most, head_dim).index_copy_(1, slots, rows)
-    project = projection(padded.unflatten(1, (num_heads, most)), metric)
+    project = projection(_by_head(rows, slots, (num_heads, most)), metric)
     coefficients = (x @ project).mT.flatten(1, 2)[:, slots]
     codes, scales = quantize(coefficients, nbits)
     # Twice the largest: later tokens coded in the same basis may need more.

@@ -1,7 +1,7 @@
 """Turning exact tokens into a sealed block, by either codec. One sealer serves one layer."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from unsloth_spectral.rope import Rotation
 _WORTH_A_BASIS = 3.0
 
 
+SealedBlock: TypeAlias = SpectralBlock | CodedBlock
+
+
 class Sealer(Protocol):
     """What a layer asks of a codec."""
 
@@ -36,7 +39,7 @@ class Sealer(Protocol):
         """Tokens sealed are a multiple of this; ``is_first`` for the first sealing of a layer."""
         ...
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> Block | None:
+    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         """A sealed block of ``tokens``, finite; None where none within the error limit exists.
 
         ``real [B, n]`` bool leaves out padding. ``observed`` is what is known of these tokens' positions and queries.
@@ -65,7 +68,7 @@ class RankSealer:
     def unit(self, is_first: bool) -> int:
         return self._config.block_size
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> Block | None:
+    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         return seal(tokens.keys, tokens.values, self._config)
 
     def join(self, last: Block, new: Block) -> Block | None:
@@ -117,7 +120,7 @@ class SpectralSealer:
     def unit(self, is_first: bool) -> int:
         return GROUP_SIZE if is_first else self.config.block_size
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> Block | None:
+    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         is_rotated = self.config.key_frame == "rotated"
         x, mean = key_codec.centre(tokens.keys, self._mean, observed.rotation, is_rotated, real)
         metric = observed.metric(x.shape[1], x.shape[-1], is_rotated).to(x.device)
@@ -181,9 +184,9 @@ class SpectralSealer:
         limit = self.config.error_limit
         if limit is None:
             return keys, plan, coded
-        own, widths = principal_basis(x, metric), None
-        level = plan.level
+        own, widths, level = None, None, plan.level
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
+            own = principal_basis(x, metric) if own is None else own
             level /= 4
             widths = widths_at(level, own.variances.mean(0), 1.0)
             plan = key_codec.plan(own, widths, level)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
 from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
 
 STEPS_PER_OCTAVE = 20
 # Steps of the uniform quantizer of least squared error on a unit Gaussian, 1 to 8 bits (Max, 1960).
@@ -71,21 +71,20 @@ class ValueCodes:
 
     def append(self, other: "ValueCodes") -> "ValueCodes":
         """These values followed by ``other``'s, of the same width; these fill whole bytes."""
-        share = other.num_tokens / (self.num_tokens + other.num_tokens)
-        error = self.relative_error.float().square() * (1 - share) + other.relative_error.float().square() * share
-        planes = torch.cat([self.planes, other.planes], -1)
         return replace(
-            self, planes=planes, scales=torch.cat([self.scales, other.scales], -1), relative_error=error.sqrt().half(),
+            self,
+            planes=torch.cat([self.planes, other.planes], -1),
+            scales=torch.cat([self.scales, other.scales], -1),
+            relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
-        )  # fmt: skip
+        )
 
     def _token_scales(self) -> Tensor:
         return decode_scales(self.scales, STEPS_PER_OCTAVE) * self.largest
 
     def _rotated(self) -> Tensor:
         """Rotated values before their tokens' scales, ``[B, H, D, num_tokens]``."""
-        counts = [0] * (MAX_NBITS + 1)
-        counts[self.nbits] = self.planes.shape[1] // self.nbits
+        counts = _one_width(self.nbits, self.planes.shape[1] // self.nbits)
         codes = unpack(self.planes, counts)[..., : self.num_tokens]
         centred = codes.float() - ((1 << (self.nbits - 1)) - 0.5)
         return centred.unflatten(1, (-1, self.head_dim))
@@ -110,15 +109,18 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
-    counts = [0] * (MAX_NBITS + 1)
-    counts[nbits] = x.shape[1] * x.shape[-1]
+    counts = _one_width(nbits, x.shape[1] * x.shape[-1])
     planes = pack((codes + (half - 0.5)).to(torch.uint8).mT.flatten(1, 2).contiguous(), counts)
-    error = x.new_zeros(x.shape[:2], dtype=torch.float16)
-    found = ValueCodes(planes, scale_codes, largest, error, x.shape[-1], nbits, x.shape[-2])
     hat = codes * (decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest)[..., None]
     lost = (hat - turned).square().sum((-2, -1))
     whole = energy.sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
-    return replace(found, relative_error=(lost / whole).sqrt().half())
+    error = (lost / whole).sqrt().half()
+    return ValueCodes(planes, scale_codes, largest, error, x.shape[-1], nbits, x.shape[-2])
+
+
+def _one_width(nbits: int, count: int) -> list[int]:
+    """Counts by width, as ``packing`` takes them, of ``count`` components of one width."""
+    return [count if width == nbits else 0 for width in range(MAX_NBITS + 1)]
 
 
 @lru_cache

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from unsloth_spectral.cache.stats import CacheStats
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -20,6 +22,12 @@ class Footprint:
     stored_bytes: int
     dense_bytes: int
     cold_bits_per_element: float | None
+
+    @classmethod
+    def counted(cls, cache: Any) -> "Footprint":
+        """Of a cache whose ``stats()`` counts it, as this library's own do and its stand-ins for peers."""
+        stats: CacheStats = cache.stats()
+        return cls(stats.stored_bytes, stats.dense_bytes, stats.cold_bits_per_element)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""

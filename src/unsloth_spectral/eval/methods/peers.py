@@ -40,12 +40,12 @@ def _all() -> list[Method]:
     codecs: dict[str, Callable[[int], Any]] = {"kivi": Kivi, "lloyd-max": LloydMax}
     return [
         *(
-            Method(f"{family} {nbits}", family, partial(_quantized_cache, family, nbits), _footprint)
+            Method(f"{family} {nbits}", family, partial(_quantized_cache, family, nbits), Footprint.counted)
             for family, offered in _QUANTIZED.items()
             for nbits in offered
         ),
         *(
-            Method(f"{family} {nbits}", family, partial(_round_trip_cache, codecs[family](nbits)), _footprint)
+            Method(f"{family} {nbits}", family, partial(_round_trip_cache, codecs[family](nbits)), Footprint.counted)
             for family, offered in (("kivi", (4, 3, 2)), ("lloyd-max", (4, 3, 2, 1)))
             for nbits in offered
         ),
@@ -79,8 +79,3 @@ def _round_trip_cache(codec: Any, model: Any) -> Any:
     from unsloth_spectral.integrations.huggingface.roundtrip import RoundTripCache
 
     return RoundTripCache(model, codec)
-
-
-def _footprint(cache: Any) -> Footprint:
-    stats = cache.stats()
-    return Footprint(stats.stored_bytes, stats.dense_bytes, stats.cold_bits_per_element)

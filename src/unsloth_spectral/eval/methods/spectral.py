@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.eval.methods.base import Footprint, Method
@@ -25,21 +24,16 @@ def spectral_methods() -> dict[str, Method]:
             found.append(_method(name, family, SpectralConfig(preset=preset, key_frame=frame)))
     for preset in ("balanced", "small"):
         make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
-        found.append(Method(f"spectral {preset} without profile", "spectral without profile", make, _footprint))
+        found.append(Method(f"spectral {preset} without profile", "spectral without profile", make, Footprint.counted))
     return {method.name: method for method in found}
 
 
 def _method(name: str, family: str, config: SpectralConfig) -> Method:
-    return Method(name, family, partial(_make, config), _footprint)
+    return Method(name, family, partial(_make, config), Footprint.counted)
 
 
 def _make(config: SpectralConfig, model: Any, use_profile: bool = True) -> SpectralCache:
     return SpectralCache(model, config=config, use_profile=use_profile)
-
-
-def _footprint(cache: Any) -> Footprint:
-    stats: CacheStats = cache.stats()
-    return Footprint(stats.stored_bytes, stats.dense_bytes, stats.cold_bits_per_element)
 
 
 def _dense_footprint(cache: Any) -> Footprint:

@@ -47,8 +47,9 @@ def attend(
     if not isinstance(key, CompressedStates):
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
     layer = key.layer
-    padding = None if layer.is_sealed else _left_padding(attention_mask)
+    padding = None
     if not layer.is_sealed:
+        padding = _left_padding(attention_mask)
         layer.note_padding(padding)
     if layer.config.codec == "spectral":
         is_prefill = query.shape[2] == layer.num_tokens

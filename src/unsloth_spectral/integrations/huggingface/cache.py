@@ -138,10 +138,11 @@ class SpectralCache(Cache):
 
     def stats(self) -> CacheStats:
         """Bytes stored and bytes a dense cache would take, the factor between them, and the same per layer."""
-        return CacheStats.of([_layer_stats(layer) for layer in self.layers])
+        return CacheStats.of([layer_stats(layer) for layer in self.layers])
 
 
-def _layer_stats(layer: Any) -> LayerStats:
+def layer_stats(layer: Any) -> LayerStats:
+    """Of a spectral layer, or of one that the model keeps natively, whatever its kind."""
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats()
     # Keys and values are attributes, convolution and recurrent states sit in dictionaries.

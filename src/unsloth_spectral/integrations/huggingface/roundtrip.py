@@ -10,7 +10,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicL
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.integrations.huggingface.cache import _layer_stats
+from unsloth_spectral.integrations.huggingface.cache import layer_stats
 
 # Keys and values ``[B, H, tokens, head_dim]`` to what decoding gives back, of the same shapes, and the bits both took.
 Codec: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
@@ -163,5 +163,5 @@ class RoundTripCache(Cache):
     def stats(self) -> CacheStats:
         """Bytes as they would be stored and bytes of a dense cache, per layer and in all."""
         return CacheStats.of(
-            [layer.stats() if isinstance(layer, RoundTripLayer) else _layer_stats(layer) for layer in self.layers]
+            [layer.stats() if isinstance(layer, RoundTripLayer) else layer_stats(layer) for layer in self.layers]
         )
