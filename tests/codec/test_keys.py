@@ -110,7 +110,7 @@ def test_scales_are_unbiased(nbits: int, assert_close: Callable[..., None]) -> N
     coefficients[..., 7] *= 20
     widths = torch.full((5,), nbits)
     codes, scales = codec.quantize(coefficients, widths)
-    assert codes.shape == (BATCH, 5, 304)
+    assert codes.shape == (BATCH, 5, 384)
     assert scales.shape == (BATCH, 5, 3)
     hat = codec.dequantize(codes, widths, scales)[..., :300]
     for start in (0, 128, 256):
@@ -228,8 +228,9 @@ def test_nbytes_are_those_of_the_storages(frame: str) -> None:
     held = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
     assert found.nbytes == held + (0 if rotation is None else rotation.nbytes)
     components = int((widths > 0).sum())
-    expected = int(widths.sum()) * 125 + components * (8 + 64 + 4) + 2 * HEADS * 64 + 2 * HEADS
-    assert held == BATCH * expected + components
+    # 1,000 tokens in eight tiles of 16 bytes a plane.
+    expected = int(widths.sum()) * 128 + components * (8 + 64 + 4) + 2 * HEADS * 64 + 2 * HEADS
+    assert held == BATCH * expected
     assert found.num_bits == int(widths.sum())
 
 
@@ -305,16 +306,11 @@ def test_the_rounded_basis_costs_hardly_anything() -> None:
     exact = (x.double() @ torch.linalg.inv(basis.vectors.double())).float().mT.flatten(1, 2)
     widths = torch.full((HEADS * 64,), 4)
     codes, scales = codec.quantize(exact, widths)
-    lost = (codec.dequantize(codes, widths, scales) - exact).norm() / exact.norm()
+    lost = (codec.dequantize(codes, widths, scales)[..., :1000] - exact).norm() / exact.norm()
     assert float(found.relative_error.mean()) < 1.03 * float(lost)
 
 
 def test_helpers() -> None:
-    counts = (3, 1, 0, 2, 0, 0, 0, 0, 1)
-    assert codec.widths_of(counts, torch.device("cpu")).tolist() == [8, 3, 3, 1]
-    slots, most = codec.slots_of(torch.tensor([2, 0, 2, 1, 2], dtype=torch.uint8), 4)
-    assert most == 3
-    assert slots.tolist() == [6, 0, 7, 3, 8]
-    assert codec.slots_of(torch.empty(0, dtype=torch.uint8), 4)[1] == 0
+    assert codec.flat_widths(((8, 3), (), (1,))) == (8, 3, 1)
     expected = codec.expected_error(torch.tensor([[4.0, 2.0, 1.0]]), torch.tensor([[2, 1, 0]]))
     assert float(expected) == pytest.approx(4 * 0.119 + 2 * 0.363 + 1)

@@ -1,8 +1,9 @@
 """Keys as codes of their principal components (DESIGN section 3)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from unsloth_spectral.codec.allocate import DISTORTION
 from unsloth_spectral.codec.basis import Basis, projection
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
-from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
+from unsloth_spectral.codec.packing import num_tiles, pack, unpack
 from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
 from unsloth_spectral.rope import Rotation, rotate, unrotate
 
@@ -21,22 +22,24 @@ STEPS_PER_OCTAVE = 32
 # Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
 _CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
 
+# For each key-value head the bits of its components, falling.
+Widths: TypeAlias = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyCodes:
     """Keys of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
-    Only components of one bit or more are held, ``C`` of all heads together, by falling width.
+    Only components of one bit or more are held, ``C`` of all heads together: head by head, by falling width.
 
     Attributes:
-        planes: ``[B, sum of widths, T / 8]`` uint8, see ``packing``; ``T`` is ``num_tokens`` rounded up.
-        scales: ``[B, C, groups]`` uint8, see ``logscale``.
+        planes: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
+        scales: ``[B, tiles, C]`` uint8, see ``logscale``; a tile is a group of tokens that share them.
         vectors: ``[B, C, D]`` int8, the basis.
         vector_scales: ``[B, C, 1]`` float32, of the basis rows; the largest scale of each component is in it.
-        heads: ``[C]`` uint8, the key-value head of each component.
         mean: ``[B, H, D]`` float16, un-rotated.
         relative_error: ``[B, H]`` float16, relative error under the query metric.
-        counts: how many components have each width, 0 to 8.
+        widths: bits of each component.
         num_tokens: tokens held.
         rotation: the tokens' positions; None for a model without rotary embeddings.
         is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
@@ -46,10 +49,9 @@ class KeyCodes:
     scales: Tensor
     vectors: Tensor
     vector_scales: Tensor
-    heads: Tensor
     mean: Tensor
     relative_error: Tensor
-    counts: tuple[int, ...]
+    widths: Widths
     num_tokens: int
     rotation: Rotation | None
     is_rotated: bool
@@ -61,28 +63,24 @@ class KeyCodes:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor, as torch reports their storages."""
-        held = storage_bytes(
-            self.planes, self.scales, self.vectors, self.vector_scales, self.heads, self.mean, self.relative_error
-        )
+        held = storage_bytes(self.planes, self.scales, self.vectors, self.vector_scales, self.mean, self.relative_error)
         return held + (0 if self.rotation is None else self.rotation.nbytes)
 
     @property
     def num_bits(self) -> int:
         """Bits a token of all heads together, codes alone."""
-        return sum(nbits * count for nbits, count in enumerate(self.counts))
+        return sum(map(sum, self.widths))
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Coefficients ``[B, H, K, num_tokens]`` and their basis ``[B, H, K, D]``, both float32.
 
         ``K`` is the most components of any head; others are filled up with zeros.
         """
-        nbits = widths_of(self.counts, self.planes.device)
-        scales = decode_scales(self.scales, STEPS_PER_OCTAVE)
-        coefficients = dequantize(unpack(self.planes, self.counts), nbits, scales)
+        flat = flat_widths(self.widths)
+        scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
+        coefficients = dequantize(unpack(self.planes, flat), _as_tensor(flat, self.planes.device), scales)
         basis = self.vectors.float() * self.vector_scales
-        slots, most = slots_of(self.heads, self.num_key_value_heads)
-        split = (self.num_key_value_heads, most)
-        return _by_head(coefficients, slots, split)[..., : self.num_tokens], _by_head(basis, slots, split)
+        return _by_head(coefficients, self.widths)[..., : self.num_tokens], _by_head(basis, self.widths)
 
     def reconstruct(self) -> Tensor:
         """The dense keys as the model caches them, ``[B, H, num_tokens, D]`` float32."""
@@ -111,8 +109,8 @@ class KeyCodes:
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
         return replace(
             self,
-            planes=self.planes[..., start // 8 : -(-stop // 8)],
-            scales=self.scales[..., start // GROUP_SIZE : -(-stop // GROUP_SIZE)],
+            planes=self.planes[:, start // GROUP_SIZE : num_tiles(stop)],
+            scales=self.scales[:, start // GROUP_SIZE : num_tiles(stop)],
             num_tokens=stop - start,
             rotation=None if self.rotation is None else self.rotation.slice(start, stop),
         )
@@ -131,33 +129,41 @@ class KeyCodes:
             rotation = Rotation.join([rotation, other.rotation])
         return replace(
             self,
-            planes=torch.cat([self.planes, other.planes], -1),
-            scales=torch.cat([self.scales, other.scales], -1),
+            planes=torch.cat([self.planes, other.planes], 1),
+            scales=torch.cat([self.scales, other.scales], 1),
             relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
             rotation=rotation,
         )
 
 
-def widths_of(counts: Sequence[int], device: torch.device) -> Tensor:
-    """``[C]`` int64 widths in the order of ``packing``."""
-    falling = torch.arange(MAX_NBITS, 0, -1, device=device)
-    return falling.repeat_interleave(torch.tensor(counts[:0:-1], device=device))
+def flat_widths(widths: Widths) -> tuple[int, ...]:
+    """All heads' widths, one after another."""
+    return tuple(chain.from_iterable(widths))
 
 
-def slots_of(heads: Tensor, num_heads: int) -> tuple[Tensor, int]:
-    """Where each of ``C`` components goes when every head gets room for the most any head has, and that number."""
-    same = heads.long()[:, None] == torch.arange(num_heads, device=heads.device)
-    most = int(same.sum(0).max()) if len(heads) else 0
-    places = (same.cumsum(0) * same).sum(-1) - 1
-    return heads.long() * most + places, most
+@lru_cache(maxsize=256)
+def _as_tensor(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(widths, dtype=torch.int64, device=device)
 
 
-def _by_head(components: Tensor, slots: Tensor, split: tuple[int, int]) -> Tensor:
-    """``[B, C, n]`` put into ``slots`` of ``[B, num_heads, most, n]``, zeros elsewhere."""
+@lru_cache(maxsize=256)
+def _slots(widths: Widths, device: torch.device) -> Tensor:
+    """Where each of ``C`` components goes when every head gets room for the most any head has."""
+    most = max(map(len, widths))
+    return torch.tensor([head * most + place for head, own in enumerate(widths) for place in range(len(own))]).to(
+        device
+    )
+
+
+def _by_head(components: Tensor, widths: Widths) -> Tensor:
+    """``[B, C, n]`` as ``[B, num_heads, most, n]``, filled up with zeros."""
     batch, _, count = components.shape
-    empty = components.new_zeros(batch, split[0] * split[1], count)
-    return empty.index_copy_(1, slots, components).unflatten(1, split)
+    most = max(map(len, widths))
+    if all(len(own) == most for own in widths):
+        return components.unflatten(1, (len(widths), most))
+    empty = components.new_zeros(batch, len(widths) * most, count)
+    return empty.index_copy_(1, _slots(widths, components.device), components).unflatten(1, (len(widths), most))
 
 
 def centre(
@@ -186,55 +192,57 @@ class KeyPlan:
     """How keys are coded: which components, how many bits each, in which rounded basis.
 
     Attributes:
-        vectors: ``[B, C, D]`` int8, by falling width.
+        vectors: ``[B, C, D]`` int8, head by head, by falling width.
         row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``.
         tops: ``[B, C, 1]`` float32, the largest scale that codes may have; None until the first tokens are coded.
-        heads: ``[C]`` uint8.
-        counts: how many components have each width.
+        widths: bits of each component.
         level: the water level of the widths.
     """
 
     vectors: Tensor
     row_scales: Tensor
     tops: Tensor | None
-    heads: Tensor
-    counts: tuple[int, ...]
+    widths: Widths
     level: float
 
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
     """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
-    order = widths.flatten().argsort(descending=True, stable=True)[: int((widths > 0).sum())]
-    counts = tuple(torch.bincount(widths.flatten()[order], minlength=MAX_NBITS + 1).tolist())
+    kept: Widths = tuple(tuple(sorted((width for width in own if width), reverse=True)) for own in widths.tolist())
+    order = (widths.argsort(dim=-1, descending=True, stable=True) + _first_of(widths)).flatten()
+    order = order[widths.flatten()[order] > 0]
     rows = basis.vectors.flatten(1, 2)[:, order]
     peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     vectors = (rows * (127 / peak)).round().to(torch.int8)
-    heads = (order // widths.shape[-1]).to(torch.uint8)
-    return KeyPlan(vectors, peak / 127, None, heads, counts, level)
+    return KeyPlan(vectors, peak / 127, None, kept, level)
+
+
+def _first_of(widths: Tensor) -> Tensor:
+    """``[H, 1]``, the place of each head's first component among those of all heads."""
+    return torch.arange(len(widths), device=widths.device)[:, None] * widths.shape[1]
 
 
 def encode(
     x: Tensor, plan: KeyPlan, metric: Tensor, mean: Tensor, rotation: Rotation | None, is_rotated: bool
 ) -> tuple[KeyCodes, KeyPlan]:
-    """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``. ``n`` is a multiple of 8."""
+    """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``."""
     batch, num_heads, num_tokens, _ = x.shape
-    nbits = widths_of(plan.counts, x.device)
+    flat = flat_widths(plan.widths)
     rows = plan.vectors.float() * plan.row_scales
-    slots, most = slots_of(plan.heads, num_heads)
-    project = projection(_by_head(rows, slots, (num_heads, most)), metric)
-    coefficients = (x @ project).mT.flatten(1, 2)[:, slots]
-    codes, scales = quantize(coefficients, nbits)
+    project = projection(_by_head(rows, plan.widths), metric)
+    coefficients = (x @ project).mT
+    coefficients = torch.cat([coefficients[:, head, : len(own)] for head, own in enumerate(plan.widths)], 1)
+    codes, scales = quantize(coefficients, _as_tensor(flat, x.device))
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     found = KeyCodes(
-        pack(codes, plan.counts),
-        encode_scales(scales, STEPS_PER_OCTAVE, tops)[0],
+        pack(codes, flat),
+        encode_scales(scales, STEPS_PER_OCTAVE, tops)[0].mT.contiguous(),
         plan.vectors,
         plan.row_scales * tops,
-        plan.heads,
         mean,
         x.new_zeros(batch, num_heads, dtype=torch.float16),
-        plan.counts,
+        plan.widths,
         num_tokens,
         rotation,
         is_rotated,
@@ -243,7 +251,9 @@ def encode(
 
 
 def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform mid-rise codes ``[B, C, T]`` uint8 and scales ``[B, C, groups]`` of ``coefficients [B, C, n]``.
+    """Uniform mid-rise codes and scales ``[B, C, groups]`` of ``coefficients [B, C, n]``.
+
+    The codes are ``[B, C, T]`` uint8, ``T`` the next multiple of 128.
 
     Per component and group the clipping point of least squared error, then the scale that makes the codes project
     exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
@@ -265,7 +275,7 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
     overlap = (groups * value).sum(-1, keepdim=True)
     scales = groups.square().sum(-1, keepdim=True) / overlap.clamp_min(torch.finfo(groups.dtype).tiny)
     codes = (value + (half - 0.5)).to(torch.uint8).flatten(-2)
-    return codes[..., : -(-count // 8) * 8].contiguous(), scales[..., 0]
+    return codes, scales[..., 0]
 
 
 def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_ZERO = 255  # the code of a scale of 0
+ZERO = 255  # the code of a scale of 0
 
 
 def encode_scales(scales: Tensor, steps_per_octave: int, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -17,11 +17,11 @@ def encode_scales(scales: Tensor, steps_per_octave: int, top: Tensor | None = No
     if top is None:
         top = scales.amax(-1, keepdim=True)
     octaves = -(scales / top.clamp_min(torch.finfo(top.dtype).tiny)).log2()
-    codes = (octaves * steps_per_octave).round().clamp(0, _ZERO - 1)
-    return torch.where(scales > 0, codes, float(_ZERO)).to(torch.uint8), top
+    codes = (octaves * steps_per_octave).round().clamp(0, ZERO - 1)
+    return torch.where(scales > 0, codes, float(ZERO)).to(torch.uint8), top
 
 
 def decode_scales(codes: Tensor, steps_per_octave: int) -> Tensor:
     """Scales over the largest of their row, float32."""
     relative = torch.exp2(codes.float() * (-1 / steps_per_octave))
-    return relative.masked_fill_(codes == _ZERO, 0.0)
+    return relative.masked_fill_(codes == ZERO, 0.0)

@@ -1,58 +1,83 @@
-"""Codes of different widths in bit planes: eight tokens a byte, so that a width is exactly what it costs.
+"""Codes of different widths in bit planes, so that a width is exactly what it costs.
 
-Components come first and tokens last, sorted by falling width; a component of width ``b`` has ``b`` planes, the lowest
-bit first.
+Tokens come in tiles of 128; within a tile component follows component, a component of width ``b`` as ``b`` planes of
+16 bytes, the lowest bit first. So what attention reads at a time lies together, and grows at its end.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TOKENS_PER_BYTE = 8
+from unsloth_spectral.codec.config import GROUP_SIZE
+
+TILE_TOKENS = GROUP_SIZE  # a tile's tokens share scales too
+PLANE_BYTES = TILE_TOKENS // 8
 MAX_NBITS = 8
 
 
-def pack(codes: Tensor, counts: Sequence[int]) -> Tensor:
-    """Pack ``codes [B, C, T]`` uint8 into planes ``[B, sum of widths, T / 8]`` uint8.
+class _Group(NamedTuple):
+    """Components of one width.
 
-    ``counts[b]`` components have width ``b``, 0 to 8, and come in falling order of width; ``T`` is a multiple of 8 and
-    a code of width ``b`` is below ``2 ** b``.
+    Attributes:
+        nbits: the width.
+        components: ``[n]`` int64, their places.
+        rows: ``[n * nbits]`` int64, the places of their planes.
     """
-    weights = (1 << torch.arange(TOKENS_PER_BYTE, device=codes.device)).to(torch.uint8)
-    planes, start = [], 0
-    for nbits in range(MAX_NBITS, 0, -1):
-        stop = start + counts[nbits]
-        if stop == start:
-            continue
-        part = codes[:, start:stop, None] >> torch.arange(nbits, dtype=torch.uint8, device=codes.device)[:, None]
-        bits = (part & 1).unflatten(-1, (-1, TOKENS_PER_BYTE))
-        planes.append((bits * weights).sum(-1, dtype=torch.uint8).flatten(1, 2))
-        start = stop
-    if not planes:
-        return codes.new_empty(codes.shape[0], 0, codes.shape[-1] // TOKENS_PER_BYTE)
-    return torch.cat(planes, dim=1)
+
+    nbits: int
+    components: Tensor
+    rows: Tensor
 
 
-def unpack(planes: Tensor, counts: Sequence[int]) -> Tensor:
-    """The inverse of ``pack``: ``[B, C, T]`` uint8, where ``C`` leaves out components of width 0."""
+def num_tiles(num_tokens: int) -> int:
+    """Tiles that hold ``num_tokens``."""
+    return -(-num_tokens // TILE_TOKENS)
+
+
+def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
+    """Pack ``codes [B, C, T]`` uint8 into planes ``[B, tiles, sum of widths, 16]`` uint8.
+
+    ``widths [C]`` are 1 to 8; a code of width ``b`` is below ``2 ** b``. Tokens that fill up the last tile get code 0.
+    """
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TILE_TOKENS)).unflatten(-1, (-1, PLANE_BYTES, 8))
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    planes = codes.new_empty(codes.shape[0], codes.shape[2], sum(widths), PLANE_BYTES)
+    for nbits, components, rows in _groups(tuple(widths), codes.device):
+        shifts = torch.arange(nbits, dtype=torch.uint8, device=codes.device).view(-1, 1, 1, 1)
+        packed = ((codes[:, components, None] >> shifts & 1) * weights).sum(-1, dtype=torch.uint8)
+        planes[:, :, rows] = packed.flatten(1, 2).transpose(1, 2)
+    return planes
+
+
+def unpack(planes: Tensor, widths: Sequence[int]) -> Tensor:
+    """The inverse of ``pack``: ``[B, C, T]`` uint8, ``T`` a multiple of 128."""
     spread = _spread(planes.device)
-    parts, start = [], 0
-    for nbits in range(MAX_NBITS, 0, -1):
-        if not counts[nbits]:
-            continue
-        stop = start + counts[nbits] * nbits
+    batch, tiles = planes.shape[:2]
+    lanes = torch.empty(batch, len(widths), tiles, PLANE_BYTES, dtype=torch.int64, device=planes.device)
+    for nbits, components, rows in _groups(tuple(widths), planes.device):
         # Eight tokens lie in one int64, a byte each, so that one shift or sum serves all eight.
-        lanes = spread[planes[:, start:stop].unflatten(1, (-1, nbits)).int()]
-        codes = lanes[:, :, 0]
+        part = spread[planes[:, :, rows].transpose(1, 2).unflatten(1, (-1, nbits)).int()]
+        found = part[:, :, 0]
         for plane in range(1, nbits):
-            codes = codes | (lanes[:, :, plane] << plane)
-        parts.append(codes)
-        start = stop
-    if not parts:
-        return planes.new_empty(planes.shape[0], 0, planes.shape[-1] * TOKENS_PER_BYTE)
-    return torch.cat(parts, dim=1).view(torch.uint8)
+            found = found | (part[:, :, plane] << plane)
+        lanes[:, components] = found
+    return lanes.flatten(2).view(torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def _groups(widths: tuple[int, ...], device: torch.device) -> list[_Group]:
+    """The components by width, falling."""
+    nbits = torch.tensor(widths, dtype=torch.int64)
+    starts = nbits.cumsum(0) - nbits
+    groups = []
+    for width in sorted(set(widths), reverse=True):
+        components = (nbits == width).nonzero()[:, 0]
+        rows = (starts[components, None] + torch.arange(width)).flatten()
+        groups.append(_Group(width, components.to(device), rows.to(device)))
+    return groups
 
 
 @lru_cache

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.logscale import decode_scales, encode_scales
-from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
+from unsloth_spectral.codec.logscale import ZERO, decode_scales, encode_scales
+from unsloth_spectral.codec.packing import TILE_TOKENS, num_tiles, pack, unpack
 from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
 
 STEPS_PER_OCTAVE = 20
@@ -23,8 +23,8 @@ class ValueCodes:
     """Values of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
     Attributes:
-        planes: ``[B, H * D * nbits, T / 8]`` uint8, see ``packing``.
-        scales: ``[B, H, T]`` uint8, one a token, see ``logscale``.
+        planes: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``.
+        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``logscale``.
         largest: ``[B, H, 1]`` float32, the scale of code 0.
         relative_error: ``[B, H]`` float16, relative error.
         head_dim, nbits, num_tokens: D, the width of every code, and the tokens held.
@@ -55,11 +55,11 @@ class ValueCodes:
         return turned @ hadamard(self.head_dim).to(turned)
 
     def slice(self, start: int, stop: int) -> "ValueCodes":
-        """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 8."""
+        """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
         return replace(
             self,
-            planes=self.planes[..., start // 8 : -(-stop // 8)],
-            scales=self.scales[..., start:stop],
+            planes=self.planes[:, start // TILE_TOKENS : num_tiles(stop)],
+            scales=self.scales[..., start : num_tiles(stop) * TILE_TOKENS],
             num_tokens=stop - start,
         )
 
@@ -70,28 +70,28 @@ class ValueCodes:
         return replace(self, **mapped)
 
     def append(self, other: "ValueCodes") -> "ValueCodes":
-        """These values followed by ``other``'s, of the same width; these fill whole bytes."""
+        """These values followed by ``other``'s, of the same width; these fill whole tiles."""
         return replace(
             self,
-            planes=torch.cat([self.planes, other.planes], -1),
+            planes=torch.cat([self.planes, other.planes], 1),
             scales=torch.cat([self.scales, other.scales], -1),
             relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
         )
 
     def _token_scales(self) -> Tensor:
-        return decode_scales(self.scales, STEPS_PER_OCTAVE) * self.largest
+        return decode_scales(self.scales[..., : self.num_tokens], STEPS_PER_OCTAVE) * self.largest
 
     def _rotated(self) -> Tensor:
         """Rotated values before their tokens' scales, ``[B, H, D, num_tokens]``."""
-        counts = _one_width(self.nbits, self.planes.shape[1] // self.nbits)
-        codes = unpack(self.planes, counts)[..., : self.num_tokens]
+        widths = (self.nbits,) * (self.planes.shape[2] // self.nbits)
+        codes = unpack(self.planes, widths)[..., : self.num_tokens]
         centred = codes.float() - ((1 << (self.nbits - 1)) - 0.5)
         return centred.unflatten(1, (-1, self.head_dim))
 
 
 def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCodes:
-    """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8; 8 divides ``n``.
+    """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8.
 
     ``largest [B, H, 1]``, where later tokens join earlier ones, is the scale that the earlier ones' are relative to;
     it is not used where the later ones exceed it.
@@ -109,18 +109,13 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
-    counts = _one_width(nbits, x.shape[1] * x.shape[-1])
-    planes = pack((codes + (half - 0.5)).to(torch.uint8).mT.flatten(1, 2).contiguous(), counts)
+    planes = pack((codes + (half - 0.5)).to(torch.uint8).mT.flatten(1, 2), (nbits,) * (x.shape[1] * x.shape[-1]))
     hat = codes * (decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest)[..., None]
     lost = (hat - turned).square().sum((-2, -1))
     whole = energy.sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
     error = (lost / whole).sqrt().half()
+    scale_codes = torch.nn.functional.pad(scale_codes, (0, -x.shape[-2] % TILE_TOKENS), value=ZERO)
     return ValueCodes(planes, scale_codes, largest, error, x.shape[-1], nbits, x.shape[-2])
-
-
-def _one_width(nbits: int, count: int) -> list[int]:
-    """Counts by width, as ``packing`` takes them, of ``count`` components of one width."""
-    return [count if width == nbits else 0 for width in range(MAX_NBITS + 1)]
 
 
 @lru_cache
