@@ -13,7 +13,7 @@ PACKAGE = "unsloth_spectral"
 SOURCE = Path(unsloth_spectral.__file__).parent
 # cli -> eval -> integrations -> {cache, attention} -> codec -> {rsvd, rope} -> errors, where X may import all behind X.
 LEVEL = {"errors": 0, "rsvd": 1, "rope": 1, "codec": 2, "cache": 3, "attention": 3, "integrations": 4, "eval": 5}
-LEVEL |= {"files": 1, "reports": 6, "plots": 6, "cli": 7}
+LEVEL |= {"native": 1, "files": 1, "reports": 6, "plots": 6, "cli": 7}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unsloth_spectral.attention import direct
+from unsloth_spectral.attention import direct, native
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.native import library
 
 # Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. They cross at
 # 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
@@ -31,7 +32,12 @@ def available_paths() -> tuple[AttentionPath, ...]:
         AttentionPath("dense", "prefill and contexts too short to seal: torch's SDPA on exact tensors"),
         AttentionPath("direct", f"up to {DIRECT_QUERY_LENGTH} queries at a time: torch products on the stored codes"),
         AttentionPath("tiles", f"more queries: blocks rebuilt {_TILE_TOKENS:,} tokens at a time"),
-        AttentionPath("native", "decoding on a CPU", no_kernel),
+        AttentionPath(
+            "native",
+            f"up to {DIRECT_QUERY_LENGTH} queries at a time on a CPU: a compiled kernel on the spectral codec's codes"
+            + (f" ({library.chosen()})" if library.chosen() else ""),
+            library.obstacle(),
+        ),
         AttentionPath("triton", "decoding on a GPU", no_kernel),
     )
 
@@ -41,8 +47,10 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
 
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, bool or additive, or None for no mask at all.
     """
-    pieces = blocks if query.shape[2] <= DIRECT_QUERY_LENGTH else rebuilt_tiles(blocks)
-    return direct.attend(query, pieces, mask, options).to(query.dtype)
+    if query.shape[2] > DIRECT_QUERY_LENGTH:
+        return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
+    path = direct if native.obstacle(query, blocks) is not None else native
+    return path.attend(query, blocks, mask, options).to(query.dtype)
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:

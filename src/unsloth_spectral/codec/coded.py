@@ -1,7 +1,8 @@
 """A run of tokens sealed by the spectral codec: coded keys beside coded values."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ from unsloth_spectral.codec.values import ValueCodes
 _TILE_TOKENS = 2048  # of a product over un-rotated keys, which have to be rebuilt for it
 
 
+class Memo(dict[str, Any]):
+    """What was found out about one block. A copy of the block has other tensors, so it starts anew."""
+
+    def __deepcopy__(self, memo: object) -> "Memo":
+        return Memo()
+
+    def __reduce__(self) -> Any:
+        return Memo, ()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedBlock:
     """Consecutive sealed tokens, ``[B, H, num_tokens, D]``. Immutable, and no token is ever encoded twice.
@@ -22,11 +33,13 @@ class CodedBlock:
     Attributes:
         keys, values: the codes.
         dtype: the model's dtype, in which ``reconstruct`` answers.
+        memo: room for what an attention path found out about the block, by the path's name; goes with the block.
     """
 
     keys: KeyCodes
     values: ValueCodes
     dtype: torch.dtype
+    memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @property
     def num_key_value_heads(self) -> int:

@@ -1,0 +1,73 @@
+"""The compiled kernel: which build of it suits this processor, or why there is none."""
+
+import ctypes
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+# Written by the build (hatch_build.py) where it failed.
+REASON = FOLDER / "not_built.txt"
+# Best first.
+VARIANTS = ("avx512", "avx2", "portable")
+
+
+def path_of(variant: str) -> Path:
+    """Where the build puts a variant."""
+    return FOLDER / f"kernel_{variant}.so"
+
+
+def runs_here(variant: str) -> bool:
+    """Whether this processor has the instructions that a variant was compiled for."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if variant == "avx512":
+        return capability == "AVX512" and "avx512_vnni" in _cpu_flags()
+    return variant == "portable" or capability in ("AVX2", "AVX512")
+
+
+@lru_cache
+def load(variant: str | None = None) -> ctypes.CDLL | None:
+    """The best library that was built and runs here, or the given variant of it; None where there is none."""
+    for name in VARIANTS if variant is None else (variant,):
+        if path_of(name).exists() and runs_here(name):
+            try:
+                # torch comes first, so that both share its OpenMP threads.
+                return ctypes.CDLL(str(path_of(name)))
+            except OSError:
+                continue
+    return None
+
+
+@lru_cache
+def obstacle() -> str | None:
+    """Why there is no kernel here, for people; None where there is one."""
+    if load() is not None:
+        return None
+    if REASON.exists():
+        return REASON.read_text(encoding="utf-8").strip()
+    found = [name for name in VARIANTS if path_of(name).exists()]
+    if not found:
+        return "the kernel was not built: install from source with a C++ compiler at hand, or from a wheel"
+    try:
+        ctypes.CDLL(str(path_of(found[-1])))
+    except OSError as error:
+        return f"the kernel cannot be loaded: {error}"
+    return f"this processor lacks the instructions of the kernels that were built ({', '.join(found)})"
+
+
+@lru_cache
+def chosen() -> str | None:
+    """The variant that ``load`` takes."""
+    return next((name for name in VARIANTS if load(name) is not None), None)
+
+
+@lru_cache
+def _cpu_flags() -> frozenset[str]:
+    if platform.system() != "Linux":
+        return frozenset()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()

@@ -1,0 +1,60 @@
+"""Coded blocks of any shape, made through the codec, for tests of attention."""
+
+import math
+
+import torch
+
+from unsloth_spectral.codec import keys as key_codec
+from unsloth_spectral.codec import values as value_codec
+from unsloth_spectral.codec.basis import principal_basis
+from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.rope import Rotation
+
+
+def rotation_of(
+    num_tokens: int, pairs: int, seed: int, rows: int = 1, scale: float = 1.0, interleaved: bool = False
+) -> Rotation:
+    """Positions that run on from a different one in each of ``rows``, with angle steps from 1 to 1e-4."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.logspace(0, -4, pairs, dtype=torch.float64)
+    starts = torch.randint(0, 3000, (rows, 1, 1), generator=generator)
+    # Three tokens tell the step.
+    angles = (starts + torch.arange(max(3, num_tokens))[:, None]) * steps
+    table = torch.polar(torch.full_like(angles, scale), angles).to(torch.complex64)
+    dims = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(0, pairs), slice(pairs, 2 * pairs))
+    return Rotation.of(table, *dims).slice(0, num_tokens)
+
+
+def coded_block(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    num_tokens: int,
+    frame: str = "rotated",
+    value_nbits: int = 2,
+    seed: int = 0,
+    widths: torch.Tensor | None = None,
+    pairs: int | None = None,
+    rows: int = 1,
+    dtype: torch.dtype = torch.float32,
+    interleaved: bool = False,
+) -> CodedBlock:
+    """Keys with a falling spectrum and a large mean, ``frame`` "rotated", "unrotated" or "none" (no rotation)."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, head_dim + 1) ** -0.7
+    mixing = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=generator)).Q
+    keys = (torch.randn(batch, heads, num_tokens, head_dim, generator=generator) * 3 * spectrum) @ mixing
+    keys = keys + 2 * torch.randn(heads, 1, head_dim, generator=generator)
+    values = torch.randn(batch, heads, num_tokens, head_dim, generator=generator)
+    values = values * torch.exp(torch.randn(batch, heads, num_tokens, 1, generator=generator))
+    rotation = None
+    if frame != "none":
+        rotation = rotation_of(num_tokens, pairs or head_dim // 2, seed, rows, interleaved=interleaved)
+    is_rotated = frame == "rotated"
+    x, mean = key_codec.centre(keys, None, rotation, is_rotated, None)
+    metric = torch.eye(head_dim).expand(1, heads, -1, -1)
+    if widths is None:
+        widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
+    plan = key_codec.plan(principal_basis(x, metric), widths, math.nan)
+    coded, _ = key_codec.encode(x, plan, metric, mean, rotation, is_rotated)
+    return CodedBlock(coded, value_codec.encode(values, value_nbits), dtype)
