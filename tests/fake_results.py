@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def write_results(folder: Path, families: dict[str, dict[str, tuple[float, float]]] = FAMILIES) -> Path:
-    """A results folder of fidelity, needle, needle-depth and drift, and a failure."""
+    """A results folder of fidelity, needle, needle-depth, lengths and drift, and a failure."""
     source = random.Random(0)
     members = {"dense": ("dense", None, 0.0)}
     for family, settings in families.items():
@@ -38,7 +38,7 @@ def write_results(folder: Path, families: dict[str, dict[str, tuple[float, float
     for task, cases in CASES.items():
         for case in cases:
             for name, (family, bits, kl) in members.items():
-                metrics, series = _outcome(task, case, family, kl, source)
+                metrics, series = _outcome(task, case, family, bits, kl, source)
                 stored = 94_371_840 if bits is None else int(94_371_840 * bits / 16 * 1.12)
                 footprint = {"stored_bytes": stored, "dense_bytes": 94_371_840, "cold_bits_per_element": bits}
                 line = {"task": task, "method": name, "family": family, "case": case, "metrics": metrics}
@@ -78,12 +78,13 @@ CASES = {
     "needle-depth": [
         f"length={length} depth={depth:.2f}" for length in (1024, 2048, 4096, 8192) for depth in (0, 0.25, 0.5, 0.75, 1)
     ],
+    "lengths": [f"length={length}" for length in (512, 1024, 2048, 4096, 8064)],
     "drift": ["prompt=0", "prompt=1"],
 }
 
 
 def _outcome(
-    task: str, case: str, family: str, kl: float, source: random.Random
+    task: str, case: str, family: str, bits: float | None, kl: float, source: random.Random
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     noise = math.exp(source.gauss(0, 0.15))
     if task == "fidelity":
@@ -101,5 +102,8 @@ def _outcome(
     if task == "needle-depth":
         length = int(case.split()[0].split("=")[1])
         return {"retrieved": float(source.random() > kl * length / 2000)}, {}
+    if task == "lengths":
+        cold = int(case.split("=")[1]) - 68
+        return {"factor": 1 if bits is None else (cold + 68) / (68 + cold * bits / 16), "kl": kl * noise}, {}
     rows = [kl * noise * (1 + step / 100) * math.exp(source.gauss(0, 1)) for step in range(256)]
     return {"kl": sum(rows) / len(rows), "first_difference": 256 / (1 + 40 * kl)}, {"kl": rows}

@@ -1,9 +1,11 @@
 """The command line: exit statuses, streams, files, and one line for every mistake."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,10 @@ from unsloth_spectral.cli.app import EXIT_USER_ERROR, app
 from unsloth_spectral.cli.compare import _pair_ranks
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.eval.methods.base import Footprint, Method
+from unsloth_spectral.eval.results import read_results
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.fidelity import Fidelity
+from unsloth_spectral.eval.tasks.needle import Needles
 from unsloth_spectral.integrations.models import LoadedModel
 
 LOAD = "unsloth_spectral.integrations.models.load_model"
@@ -81,6 +86,14 @@ def test_every_option_of_compare_is_there() -> None:
         (["spectrum", "--document", "missing.txt"], "no document at 'missing.txt'"),
         (["spectrum", "--plot", "a.gif"], "must end in .png"),
         (["info", "--json", "missing/a.json"], "does not exist"),
+        (["eval", "--document", "missing.txt"], "no document at 'missing.txt'"),
+        (["eval", "--document", "empty.txt"], "is empty"),
+        (["eval", "--document", "binary.txt"], "is a binary file"),
+        (["eval", "--starts", "5000;1"], "--starts must be whole numbers such as 5000,20000; got '5000;1'"),
+        (["eval", "--starts", ""], "--starts must be whole numbers"),
+        (["eval", "--starts", "0,-1"], "starts must be an integer of at least 0, got -1"),
+        (["eval", "--starts", "0", "--task", "needle", "--task", "ruler"],
+         "--starts means nothing to needle, ruler: leave it out, or add a task that takes it"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_status_2(
@@ -92,6 +105,7 @@ def test_mistakes_end_in_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
     before = set(tmp_path.iterdir())
     assert main(monkeypatch, *arguments) == EXIT_USER_ERROR == 2
     found = output.readouterr()
@@ -307,6 +321,40 @@ class TestEval:
         assert main(monkeypatch, "eval") == 130
         assert "interrupted; run the same command again to go on" in output.readouterr().err
 
+    def test_a_document_of_the_users(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        output: pytest.CaptureFixture[str],
+        evaluation: dict[str, Method],
+        smollm2: LoadedModel,
+    ) -> None:
+        monkeypatch.setattr(LOAD, lambda *_, **__: smollm2)
+        tasks = {"fidelity": Fidelity, "needle": partial(Needles, context_length=600)}
+        monkeypatch.setattr(sys.modules["unsloth_spectral.eval.tasks.registry"], "TASKS", tasks)
+        monkeypatch.setattr(Fidelity, "run", FakeTask.run)
+        monkeypatch.setattr(Needles, "run", FakeTask.run)
+        Path("book.txt").write_text("one two three four five six seven eight nine ten " * 1000)
+        book = ["--document", "book.txt", "--method", "dense"]
+        assert main(monkeypatch, "eval", *book) == 2
+        found = output.readouterr().err
+        assert re.search(r"the document has ([\d,]+) tokens and 84,353 are needed: choose --starts of at most", found)
+        assert not Path("results").exists(), "nothing was begun"
+        options = ["--task", "fidelity", "--task", "needle", "--starts", "10,2000,10"]
+        assert main(monkeypatch, "eval", *book, *options) == 0
+        settings = json.loads(Path("results/config.json").read_text())["task_settings"]
+        assert settings["fidelity"]["starts"] == [10, 2000]
+        digest = "sha256 " + hashlib.sha256(Path("book.txt").read_bytes()).hexdigest()
+        assert settings["fidelity"]["document"] == settings["needle"]["document"] == digest
+        assert len(read_results(Path("results")).of("fidelity")) == 2
+        output.readouterr()
+        # Other texts do not mix with it, and the message says what differs.
+        assert main(monkeypatch, "eval", "--method", "dense", "--task", "needle") == 2
+        assert f"document of needle was the text with {digest[:19]} and is now not given" in output.readouterr().err
+        Path("book.txt").write_text("another " * 10_000)
+        assert main(monkeypatch, "eval", *book, "--task", "needle") == 2
+        assert f"was the text with {digest[:19]} and is now the text with sha256" in output.readouterr().err
+        assert len(read_results(Path("results")).records) == 5
+
 
 class TestReport:
     def test_page_and_pictures(self, output: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -322,9 +370,10 @@ class TestReport:
         assert {file.name for file in (tmp_path / "page").iterdir()} == {
             "report.html", "frontier-fidelity.png", "frontier-needle.png", "frontier-needle-depth.png",
             "frontier-drift.png", "heatmap-needle-depth.png", "drift-drift.png", "bits-fidelity.png",
+            "lengths-lengths.png",
         }  # fmt: skip
         page = (tmp_path / "page" / "report.html").read_text("utf-8")
-        assert page.count("<svg") == 7
+        assert page.count("<svg") == 8
         assert "<script" not in page
         # Whatever the figures link to is within the page; an xmlns names, and loads nothing.
         assert not re.search(r"https?://", re.sub(r'xmlns(:xlink)?="[^"]*"', "", page))

@@ -21,6 +21,8 @@ from unsloth_spectral.plots import (
     frontier_figure,
     heatmap_figure,
     inline_svg,
+    length_of,
+    lengths_figure,
     place_of,
     save_figure,
     spectrum_figure,
@@ -415,6 +417,80 @@ class TestAllocationFigure:
         assert "mean: keys 1.50, values 3.50" in [text.get_text() for text in figure.axes[0].texts]
         with pytest.raises(InvalidArgumentError, match="bits by layer"):
             allocation_figure({}, title="a")
+
+    def test_variants_stand_beside_their_method(self) -> None:
+        names = ["spectral small", "spectral balanced", "spectral small rotated", "spectral balanced without profile"]
+        names += ["spectral smaller", "spectral small without profile"]
+        figure = allocation_figure({name: {"keys": [1.0, 2.0]} for name in names}, title="a")
+        assert_texts_are_apart(figure)
+        grid = [axes for axes in figure.axes if axes.get_visible()]
+        assert [axes.get_title() for axes in grid] == [
+            "spectral small", "spectral small rotated", "spectral small without profile", "spectral balanced",
+            "spectral balanced without profile", "spectral smaller",
+        ]  # fmt: skip
+        places = [axes.get_subplotspec() for axes in grid]
+        assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+            (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0),
+        ]  # fmt: skip
+        numbered = [any(label.get_visible() for label in axes.get_xticklabels()) for axes in grid]
+        assert numbered == [False, False, True, False, True, True], "the lowest panel of each column"
+
+    def test_a_layer_without_bits_is_a_gap(self) -> None:
+        figure = allocation_figure({"a": {"keys": [1.0, math.nan, 3.0]}}, title="a")
+        (axes,) = figure.axes
+        assert "mean: keys 2.00" in [text.get_text() for text in axes.texts]
+        assert axes.get_ylim() == (0, pytest.approx(3.3))
+
+
+class TestLengthsFigure:
+    @staticmethod
+    def curve(method: str, family: str, scale: float) -> tuple[str, str, dict[int, float], dict[int, float]]:
+        return method, family, {512: scale, 1024: 2 * scale}, {512: 0.0, 1024: scale / 100}
+
+    def test_lines_are_the_figures(self) -> None:
+        curves = [self.curve("a 1", "a", 1.0), self.curve("a 2", "a", 3.0), self.curve("b", "b", 2.0)]
+        figure = lengths_figure(curves, title="a title")
+        left, right = figure.axes
+        lines = {line.get_gid(): line.get_xydata().tolist() for line in left.lines}
+        assert lines == {
+            "a 1": [[512, 1], [1024, 2]], "a 2": [[512, 3], [1024, 6]], "b": [[512, 2], [1024, 4]]
+        }  # fmt: skip
+        # A KL of 0 has no place on a logarithmic axis.
+        assert [line.get_xydata().tolist() for line in right.lines] == [[[1024, 0.03]], [[1024, 0.02]], [[1024, 0.01]]]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a 2", "b", "a 1"]
+        assert (left.get_xscale(), right.get_xscale(), right.get_yscale()) == ("log", "log", "log")
+        assert [label.get_text() for label in left.get_xticklabels()] == ["512", "1,024"]
+        looks = {(line.get_color(), line.get_marker()) for line in left.lines}
+        assert len(looks) == 3
+        assert len({color for color, _ in looks}) == 2
+
+    def test_all_methods(self, results: Results, tmp_path: Path) -> None:
+        def by_length(value: float) -> dict[int, float]:
+            return {512: value, 8064: 2 * value}
+
+        means = results.means("lengths")
+        curves = [(m.method, m.family, by_length(m.metrics["factor"]), by_length(m.metrics["kl"])) for m in means]
+        figure = lengths_figure(curves, title="a")
+        save_figure(figure, tmp_path / "a.png")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        legend, (_, height) = figure.legends[0].get_window_extent(renderer), figure.get_size_inches() * figure.dpi
+        assert 0 <= legend.y0 < legend.y1 <= height, "every method has its place in the legend"
+        assert len(figure.legends[0].get_texts()) == len(curves)
+        assert all(axes.get_window_extent(renderer).x1 <= legend.x0 for axes in figure.axes)
+
+    def test_nothing_lossy(self, tmp_path: Path) -> None:
+        save_figure(lengths_figure([("dense", "dense", {512: 1.0}, {512: 0.0})], title="a"), tmp_path / "a.png")
+        for nothing in ([], [("a", "a", {}, {512: 1.0})]):
+            with pytest.raises(InvalidArgumentError, match="factors by length, got none"):
+                lengths_figure(nothing, title="a")
+
+    def test_names_of_cases(self) -> None:
+        assert length_of("length=512") == 512
+        assert length_of("length=512 start=20000") == 512
+        for case in ("length=512 depth=0.30", "start=20000", "length=", "seed=0 length=512"):
+            assert length_of(case) is None
 
 
 class TestInline:

@@ -21,7 +21,9 @@ def rotation_of(
     # Three tokens tell the step.
     angles = (starts + torch.arange(max(3, num_tokens))[:, None]) * steps
     table = torch.polar(torch.full_like(angles, scale), angles).to(torch.complex64)
-    dims = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(0, pairs), slice(pairs, 2 * pairs))
+    dims = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(0, pairs), slice(pairs, 2 * pairs))
+    )
     return Rotation.of(table, *dims).slice(0, num_tokens)
 
 

@@ -124,7 +124,10 @@ def test_heads_without_any_component(assert_close, variant: str, frame: str) -> 
 @every_variant
 @pytest.mark.parametrize("frame", ["rotated", "unrotated"])
 def test_partial_and_interleaved_rotation(assert_close, variant: str, frame: str) -> None:
-    blocks = [coded_block(1, 2, 64, 400, frame, pairs=12), coded_block(1, 2, 64, 256, frame, pairs=20, interleaved=True)]
+    blocks = [
+        coded_block(1, 2, 64, 400, frame, pairs=12),
+        coded_block(1, 2, 64, 256, frame, pairs=20, interleaved=True),
+    ]
     check(random(1, 4, 1, 64), blocks, None, ScoreOptions(0.125), variant, assert_close)
 
 

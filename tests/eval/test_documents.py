@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from unsloth_spectral.errors import LoadError
-from unsloth_spectral.eval.documents import default_document, read_document, tokens_of
+from unsloth_spectral.eval.documents import default_document, read_document, tokens_from, tokens_of
 
 
 def byte_tokenizer(**options: object) -> PreTrainedTokenizerFast:
@@ -129,6 +129,38 @@ class TestTokens:
             f"the document has {count} tokens and 2,000 are needed: choose a shorter --context-length, or a longer "
             "document"
         )
+
+    def test_from_each_start_on(self) -> None:
+        tokenizer = byte_tokenizer()
+        assert tokens_from("a" * 100, tokenizer, [0, 90], 10).shape == (1, 100)
+        with pytest.raises(LoadError) as caught:
+            tokens_from("a" * 100, tokenizer, [91, 0], 10)
+        assert str(caught.value) == (
+            "the document has 100 tokens and 101 are needed: choose --starts of at most 90, or give a longer document"
+        )
+        with pytest.raises(LoadError, match="has 100 tokens and 101 are needed: give a longer document"):
+            tokens_from("a" * 100, tokenizer, [0], 101)
+
+    def test_the_same_text_is_cut_once_by_a_tokenizer(self) -> None:
+        calls: list[str] = []
+
+        class Counting:
+            def __init__(self, first: int) -> None:
+                self.first = first
+
+            def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+                calls.append(text)
+                return {"input_ids": [self.first, *range(len(text) - 1)]}
+
+        one, other = Counting(7), Counting(8)
+        for _ in range(2):
+            tokens = tokens_of("abc", one, 1)
+            assert tokens.tolist() == [[7, 0, 1]]
+            tokens += 1  # what is handed out is the caller's own
+        assert calls == ["abc"]
+        assert tokens_of("abc", other, 1).tolist() == [[8, 0, 1]]
+        assert tokens_of("abcd", other, 1).shape == (1, 4)
+        assert calls == ["abc", "abc", "abcd"]
 
     def test_no_warning_beyond_the_models_context(self, caplog: pytest.LogCaptureFixture) -> None:
         tokenizer = byte_tokenizer(model_max_length=8)

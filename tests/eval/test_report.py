@@ -3,15 +3,24 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_results import write_results
 
+from unsloth_spectral.cli.app import app
+from unsloth_spectral.cli.report import _by_length
 from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.eval.methods.registry import methods
 from unsloth_spectral.eval.report import Need, Picture, needs, render
 from unsloth_spectral.eval.results import Point, read_results
+from unsloth_spectral.eval.runner import run_evaluation
+from unsloth_spectral.eval.tasks.fidelity import Fidelity
+from unsloth_spectral.eval.tasks.lengths import Lengths
+from unsloth_spectral.integrations.models import LoadedModel
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -126,3 +135,36 @@ def test_without_jinja(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(SpectralError, match=r'`pip install "unsloth-spectral\[plot\]"`'):
         render(read_results(folder))
+
+
+def test_pictures_of_real_results(
+    tmp_path: Path,
+    tiny_llama: Callable[..., Any],
+    character_tokenizer: Any,
+    document: str,
+) -> None:
+    """Tasks, methods and runner as they are: the pictures of bits by layer and of lengths have what they need."""
+    loaded = LoadedModel(tiny_llama(head_dim=64), character_tokenizer, "tiny")
+    tasks = [
+        Fidelity(document=document, starts=(0,), context_length=800, continuation_length=8),
+        Lengths(document=document, lengths=(100, 800), starts=(0, 40), continuation_length=8),
+    ]
+    known = methods()
+    names = ["dense", "spectral balanced", "spectral balanced without profile", "kivi 2"]
+    summary = run_evaluation(loaded, tasks, [known[name] for name in names], tmp_path / "a")
+    assert summary.failures == []
+    app(["report", str(tmp_path / "a")], standalone_mode=False)
+    assert {file.name for file in (tmp_path / "a" / "report").iterdir()} == {
+        "report.html", "frontier-fidelity.png", "bits-fidelity.png", "lengths-lengths.png"
+    }  # fmt: skip
+    results = read_results(tmp_path / "a")
+    series = {mean.method: mean.series for mean in results.means("fidelity")}
+    assert [len(series[name].get("bits_keys", [])) for name in names] == [0, 2, 2, 0]
+    curves = {curve[0]: curve[2:] for curve in _by_length(results, "lengths", results.means("lengths"))}
+    by_case = {r.case: r.metrics for r in results.of("lengths") if r.method == "kivi 2"}
+    assert list(curves) == names
+    for place, metric in enumerate(("factor", "kl")):
+        assert curves["kivi 2"][place] == {
+            length: sum(by_case[f"length={length} start={start}"][metric] for start in (0, 40)) / 2
+            for length in (100, 800)
+        }

@@ -130,7 +130,7 @@ def test_config_without_an_entry(folder: Path) -> None:
 
 def test_fake_results_are_real_enough(tmp_path: Path) -> None:
     found = read_results(write_results(tmp_path / "a"))
-    assert found.tasks == ["fidelity", "needle", "needle-depth", "drift"]
+    assert found.tasks == ["fidelity", "needle", "needle-depth", "lengths", "drift"]
     assert len(frontier(found.means("fidelity"), "kl")) == sum(map(len, FAMILIES.values()))
 
 

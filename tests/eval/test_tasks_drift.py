@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.tasks.drift import Drift
 from unsloth_spectral.integrations.models import LoadedModel
@@ -131,10 +131,13 @@ def test_progress(loaded: LoadedModel, task: Drift) -> None:
     assert seen[-1] == ("spectral 1: decode", TOKENS, TOKENS)
 
 
-def test_refused(loaded: LoadedModel, task: Drift) -> None:
+def test_refused(loaded: LoadedModel, task: Drift, document: str) -> None:
     assert task.cases(loaded) == ["start=0", "start=50"]
     with pytest.raises(InvalidArgumentError, match="case must be one of"):
         task.run(loaded, DENSE, "start=1")
+    late = Drift(document=document, starts=(2901,), context_length=LENGTH)
+    with pytest.raises(LoadError, match="3,001 are needed: choose --starts of at most 2,900, or give a longer"):
+        late.cases(loaded)
     for options in ({"context_length": 0}, {"num_tokens": 0}, {"starts": ()}, {"starts": (-1,)}):
         with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))} must be an integer of at least"):
             Drift(**options)

@@ -1,6 +1,8 @@
 """Fidelity of slices of a document, against numbers worked out by hand, token by token, with no task's help."""
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
+from unsloth_spectral.eval.methods.spectral import bits_by_layer, spectral_methods
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -128,6 +132,45 @@ def test_without_a_dense_run_of_this_case_it_is_made_up_for(loaded: LoadedModel,
     assert late.metrics["kl"] != pytest.approx(expected["kl"], rel=1e-3)
 
 
+def test_bits_by_layer_of_caches_that_know_them(loaded: LoadedModel, task: Fidelity) -> None:
+    config = SpectralConfig(bits_per_element=6.0, block_size=128, residual_length=16)
+    made: list[SpectralCache] = []
+
+    def make(model: Any) -> SpectralCache:
+        made.append(SpectralCache(model, config=config))
+        return made[-1]
+
+    series = task.run(loaded, Method("spectral", "spectral", make, Footprint.counted, bits_by_layer), "start=0").series
+    layers = made[0].stats().layers
+    assert series == {
+        "bits_keys": [layer.bits_keys for layer in layers], "bits_values": [layer.bits_values for layer in layers]
+    }  # fmt: skip
+    assert len(layers) == 2
+    assert task.run(loaded, spectral(1), "start=0").series == {}
+    assert task.run(loaded, DENSE, "start=0").series == {}
+    # The rank codec has ranks and no bits.
+    ranks = Method("rank", "rank", spectral(1).make_cache, spectral(1).footprint, bits_by_layer)
+    assert task.run(loaded, ranks, "start=0").series == {}
+
+
+def test_a_layer_without_bits_keeps_its_place() -> None:
+    layers = [LayerStats("spectral", 9, bits_keys=2.5, bits_values=3), LayerStats("DynamicSlidingWindowLayer", 9)]
+    cache: Any = SimpleNamespace(stats=lambda: CacheStats.of(layers))
+    assert bits_by_layer(cache) == {
+        "bits_keys": [2.5, pytest.approx(math.nan, nan_ok=True)],
+        "bits_values": [3, pytest.approx(math.nan, nan_ok=True)],
+    }
+    layers[0] = layers[1]
+    assert bits_by_layer(cache) == {}
+
+
+def test_with_and_without_a_profile_tell_their_bits() -> None:
+    methods = spectral_methods()
+    for name in ("spectral balanced", "spectral balanced without profile"):
+        assert methods[name].by_layer is bits_by_layer
+    assert methods["dense"].by_layer(None) == {}
+
+
 def test_progress(loaded: LoadedModel, task: Fidelity) -> None:
     seen: list[tuple[str, int, int]] = []
     task.run(loaded, DENSE, "start=0", lambda *step: seen.append(step))
@@ -140,8 +183,17 @@ def test_refused(loaded: LoadedModel, task: Fidelity, document: str) -> None:
         task.run(loaded, DENSE, "start=1")
     with pytest.raises(InvalidArgumentError, match="needs 4,352 positions, but tiny has 4,096"):
         Fidelity().cases(loaded)
-    with pytest.raises(LoadError, match="the document has 3,000 tokens and"):
-        Fidelity(document=document, context_length=100).run(loaded, DENSE, "start=20000")
+    # Before anything is run, and with what would help.
+    with pytest.raises(LoadError) as caught:
+        Fidelity(document=document, context_length=100, continuation_length=40).cases(loaded)
+    assert str(caught.value) == (
+        "the document has 3,000 tokens and 80,141 are needed: choose --starts of at most 2,859, or give a longer "
+        "document"
+    )
+    last = Fidelity(document=document, starts=(2859,), context_length=100, continuation_length=40)
+    assert last.run(loaded, DENSE, "start=2859").metrics["kl"] == 0
+    with pytest.raises(LoadError, match="has 3,000 tokens and 3,041 are needed: give a longer document"):
+        Fidelity(document=document, starts=(0,), context_length=3000, continuation_length=40).cases(loaded)
     for options in ({"context_length": 0}, {"continuation_length": 0}, {"starts": ()}, {"starts": (-1,)}):
         with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))} must be an integer of at least"):
             Fidelity(**options)

@@ -14,6 +14,7 @@ from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.tasks.haystack import CITIES, hide, made_up_words, numbers, spread
 from unsloth_spectral.eval.tasks.needle import NeedleDepth, Needles, draw_facts, is_number
 from unsloth_spectral.eval.tasks.registry import TASKS
+from unsloth_spectral.eval.tasks.ruler import Ruler
 from unsloth_spectral.integrations.models import LoadedModel
 
 DENSE, FORGETFUL = recall_method("dense", 10_000), recall_method("forgetful", 40)
@@ -162,7 +163,7 @@ def test_the_whole_first_number_counts(text: str, right: bool) -> None:
 
 
 def test_the_registry_makes_fresh_tasks_under_their_names() -> None:
-    assert list(TASKS) == ["fidelity", "needle", "needle-depth", "ruler", "drift"]
+    assert list(TASKS) == ["fidelity", "needle", "needle-depth", "ruler", "drift", "lengths"]
     for name, make in TASKS.items():
         assert make().name == name
         assert make() is not make()
@@ -187,5 +188,16 @@ def test_what_the_model_or_the_user_has_not(loaded: LoadedModel, task: Needles) 
         Needles(context_length=4096).cases(loaded)
     with pytest.raises(InvalidArgumentError, match="case must be one of seed=0, seed=1, got 'seed=2'"):
         task.run(loaded, DENSE, "seed=2")
+    with pytest.raises(InvalidArgumentError, match=r"needs 8,320 positions, but recall has 4,096: lower its lengths"):
+        NeedleDepth(lengths=(1024, 8192)).cases(loaded)
     with pytest.raises(InvalidArgumentError, match="lengths must be an integer of at least 1, got 0"):
         NeedleDepth(lengths=())
+
+
+def test_a_document_too_short_is_refused_before_anything_runs(loaded: LoadedModel) -> None:
+    for task in (Needles(document="a" * 3999, context_length=2048), Ruler(document="a" * 2048)):
+        assert task.cases(loaded)
+    for task in (Needles(document="a" * 2047, context_length=2048), Ruler(document="a" * 2047),
+                 NeedleDepth(document="a" * 2047, lengths=(512, 2048))):  # fmt: skip
+        with pytest.raises(LoadError, match="has 2,047 tokens and 2,048 are needed: give a longer document"):
+            task.cases(loaded)

@@ -235,8 +235,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
     counts = counts.to(torch.int32)
     # Slices of a block are views; the kernel wants tensors without gaps.
     tensors = [
-        tensor.contiguous()
-        for tensor in (own.planes, own.scales, own.vectors, own.vector_scales, own.mean, counts)
+        tensor.contiguous() for tensor in (own.planes, own.scales, own.vectors, own.vector_scales, own.mean, counts)
     ]
     coded_tensors = [tensor.contiguous() for tensor in (coded.planes, coded.scales, coded.largest)]
     rotation = () if own.rotation is None else _rotation(own.rotation, batch, key_dim)
@@ -269,7 +268,9 @@ def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
     for dims in (first, second):
         _require(len(dims) == count and int(dims.max()) < key_dim, "rotary dimensions", dims, f"below {key_dim}")
     start = rotation.start
-    _require(len(start) in (1, batch) and start.shape[1:] == (1, count), "first rotation", start.shape, (batch, 1, count))
+    _require(
+        len(start) in (1, batch) and start.shape[1:] == (1, count), "first rotation", start.shape, (batch, 1, count)
+    )
     start = torch.view_as_real(start.to(torch.complex64)).contiguous()
     step = rotation.step.double().contiguous()
     tables = _tables(step.numpy().tobytes())

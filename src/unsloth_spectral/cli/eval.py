@@ -1,6 +1,8 @@
 """``unsloth-spectral eval``."""
 
 import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from unsloth_spectral.cli.shared import (
+    DocumentOption,
     JsonOption,
     ModelOption,
     Reporter,
@@ -23,10 +26,12 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from unsloth_spectral.eval.methods.base import Method
+    from unsloth_spectral.eval.tasks.base import Task
 
 EXAMPLES = (
     "unsloth-spectral eval --list",
     "unsloth-spectral eval --task fidelity --task needle --method 'spectral *' --method 'kivi*' --output results",
+    "unsloth-spectral eval --document book.txt --starts 5000,20000 --output book",
 )
 EXIT_FAILURES = 1
 
@@ -37,6 +42,11 @@ def command(
     method: Annotated[
         list[str] | None,
         typer.Option(help="Method or pattern such as 'kivi*'; repeat for several. Default: all that run here."),
+    ] = None,
+    document: DocumentOption = None,
+    starts: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the document where fidelity, drift and lengths begin, such as 5000,20000."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.")] = Path(
         "results"
@@ -51,6 +61,7 @@ def command(
     `unsloth-spectral report` draws the results. Exit status 1: something failed; 2: a mistake in the options.
     """
     from unsloth_spectral import reports
+    from unsloth_spectral.eval.documents import read_document
     from unsloth_spectral.eval.methods import registry
     from unsloth_spectral.eval.results import read_results
     from unsloth_spectral.eval.runner import run_evaluation
@@ -62,7 +73,10 @@ def command(
         out.print(reports.choices_table(listed, available, missing))
         return
     check_outputs(json_file)
-    tasks = [TASKS[name]() for name in _chosen_tasks(task or ["fidelity"], list(TASKS))]
+    makers = {name: TASKS[name] for name in _chosen_tasks(task or ["fidelity"], list(TASKS))}
+    # None stays None: results say that they are of the default document.
+    text = None if document is None else read_document(document)
+    tasks = _make_tasks(makers, document=text, starts=None if starts is None else _parse_starts(starts))
     methods = chosen_methods(method or ["*"], available, missing)
     with progress_shown(f"run the same command again to go on; all finished cases are in {output}") as report:
         loaded = load(model, report)
@@ -101,6 +115,25 @@ def _chosen_tasks(names: list[str], known: list[str]) -> list[str]:
         if name not in known:
             raise InvalidArgumentError(f"--task must be one of {', '.join(known)}; got {name!r}")
     return list(dict.fromkeys(names))
+
+
+def _make_tasks(makers: "dict[str, Callable[..., Task]]", **options: Any) -> "list[Task]":
+    """The tasks, each with those of the options that are given and that it takes."""
+    given = {name: value for name, value in options.items() if value is not None}
+    taken = {task: set(given) & set(inspect.signature(make).parameters) for task, make in makers.items()}
+    for name in given:
+        if not any(name in names for names in taken.values()):
+            raise InvalidArgumentError(
+                f"--{name} means nothing to {', '.join(makers)}: leave it out, or add a task that takes it"
+            )
+    return [make(**{name: given[name] for name in taken[task]}) for task, make in makers.items()]
+
+
+def _parse_starts(text: str) -> Sequence[int]:
+    try:
+        return tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        raise InvalidArgumentError(f"--starts must be whole numbers such as 5000,20000; got {text!r}") from None
 
 
 def _first_line(make: Any) -> str:

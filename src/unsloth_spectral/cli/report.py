@@ -14,7 +14,7 @@ from unsloth_spectral.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from unsloth_spectral.eval.results import Results
+    from unsloth_spectral.eval.results import Mean, Results
 
 EXAMPLES = ("unsloth-spectral report results", "unsloth-spectral report results --output page")
 _DENSE_BITS = {"float32": 32, "float64": 64}
@@ -66,7 +66,12 @@ def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
         if metric is None:
             continue
         name = "KL from the dense cache, nats" if metric == "kl" else metric.replace("_", " ")
-        points = frontier(means, metric)
+        curves = _by_length(results, task, means)
+        if curves:
+            caption = "Times smaller than the dense cache and KL from it, by the tokens of the prefix"
+            yield task, "lengths", caption, plots.lengths_figure(curves, title=f"{task}: by length, {model}")
+        # Bits change with the length: a mean over lengths is no point of a frontier.
+        points = [] if curves else frontier(means, metric)
         if points:
             dense = next((mean.metrics.get(metric) for mean in means if mean.family == "dense"), None)
             yield (
@@ -95,6 +100,26 @@ def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
         if layers:
             caption = "Bits per element in each layer: where the budget went"
             yield task, "bits", caption, plots.allocation_figure(layers, title=f"{task}: bits by layer, {model}")
+
+
+def _by_length(
+    results: "Results", task: str, means: "list[Mean]"
+) -> list[tuple[str, str, dict[int, float], dict[int, float]]]:
+    """Method, family, factor and KL by length, of a task whose cases are named by a length and have a factor."""
+    from unsloth_spectral import plots
+
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for record in results.of(task):
+        length = plots.length_of(record.case)
+        if length is not None and "factor" in record.metrics:
+            for name, value in record.metrics.items():
+                found.setdefault((record.method, name), {}).setdefault(length, []).append(value)
+
+    def average(method: str, name: str) -> dict[int, float]:
+        return {length: sum(row) / len(row) for length, row in sorted(found.get((method, name), {}).items())}
+
+    curves = [(mean.method, mean.family, average(mean.method, "factor"), average(mean.method, "kl")) for mean in means]
+    return [curve for curve in curves if curve[2]]
 
 
 def _file_name(text: str) -> str:

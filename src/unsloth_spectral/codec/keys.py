@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec import fused
 from unsloth_spectral.codec.allocate import DISTORTION
 from unsloth_spectral.codec.basis import Basis, projection
 from unsloth_spectral.codec.config import GROUP_SIZE
@@ -20,7 +21,7 @@ from unsloth_spectral.rope import Rotation, rotate, unrotate
 SCALE_BITS = 8 / GROUP_SIZE
 STEPS_PER_OCTAVE = 32
 # Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
-_CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
+CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
 
 # For each key-value head the bits of its components, falling.
 Widths: TypeAlias = tuple[tuple[int, ...], ...]
@@ -226,28 +227,37 @@ def encode(
     x: Tensor, plan: KeyPlan, metric: Tensor, mean: Tensor, rotation: Rotation | None, is_rotated: bool
 ) -> tuple[KeyCodes, KeyPlan]:
     """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``."""
-    batch, num_heads, num_tokens, _ = x.shape
+    num_tokens = x.shape[-2]
     flat = flat_widths(plan.widths)
     rows = plan.vectors.float() * plan.row_scales
     project = projection(_by_head(rows, plan.widths), metric)
     coefficients = (x @ project).mT
     coefficients = torch.cat([coefficients[:, head, : len(own)] for head, own in enumerate(plan.widths)], 1)
-    codes, scales = quantize(coefficients, _as_tensor(flat, x.device))
+    if fused.serves(coefficients):
+        planes, scales, values = fused.encode_keys(coefficients, flat, CLIPS)
+    else:
+        nbits = _as_tensor(flat, x.device)
+        codes, scales = quantize(coefficients, nbits)
+        planes, values = pack(codes, flat), _around_zero(codes, nbits)[..., :num_tokens]
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
+    scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
+    stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
+    values *= stored.repeat_interleave(GROUP_SIZE, -1)[..., :num_tokens]
+    error = _relative_error(x, _by_head(values, plan.widths), _by_head(rows, plan.widths), metric)
     found = KeyCodes(
-        pack(codes, flat),
-        encode_scales(scales, STEPS_PER_OCTAVE, tops)[0].mT.contiguous(),
+        planes,
+        scale_codes.mT.contiguous(),
         plan.vectors,
         plan.row_scales * tops,
         mean,
-        x.new_zeros(batch, num_heads, dtype=torch.float16),
+        error,
         plan.widths,
         num_tokens,
         rotation,
         is_rotated,
     )
-    return replace(found, relative_error=_relative_error(x, found, metric)), replace(plan, tops=tops)
+    return found, replace(plan, tops=tops)
 
 
 def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +273,7 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
     half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]
     peak = groups.abs().amax(-1, keepdim=True)
     best, step = None, torch.ones_like(peak)
-    for clip in _CLIPS:
+    for clip in CLIPS:
         trial = (peak * clip / half).clamp_min(torch.finfo(groups.dtype).tiny)
         value = _mid_rise(groups / trial, half)
         # The error once the scale is the least-squares one for these codes.
@@ -280,9 +290,12 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:
     """Coefficients ``[B, C, T]`` float32 of codes of widths ``nbits [C]`` under ``scales [B, C, groups]``."""
-    values = codes.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
     spread = scales.repeat_interleave(GROUP_SIZE, dim=-1)[..., : codes.shape[-1]]
-    return values * spread
+    return _around_zero(codes, nbits) * spread
+
+
+def _around_zero(codes: Tensor, nbits: Tensor) -> Tensor:
+    return codes.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
 
 
 def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
@@ -294,8 +307,7 @@ def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
     return (x.floor() + 0.5).clamp(0.5 - half, half - 0.5)
 
 
-def _relative_error(x: Tensor, found: KeyCodes, metric: Tensor) -> Tensor:
-    coefficients, basis = found.components()
+def _relative_error(x: Tensor, coefficients: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
     error = x - coefficients.mT @ basis
     # tr(W E^T E): a small product instead of one as long as the context.
     lost = ((error.mT @ error) * metric).sum((-2, -1)).clamp_min(0)

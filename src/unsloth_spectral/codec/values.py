@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec import fused
 from unsloth_spectral.codec.logscale import ZERO, decode_scales, encode_scales
 from unsloth_spectral.codec.packing import TILE_TOKENS, num_tiles, pack, unpack
 from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
@@ -96,26 +97,35 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     ``largest [B, H, 1]``, where later tokens join earlier ones, is the scale that the earlier ones' are relative to;
     it is not used where the later ones exceed it.
     """
-    x = values.float()
-    turned = x @ hadamard(x.shape[-1]).to(x).mT
-    energy = turned.square().sum(-1, keepdim=True)
-    rms = (energy / x.shape[-1]).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
-    half = 1 << (nbits - 1)
-    codes = ((turned / (rms * _STEPS[nbits - 1])).floor() + 0.5).clamp(0.5 - half, half - 0.5)
+    turned = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
+    step, tiny = _STEPS[nbits - 1], torch.finfo(turned.dtype).tiny
+    quantized = fused.encode_values(turned, nbits, step) if fused.serves(turned) else quantize(turned, nbits, step)
+    planes, energy, overlap, squares = quantized
     # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
-    overlap = (codes * turned).sum(-1, keepdim=True)
-    scales = (energy / overlap.clamp_min(torch.finfo(x.dtype).tiny))[..., 0]
-    scales = torch.where(energy[..., 0] > 0, scales, 0.0)
+    scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
-    planes = pack((codes + (half - 0.5)).to(torch.uint8).mT.flatten(1, 2), (nbits,) * (x.shape[1] * x.shape[-1]))
-    hat = codes * (decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest)[..., None]
-    lost = (hat - turned).square().sum((-2, -1))
-    whole = energy.sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
-    error = (lost / whole).sqrt().half()
-    scale_codes = torch.nn.functional.pad(scale_codes, (0, -x.shape[-2] % TILE_TOKENS), value=ZERO)
-    return ValueCodes(planes, scale_codes, largest, error, x.shape[-1], nbits, x.shape[-2])
+    stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
+    # |stored * codes - token|^2, written so that no square of a tiny number is taken.
+    ratio = torch.where(energy > 0, stored / scales.clamp_min(tiny), 0.0)
+    spread = scales * squares / overlap.clamp_min(tiny)
+    lost = (energy * (ratio.square() * spread - 2 * ratio + 1)).sum(-1).clamp_min(0)
+    error = (lost / energy.sum(-1).clamp_min(tiny)).sqrt().half()
+    num_tokens = values.shape[-2]
+    scale_codes = torch.nn.functional.pad(scale_codes, (0, -num_tokens % TILE_TOKENS), value=ZERO)
+    return ValueCodes(planes, scale_codes, largest, error, values.shape[-1], nbits, num_tokens)
+
+
+def quantize(turned: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rotated values ``turned [B, H, D, n]`` the planes, and for each token, ``[B, H, n]`` float32: its squared
+    length, its product with its codes around zero, and their squared length."""
+    energy = turned.square().sum(-2)
+    rms = (energy / turned.shape[-2]).sqrt().clamp_min(torch.finfo(turned.dtype).tiny)
+    half = 1 << (nbits - 1)
+    codes = ((turned / (rms * step)[:, :, None]).floor() + 0.5).clamp(0.5 - half, half - 0.5)
+    planes = pack((codes + (half - 0.5)).to(torch.uint8).flatten(1, 2), (nbits,) * (turned.shape[1] * turned.shape[2]))
+    return planes, energy, (codes * turned).sum(-2), codes.square().sum(-2)
 
 
 @lru_cache

@@ -1,6 +1,8 @@
 """The texts that models are measured on: a default that every Python carries, or a file of the user's."""
 
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, /, **options: Any) -> Any:
         """Return a mapping whose ``input_ids`` are the token ids of ``text``."""
+
+    def __hash__(self) -> int:
+        """Tokens are kept by it."""
 
 
 def default_document() -> str:
@@ -62,17 +67,37 @@ def read_document(path: str | os.PathLike[str] | None) -> str:
     return text
 
 
-def tokens_of(document: str, tokenizer: Tokenizer, needed: int) -> torch.Tensor:
+def tokens_of(
+    document: str,
+    tokenizer: Tokenizer,
+    needed: int,
+    *,
+    fix: str = "choose a shorter --context-length, or a longer document",
+) -> torch.Tensor:
     """Token ids of the whole document, without special tokens, as int64 of shape ``(1, n)`` with ``n >= needed``.
 
     Raises:
-        LoadError: the document has fewer than ``needed`` tokens.
+        LoadError: the document has fewer than ``needed`` tokens; the message ends in ``fix``.
     """
-    # verbose=False: a document longer than the model's context is the rule here, and nothing to warn of.
-    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _ids(document, tokenizer)
     if len(ids) < needed:
-        raise LoadError(
-            f"the document has {len(ids):,} tokens and {needed:,} are needed: choose a shorter --context-length, or a "
-            "longer document"
-        )
+        raise LoadError(f"the document has {len(ids):,} tokens and {needed:,} are needed: {fix}")
     return torch.tensor([ids], dtype=torch.int64)
+
+
+def tokens_from(document: str, tokenizer: Tokenizer, starts: Sequence[int], needed: int) -> torch.Tensor:
+    """As ``tokens_of``, with ``needed`` tokens from each of ``starts`` on.
+
+    Raises:
+        LoadError: the document ends too early.
+    """
+    room = len(_ids(document, tokenizer)) - needed
+    lower = f"choose --starts of at most {room:,}, or " if room >= 0 else ""
+    return tokens_of(document, tokenizer, max(starts) + needed, fix=f"{lower}give a longer document")
+
+
+# Half a megabyte takes half a second, and every method on every case asks for the same again.
+@lru_cache(maxsize=1)
+def _ids(document: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    # verbose=False: a document longer than the model's context is the rule here, and nothing to warn of.
+    return tuple(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])

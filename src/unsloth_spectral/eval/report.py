@@ -18,6 +18,8 @@ _EXPLAINED = {
     "top1_agreement": "share of positions where the likeliest token is the dense cache's",
     "perplexity": "of the true next tokens",
     "perplexity_change": "perplexity less the dense cache's",
+    "factor": "times smaller, as above, after the prefill",
+    "cold_bits_per_element": "bits per element, as above",
 }
 
 

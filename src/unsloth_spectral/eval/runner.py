@@ -1,10 +1,9 @@
 """Tasks times cases times methods, into a folder: a run killed at any moment goes on where it stopped."""
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from unsloth_spectral.eval.lines import append_line, keep_lines, read_lines
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.results import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, read_config
+from unsloth_spectral.eval.settings import check_same, config_of
 from unsloth_spectral.eval.tasks.base import Task
 from unsloth_spectral.files import replacing
 from unsloth_spectral.integrations.models import LoadedModel
 
 DENSE = "dense"
-_LONGEST_OPTION = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def run_evaluation(
     """
     ordered = sorted(methods, key=lambda method: method.name != DENSE)
     cases = {task.name: list(task.cases(loaded)) for task in tasks}
-    _prepare(folder, _config(loaded, tasks, ordered, settings or {}))
+    _prepare(folder, config_of(loaded, tasks, ordered, settings or {}))
     # Two runs in one folder would measure everything twice.
     try:
         held = FileLock(folder / ".lock").acquire(timeout=0)
@@ -143,45 +142,6 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
-def _config(
-    loaded: LoadedModel, tasks: Sequence[Task], methods: Sequence[Method], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    config = {
-        "model": loaded.name,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "settings": dict(settings),
-        "tasks": [task.name for task in tasks],
-        "task_settings": {task.name: _options_of(task) for task in tasks},
-        "methods": [method.name for method in methods],
-    }
-    # As it will be read back: tuples become lists, keys text.
-    result: dict[str, Any] = json.loads(json.dumps(config))
-    return result
-
-
-def _options_of(task: Any) -> dict[str, Any]:
-    """The plain public fields of a task that is a dataclass; what it keeps from case to case is none of these.
-
-    A long text, such as a document, stands as its digest.
-    """
-    if not is_dataclass(task):
-        return {}
-    values = {each.name: getattr(task, each.name) for each in fields(task) if each.repr and each.name[0] != "_"}
-    return {name: _brief(value) for name, value in values.items() if _is_plain(value)}
-
-
-def _brief(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > _LONGEST_OPTION:
-        return "sha256 " + hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
-    return value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float)
-
-
 def _prepare(folder: Path, config: dict[str, Any]) -> None:
     """Make the folder, or refuse one made otherwise; write its config and environment."""
     if folder.exists() and not folder.is_dir():
@@ -193,7 +153,7 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
     here = environment()
     if (folder / CONFIG).exists():
         earlier = read_config(folder)
-        _check_same(folder, earlier, config)
+        check_same(folder, earlier, config)
         for name in ("tasks", "methods"):
             config[name] = list(dict.fromkeys([*earlier[name], *config[name]]))
         config["task_settings"] = {**earlier.get("task_settings", {}), **config["task_settings"]}
@@ -206,21 +166,6 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for name in (METRICS, PREDICTIONS):
         (folder / name).touch()
-
-
-def _check_same(folder: Path, earlier: dict[str, Any], config: dict[str, Any]) -> None:
-    pairs = {name: (earlier.get(name), config[name]) for name in ("model", "dtype")}
-    for group in ("settings", "task_settings"):
-        before = earlier.get(group, {})
-        for name in dict.fromkeys([*before, *config[group]]):
-            # A task that only one of the two ran differs in nothing.
-            if group == "settings" or (name in before and name in config[group]):
-                pairs[f"{group} {name}"] = (before.get(name), config[group].get(name))
-    different = [f"{name} was {was!r} and is now {now!r}" for name, (was, now) in pairs.items() if was != now]
-    if different:
-        raise InvalidArgumentError(
-            f"{str(folder)!r} was made otherwise: {'; '.join(different)}. Use another folder, or the same settings"
-        )
 
 
 def _with_earlier(path: Path, here: dict[str, Any]) -> dict[str, Any]:

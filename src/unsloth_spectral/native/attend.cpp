@@ -20,6 +20,7 @@ namespace {
 constexpr int TILE = 128;                 // tokens that share scales and lie together in memory
 constexpr int RUN = 4 * TILE;             // tokens between two looks at the running maximum
 constexpr int PLANE = TILE / 8;           // bytes
+constexpr int PARTS = TILE / TOKENS;      // of a tile, expanded one by one
 constexpr float FULL = 32767.0f;          // largest weight
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
@@ -105,11 +106,13 @@ struct Worker {
     std::vector<float> mean;       // [key dim]
     std::vector<float> fixed;      // [row]: the mean's term of dimensions that do not rotate
     std::vector<int32_t> still;    // those dimensions
+    std::vector<int8_t> columns;   // [key dim, 2 * pairs] the basis
+    std::vector<float> factors;    // [2 * pairs] what they are worth
     std::vector<int16_t> rows;     // [key dim, 2 * pairs] the basis under the tile's scales
     std::vector<float> row_scales; // [key dim]
-    std::vector<Shorts> codes;     // [pairs, 2] of 32 tokens
-    std::vector<float> rebuilt;    // [key dim, 32 tokens]
-    std::vector<float> scaled, factors;  // [2 * pairs] at work
+    std::vector<Shorts> codes;     // [pairs, 2] of TOKENS tokens
+    std::vector<float> rebuilt;    // [key dim, TOKENS]
+    std::vector<float> scaled, tile_factors;  // [2 * pairs] at work
     int num_pairs = 0;
     int pairs_of[9] = {};
     int64_t planes_before = 0, components_before = 0, next_tile = -1;
@@ -123,7 +126,7 @@ struct Worker {
     }
 };
 
-// float to int16 with the largest magnitude at FULL; returns what one of the integers is worth. n is a multiple of 32.
+// float to int16 with the largest magnitude at FULL; returns what one of the integers is worth. n is a multiple of LANES.
 INLINE float to_weights(const float* from, int16_t* to, int n) {
     Floats peak = {};
     for (int i = 0; i < n; i += LANES) {
@@ -132,17 +135,16 @@ INLINE float to_weights(const float* from, int16_t* to, int n) {
     }
     const float most = largest(peak);
     const float factor = most > 0.0f ? FULL / most : 0.0f;
-    typedef int16_t Narrow __attribute__((vector_size(32)));
     for (int i = 0; i < n; i += LANES) {
         // Shifted to be positive, where cutting off the fraction rounds down.
         const Floats value = load<Floats>(from + i) * factor + 32768.5f;
         const Ints whole = __builtin_convertvector(value, Ints) - 32768;
-        store(to + i, __builtin_convertvector(whole, Narrow));
+        store(to + i, __builtin_convertvector(whole, HalfShorts));
     }
     return most / FULL;
 }
 
-// Sixteen numbers from `from` on, `count` of them there; zeros behind.
+// LANES numbers from `from` on, `count` of them there; zeros behind.
 template <int KIND>
 INLINE Floats numbers(const void* from, int64_t place, int count) {
     if constexpr (KIND == FLOAT32) {
@@ -152,7 +154,6 @@ INLINE Floats numbers(const void* from, int64_t place, int count) {
         for (int i = 0; i < count; ++i) found[i] = values[i];
         return found;
     } else {
-        typedef uint16_t Halves __attribute__((vector_size(32)));
         const uint16_t* values = static_cast<const uint16_t*>(from) + place;
         Halves halves = {};
         if (count >= LANES)
@@ -251,6 +252,15 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     }
     if (turns) {
         w.rows.assign(static_cast<size_t>(call.key_dim) * width, 0);
+        w.columns.assign(static_cast<size_t>(call.key_dim) * width, 0);
+        w.factors.assign(width, 0.0f);
+        for (int i = 0; i < width; ++i) {
+            if (w.order[i] < 0) continue;
+            const int64_t place = b * block.num_components + w.components_before + w.order[i];
+            w.factors[i] = 0.5f * block.vector_scales[place];
+            for (int64_t d = 0; d < call.key_dim; ++d)
+                w.columns[d * width + i] = block.vectors[place * call.key_dim + d];
+        }
         w.row_scales.assign(call.key_dim, 0.0f);
         w.codes.resize(2 * (w.num_pairs + 1));
         w.rebuilt.assign(call.key_dim * TOKENS, 0.0f);
@@ -372,24 +382,19 @@ INLINE void expand_pairs(const uint8_t*& planes, int count, Shorts*& to) {
 }
 
 // The basis under the tile's scales, as weights: one row a dimension.
-void scale_basis(Worker& w, const Block& block, int64_t b) {
+void scale_basis(Worker& w) {
     const int width = static_cast<int>(w.order.size());
-    std::vector<float>& scaled = w.scaled;
-    scaled.assign(width, 0.0f);
-    std::vector<float>& factors = w.factors;
-    factors.assign(width, 0.0f);
-    const int64_t place = b * block.num_components + w.components_before;
-    for (int i = 0; i < width; ++i)
-        if (w.order[i] >= 0) factors[i] = 0.5f * w.scales[i] * block.vector_scales[place + w.order[i]];
+    w.scaled.resize(width);
+    w.tile_factors.resize(width);
+    for (int i = 0; i < width; ++i) w.tile_factors[i] = w.scales[i] * w.factors[i];
     for (int64_t d = 0; d < w.call.key_dim; ++d) {
-        const int8_t* column = block.vectors + place * w.call.key_dim + d;
-        for (int i = 0; i < width; ++i)
-            scaled[i] = w.order[i] < 0 ? 0.0f : factors[i] * column[w.order[i] * w.call.key_dim];
-        w.row_scales[d] = to_weights(scaled.data(), &w.rows[d * width], width);
+        const int8_t* column = &w.columns[d * width];
+        for (int i = 0; i < width; ++i) w.scaled[i] = w.tile_factors[i] * column[i];
+        w.row_scales[d] = to_weights(w.scaled.data(), &w.rows[d * width], width);
     }
 }
 
-// Keys of 32 tokens before their rotation, [dim, token].
+// Keys of TOKENS tokens before their rotation, [dim, token].
 void rebuild(Worker& w, const Block& block, int64_t h, const uint8_t* planes) {
     const int width = static_cast<int>(w.order.size()), count = w.num_pairs;
     const int32_t* counts = block.counts + 9 * h;
@@ -473,7 +478,7 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
             int part = 0;
             for (; part + 1 < parts; part += 2) {
-                const uint8_t* place = from + part / 4 * tile_stride + part % 4 * (TOKENS / 8);
+                const uint8_t* place = from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8);
                 const Shorts a = expand<NBITS>(place), c = expand<NBITS>(place + TOKENS / 8);
                 for (int r = 0; r < ROWS; ++r) {
                     even[r] = dot(even[r], a, load<Shorts>(&w.shares[r * RUN + part * TOKENS]));
@@ -481,7 +486,7 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
                 }
             }
             if (part < parts) {
-                const Shorts a = expand<NBITS>(from + part / 4 * tile_stride + part % 4 * (TOKENS / 8));
+                const Shorts a = expand<NBITS>(from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8));
                 for (int r = 0; r < ROWS; ++r)
                     even[r] = dot(even[r], a, load<Shorts>(&w.shares[r * RUN + part * TOKENS]));
             }
@@ -558,7 +563,7 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         for (int done = 0; done < length; done += TILE) {
             const int64_t tile = first_tile + done / TILE;
             start_tile(w, block, b, tile);
-            scale_basis(w, block, b);
+            scale_basis(w);
             const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
             for (int part = 0; part * TOKENS < std::min(TILE, length - done); ++part) {
                 rebuild(w, block, h, planes + part * (TOKENS / 8));

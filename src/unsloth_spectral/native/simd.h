@@ -1,4 +1,4 @@
-// 64-byte vectors and the few operations on them that compilers do not find by themselves.
+// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find by themselves.
 //
 // Everything else is written with the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2, NEON and
 // whatever else there is: each library is this source compiled for one of them.
@@ -6,19 +6,28 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace spectral {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int16_t Shorts __attribute__((vector_size(64)));
+#if defined(__AVX512BW__)
+constexpr int BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / 4;   // numbers in a Floats
+constexpr int TOKENS = BYTES / 2;  // tokens expanded at a time: the numbers in a Shorts
 
-constexpr int LANES = 16;   // numbers in a Floats
-constexpr int TOKENS = 32;  // tokens expanded at a time: the numbers in a Shorts
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(BYTES)));
+typedef int16_t HalfShorts __attribute__((vector_size(BYTES / 2)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -60,17 +69,11 @@ INLINE Floats choose(Ints mask, Floats a, Floats b) {
 INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
 
 INLINE float sum(Floats v) {
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
-    Half low, high;
-    std::memcpy(&low, &v, 32);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + 32, 32);
-    low += high;
-    Quarter a, b;
-    std::memcpy(&a, &low, 16);
-    std::memcpy(&b, reinterpret_cast<const char*>(&low) + 16, 16);
-    a += b;
-    return (a[0] + a[1]) + (a[2] + a[3]);
+    float total[LANES];
+    std::memcpy(total, &v, sizeof v);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
+    return total[0];
 }
 
 INLINE float largest(Floats v) {
@@ -79,20 +82,38 @@ INLINE float largest(Floats v) {
     return found;
 }
 
-// The sums of sixteen vectors, one a lane: a quarter of the work of sixteen single sums.
+// The sums of as many vectors as there are lanes, one a lane: a quarter of the work of single sums.
 INLINE Floats sums(const Floats (&v)[LANES]) {
-    Floats a[8], b[4], c[2];
+#if defined(__AVX512BW__)
+    Floats a[8], b[4];
     for (int i = 0; i < 8; ++i)
         a[i] = SHUFFLE(Floats, Ints, v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                SHUFFLE(Floats, Ints, v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     for (int i = 0; i < 4; ++i)
         b[i] = SHUFFLE(Floats, Ints, a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                SHUFFLE(Floats, Ints, a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    Floats c[2];
     for (int i = 0; i < 2; ++i)
         c[i] = SHUFFLE(Floats, Ints, b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
                SHUFFLE(Floats, Ints, b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     return SHUFFLE(Floats, Ints, c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            SHUFFLE(Floats, Ints, c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#elif defined(__AVX2__)
+    Floats a[4], b[2];
+    for (int i = 0; i < 4; ++i)
+        a[i] = SHUFFLE(Floats, Ints, v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+               SHUFFLE(Floats, Ints, v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; ++i)
+        b[i] = SHUFFLE(Floats, Ints, a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(Floats, Ints, a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(Floats, Ints, b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+           SHUFFLE(Floats, Ints, b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+    Floats a[2];
+    for (int i = 0; i < 2; ++i)
+        a[i] = SHUFFLE(Floats, Ints, v[i], v[i + 2], 0, 1, 4, 5) + SHUFFLE(Floats, Ints, v[i], v[i + 2], 2, 3, 6, 7);
+    return SHUFFLE(Floats, Ints, a[0], a[1], 0, 4, 2, 6) + SHUFFLE(Floats, Ints, a[0], a[1], 1, 5, 3, 7);
+#endif
 }
 
 // e^x to about 1e-7, relative; 0 below -87, NaN of NaN.
@@ -112,29 +133,30 @@ INLINE Floats exponential(Floats x) {
     return choose(x < all(-87.0f), Floats{}, choose(x == x, scaled, x));
 }
 
-// 32 tokens' codes of one component as odd integers 2 * code + 1 - 2^nbits, from planes 16 bytes apart.
+// TOKENS codes of one component as odd integers 2 * code + 1 - 2^nbits, from planes 16 bytes apart.
 template <int NBITS>
 INLINE Shorts expand(const uint8_t* planes) {
 #if defined(__AVX512BW__)
     __m512i value = _mm512_set1_epi16(1 - (1 << NBITS));
     for (int plane = 0; plane < NBITS; ++plane) {
-        uint32_t mask;
-        std::memcpy(&mask, planes + 16 * plane, 4);
+        const __mmask32 mask = load<uint32_t>(planes + 16 * plane);
         value = _mm512_mask_add_epi16(value, mask, value, _mm512_set1_epi16(static_cast<short>(2 << plane)));
     }
     return bits<Shorts>(value);
 #else
-    const Shorts select = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768,
-                           1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768};
+#if defined(__AVX2__)
+    const Shorts select = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768};
+#else
+    const Shorts select = {1, 2, 4, 8, 16, 32, 64, 128};
+#endif
     Shorts value = Shorts{} + static_cast<int16_t>(1 - (1 << NBITS));
     for (int plane = 0; plane < NBITS; ++plane) {
-        int16_t low, high;
-        std::memcpy(&low, planes + 16 * plane, 2);
-        std::memcpy(&high, planes + 16 * plane + 2, 2);
-        const Shorts words = {low,  low,  low,  low,  low,  low,  low,  low,  low,  low,  low,
-                              low,  low,  low,  low,  low,  high, high, high, high, high, high,
-                              high, high, high, high, high, high, high, high, high, high};
-        value += ((words & select) == select) & static_cast<int16_t>(2 << plane);
+#if defined(__AVX2__)
+        const int16_t word = load<int16_t>(planes + 16 * plane);
+#else
+        const int16_t word = planes[16 * plane];
+#endif
+        value += (((Shorts{} + word) & select) == select) & static_cast<int16_t>(2 << plane);
     }
     return value;
 #endif
@@ -144,25 +166,35 @@ INLINE Shorts expand(const uint8_t* planes) {
 INLINE Shorts pairs_low(Shorts a, Shorts b) {
 #if defined(__AVX512BW__)
     return bits<Shorts>(_mm512_unpacklo_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Shorts>(_mm256_unpacklo_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #else
-    return SHUFFLE(Shorts, Shorts, a, b, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49, 18,
-                   50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
+    return SHUFFLE(Shorts, Shorts, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #endif
 }
 
 INLINE Shorts pairs_high(Shorts a, Shorts b) {
 #if defined(__AVX512BW__)
     return bits<Shorts>(_mm512_unpackhi_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Shorts>(_mm256_unpackhi_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #else
-    return SHUFFLE(Shorts, Shorts, a, b, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15, 47, 20, 52, 21, 53, 22,
-                   54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
+    return SHUFFLE(Shorts, Shorts, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #endif
 }
 
-// What came of `pairs_low` and `pairs_high`, as tokens 0 to 15 and 16 to 31.
+// What came of `pairs_low` and `pairs_high`, as the first and the second half of the tokens.
 INLINE void in_order(Floats low, Floats high, Floats& first, Floats& second) {
+#if defined(__AVX512BW__)
     first = SHUFFLE(Floats, Ints, low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     second = SHUFFLE(Floats, Ints, low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#elif defined(__AVX2__)
+    first = SHUFFLE(Floats, Ints, low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    second = SHUFFLE(Floats, Ints, low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    first = low;
+    second = high;
+#endif
 }
 
 // total + a[2i] * b[2i] + a[2i+1] * b[2i+1]
@@ -170,14 +202,9 @@ INLINE Ints dot(Ints total, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__)
     return bits<Ints>(_mm512_dpwssd_epi32(bits<__m512i>(total), bits<__m512i>(a), bits<__m512i>(b)));
 #elif defined(__AVX2__)
-    __m256i left[2], right[2], held[2];
-    std::memcpy(left, &a, 64);
-    std::memcpy(right, &b, 64);
-    std::memcpy(held, &total, 64);
-    for (int half = 0; half < 2; ++half)
-        held[half] = _mm256_add_epi32(held[half], _mm256_madd_epi16(left[half], right[half]));
-    std::memcpy(&total, held, 64);
-    return total;
+    return total + bits<Ints>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#elif defined(__SSE2__)
+    return total + bits<Ints>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
 #else
     const Ints left = bits<Ints>(a), right = bits<Ints>(b);
     return total + (left >> 16) * (right >> 16) + ((left << 16) >> 16) * ((right << 16) >> 16);

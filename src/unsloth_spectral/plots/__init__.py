@@ -6,6 +6,7 @@ from unsloth_spectral.plots.drift import drift_figure
 from unsloth_spectral.plots.frontier import frontier_figure
 from unsloth_spectral.plots.heatmap import heatmap_figure, place_of
 from unsloth_spectral.plots.inline import inline_svg
+from unsloth_spectral.plots.lengths import length_of, lengths_figure
 from unsloth_spectral.plots.spectrum import spectrum_figure
 from unsloth_spectral.plots.style import FORMATS, check_figure_target, save_figure
 
@@ -18,6 +19,8 @@ __all__ = [
     "frontier_figure",
     "heatmap_figure",
     "inline_svg",
+    "length_of",
+    "lengths_figure",
     "place_of",
     "save_figure",
     "spectrum_figure",

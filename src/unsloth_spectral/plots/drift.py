@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.plots.style import GREY, INK, LABEL, TICK, TITLE, family_colors, panels, setting_of, short, tidy
+from unsloth_spectral.plots.style import (
+    GREY,
+    INK,
+    LABEL,
+    LINES,
+    TICK,
+    TITLE,
+    family_colors,
+    panels,
+    plain_number,
+    setting_of,
+    short,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WINDOWS = 32
-_STYLES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 def drift_figure(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str) -> "Figure":
@@ -45,7 +57,7 @@ def drift_figure(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str
             axes.plot(*curves[method], color=GREY, alpha=0.18, linewidth=0.9)
         for index, method in enumerate(methods):
             label = short(setting_of(method, family) or method)
-            style = _STYLES[index % len(_STYLES)]
+            style = LINES[index % len(LINES)]
             axes.plot(*curves[method], color=colors[family], linestyle=style, linewidth=1.8, label=label, gid=method)
         axes.set_yscale("log")
         axes.set_title(short(family), fontsize=TICK, color=colors[family], fontweight="bold", parse_math=False)
@@ -56,7 +68,7 @@ def drift_figure(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str
     positive = np.concatenate([values[values > 0] for _, values in curves.values()])
     # Room below the curves, for the legends.
     grid[0].set_ylim(positive.min() / 8, positive.max() * 2)
-    grid[0].yaxis.set_major_formatter(lambda value, _: f"{value:.10f}".rstrip("0").rstrip("."))
+    grid[0].yaxis.set_major_formatter(plain_number)
     figure.supxlabel("token of the generation", fontsize=LABEL, color=INK)
     figure.supylabel("KL from the dense cache, nats", fontsize=LABEL, color=INK)
     figure.suptitle(title, fontsize=TITLE + 1, color=INK, parse_math=False)

@@ -17,6 +17,7 @@ from unsloth_spectral.plots.style import (
     blank_figure,
     family_colors,
     family_markers,
+    log_values,
     setting_of,
     short,
     tidy,
@@ -84,7 +85,7 @@ def frontier_figure(
 
 def _set_scales(axes: "Axes", points: "NDArray[np.float64]", is_log: bool,
                 dense: float | None) -> None:  # fmt: skip
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log", base=2)
     low, high = points[:, 0].min() / 1.25, points[:, 0].max() * 1.5
@@ -94,13 +95,7 @@ def _set_scales(axes: "Axes", points: "NDArray[np.float64]", is_log: bool,
     axes.xaxis.set_minor_locator(NullLocator())
     values = points[:, 1] if dense is None else np.append(points[:, 1], dense)
     if is_log:
-        axes.set_yscale("log")
-        axes.set_ylim(values.min() / 2, values.max() * 2)
-        # Powers of ten alone leave a narrow range with one tick.
-        decades = np.log10(values.max() / values.min())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 4 else (1.0, 3.0)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.10f}".rstrip("0").rstrip("."))
+        log_values(axes, values.min(), values.max())
     else:
         room = (values.max() - values.min() or 1.0) * 0.12
         axes.set_ylim(values.min() - room, values.max() + room)

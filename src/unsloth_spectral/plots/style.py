@@ -22,6 +22,7 @@ PALETTE = (
     "#0072b2", "#d55e00", "#00855f", "#b5508a", "#9a6f00", "#5b5bd0", "#c2304f", "#3a86a8", "#6b7d1e", "#8a5a44",
 )  # fmt: skip
 MARKERS = "osD^vPX*hp"
+LINES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 TITLE, LABEL, TICK = 13, 12, 11
 
 
@@ -97,6 +98,23 @@ def setting_of(method: str, family: str) -> str:
 def short(name: str, limit: int = 28) -> str:
     """A name that fits its place: the end of a long one is left out."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def log_values(axes: "Axes", low: float, high: float) -> None:
+    """A logarithmic vertical axis for values from ``low`` to ``high``, with ticks enough."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylim(low / 2, high * 2)
+    # Powers of ten alone leave a narrow range with one tick.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1e4 else (1.0, 3.0)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(plain_number)
+
+
+def plain_number(value: float, _: object = None) -> str:
+    """A tick of a logarithmic axis, without an exponent."""
+    return f"{value:.10f}".rstrip("0").rstrip(".")
 
 
 def panels(count: int, columns: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":

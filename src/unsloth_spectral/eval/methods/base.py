@@ -34,6 +34,11 @@ class Footprint:
         return asdict(self)
 
 
+def nothing_by_layer(cache: Any) -> dict[str, list[float]]:
+    """Of a cache that divides nothing among its layers."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way to keep the cache, under the name that results carry.
@@ -43,9 +48,12 @@ class Method:
         family: methods that differ only in a setting share it; a picture joins them by a line.
         make_cache: a fresh transformers ``Cache`` for a model.
         footprint: of a cache that ``make_cache`` made and a prefill filled.
+        by_layer: of such a cache too, rows of a number a layer by name, such as ``bits_keys``; NaN where a layer has
+            none.
     """
 
     name: str
     family: str
     make_cache: Callable[[Any], Any]
     footprint: Callable[[Any], Footprint]
+    by_layer: Callable[[Any], dict[str, list[float]]] = nothing_by_layer

@@ -1,5 +1,6 @@
 """The dense cache and this library's own codecs, as methods of the evaluation."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,16 +25,29 @@ def spectral_methods() -> dict[str, Method]:
             found.append(_method(name, family, SpectralConfig(preset=preset, key_frame=frame)))
     for preset in ("balanced", "small"):
         make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
-        found.append(Method(f"spectral {preset} without profile", "spectral without profile", make, Footprint.counted))
+        name = f"spectral {preset} without profile"
+        found.append(Method(name, "spectral without profile", make, Footprint.counted, bits_by_layer))
     return {method.name: method for method in found}
 
 
 def _method(name: str, family: str, config: SpectralConfig) -> Method:
-    return Method(name, family, partial(_make, config), Footprint.counted)
+    return Method(name, family, partial(_make, config), Footprint.counted, bits_by_layer)
 
 
 def _make(config: SpectralConfig, model: Any, use_profile: bool = True) -> SpectralCache:
     return SpectralCache(model, config=config, use_profile=use_profile)
+
+
+def bits_by_layer(cache: SpectralCache) -> dict[str, list[float]]:
+    """``bits_keys`` and ``bits_values`` of every layer, NaN of one that has sealed nothing by the spectral codec; left
+    out where no layer has."""
+    layers = cache.stats().layers
+    rows = {name: [getattr(layer, name) for layer in layers] for name in ("bits_keys", "bits_values")}
+    return {
+        name: [math.nan if bits is None else bits for bits in row]
+        for name, row in rows.items()
+        if any(bits is not None for bits in row)
+    }
 
 
 def _dense_footprint(cache: Any) -> Footprint:

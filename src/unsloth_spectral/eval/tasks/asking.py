@@ -24,10 +24,12 @@ class Prefilled:
     Attributes:
         cache: the transformers ``Cache``, filled.
         footprint: of it at that moment.
+        by_layer: what the method tells of its layers then.
     """
 
     cache: Any
     footprint: Footprint
+    by_layer: dict[str, list[float]]
 
 
 def prefill(loaded: LoadedModel, method: Method, context: Tensor, on_progress: OnProgress | None) -> Prefilled:
@@ -35,7 +37,7 @@ def prefill(loaded: LoadedModel, method: Method, context: Tensor, on_progress: O
     cache = method.make_cache(loaded.model)
     with layers_reported(loaded.model, f"{method.name}: prefill", on_progress):
         _forward(loaded, context, cache, logits_to_keep=1)
-    return Prefilled(cache, method.footprint(cache))
+    return Prefilled(cache, method.footprint(cache), method.by_layer(cache))
 
 
 def prefill_dense(loaded: LoadedModel, context: Tensor) -> Any:
@@ -110,16 +112,22 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
     return {int(end) for end in [*ends, loaded.tokenizer.eos_token_id] if end is not None}
 
 
-def check_positions(loaded: LoadedModel, needed: int) -> None:
+def positions_of(loaded: LoadedModel) -> int | None:
+    """How many positions the model was made for; None where it does not say."""
+    limit: int | None = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
+def check_positions(loaded: LoadedModel, needed: int, *, option: str = "context_length") -> None:
     """Refuse a model that was made for fewer than ``needed`` positions.
 
     Raises:
-        InvalidArgumentError: it was.
+        InvalidArgumentError: it was; the message names the task's ``option`` to lower.
     """
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(loaded)
     if limit is not None and needed > limit:
         raise InvalidArgumentError(
-            f"the task needs {needed:,} positions, but {loaded.name} has {limit:,}: lower its context_length"
+            f"the task needs {needed:,} positions, but {loaded.name} has {limit:,}: lower its {option}"
         )
 
 

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
-from unsloth_spectral.eval.prompt import Prompt, build_prompt
 from unsloth_spectral.eval.tasks.asking import (
     DENSE,
     at_least,
@@ -23,15 +21,15 @@ from unsloth_spectral.eval.tasks.asking import (
     prefill_dense,
 )
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.forced import check_starts, slice_of
+from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Generated:
     """What the dense cache generated: tokens and the logits ``[num_tokens, vocabulary]`` they were chosen from."""
 
-    loaded: LoadedModel
-    case: str
     tokens: list[int]
     logits: Tensor
 
@@ -62,7 +60,7 @@ class Drift:
     context_length: int = 4096
     num_tokens: int = 512
     request: str = "Explain the text above in detail."
-    _kept: _Kept | None = field(default=None, init=False, repr=False)
+    _kept: Kept[_Generated] = field(default_factory=Kept, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         at_least(1, starts=len(self.starts), context_length=self.context_length, num_tokens=self.num_tokens)
@@ -75,25 +73,34 @@ class Drift:
 
     def cases(self, loaded: LoadedModel) -> Sequence[str]:
         check_positions(loaded, self.context_length + self.num_tokens + 128)
+        check_starts(loaded, self.document, self.starts, self.context_length)
         return [f"start={start}" for start in self.starts]
 
     @torch.inference_mode()
     def run(self, loaded: LoadedModel, method: Method, case: str, on_progress: OnProgress | None = None) -> Outcome:
-        prompt = self._prompt(loaded, self.starts[check_case(case, self.cases(loaded))])
-        filled = prefill(loaded, method, prompt.context, on_progress)
-        if method.name == DENSE:
-            self._kept = self._generate(loaded, case, filled.cache, prompt.question, on_progress)
-        elif self._kept is None or self._kept.loaded is not loaded or self._kept.case != case:
-            dense = prefill_dense(loaded, prompt.context)
-            self._kept = self._generate(loaded, case, dense, prompt.question, on_progress)
-        kept, ends = self._kept, _end_ids(loaded)
+        start = self.starts[check_case(case, self.cases(loaded))]
+        prompt = slice_of(
+            loaded,
+            self.document,
+            start,
+            context_length=self.context_length,
+            continuation_length=0,
+            request=self.request,
+        )
+        filled, is_dense = prefill(loaded, method, prompt.context, on_progress), method.name == DENSE
+
+        def generate() -> _Generated:
+            cache = filled.cache if is_dense else prefill_dense(loaded, prompt.context)
+            return self._generate(loaded, cache, prompt.question, on_progress)
+
+        kept, ends = self._kept.get(loaded, case, generate, anew=is_dense), _end_ids(loaded)
         divergence: list[float] = []
         first = self.num_tokens
         step_ids = prompt.question
         for step, token in enumerate(kept.tokens):
             dense_row = kept.logits[step : step + 1]
             # Of the dense cache the rows are the very ones it has just generated from.
-            row = dense_row if method.name == DENSE else _next(loaded, filled.cache, step_ids, ends)
+            row = dense_row if is_dense else _next(loaded, filled.cache, step_ids, ends)
             target = torch.tensor([token], device=row.device)
             divergence.append(compare_logits(dense_row, row, target).kl)
             if first == self.num_tokens and int(row.argmax()) != token:
@@ -107,8 +114,8 @@ class Drift:
         return Outcome(metrics, filled.footprint, [prediction], {"kl": divergence})
 
     def _generate(
-        self, loaded: LoadedModel, case: str, cache: Any, question: Tensor, on_progress: OnProgress | None
-    ) -> _Kept:
+        self, loaded: LoadedModel, cache: Any, question: Tensor, on_progress: OnProgress | None
+    ) -> _Generated:
         ends, tokens, rows = _end_ids(loaded), [], []
         step_ids = question
         for step in range(self.num_tokens):
@@ -117,18 +124,7 @@ class Drift:
             step_ids = torch.tensor([[tokens[-1]]])
             if on_progress is not None:
                 on_progress(f"{DENSE}: generation", step + 1, self.num_tokens)
-        return _Kept(loaded, case, tokens, torch.cat(rows))
-
-    def _prompt(self, loaded: LoadedModel, start: int) -> Prompt:
-        document = default_document() if self.document is None else self.document
-        return build_prompt(
-            loaded.tokenizer,
-            tokens_of(document, loaded.tokenizer, start + self.context_length),
-            self.request,
-            context_length=self.context_length,
-            start=start,
-            continuation_length=0,
-        )
+        return _Generated(tokens, torch.cat(rows))
 
 
 def _end_ids(loaded: LoadedModel) -> Tensor:

@@ -21,6 +21,15 @@ CITIES = tuple(_CITIES.split())
 _ONSETS, _VOWELS, _CODAS = "bdfgklmnprstvz", "aeiou", ("", "l", "n", "r", "s")
 
 
+def check_document(loaded: LoadedModel, document: str | None, context_length: int) -> None:
+    """Refuse a document that may not fill a context of ``context_length`` tokens, before any is built.
+
+    Raises:
+        LoadError: it is too short.
+    """
+    _tokens(loaded, document, context_length)
+
+
 def hide(
     loaded: LoadedModel,
     document: str | None,
@@ -50,13 +59,18 @@ def hide(
     room = context_length - needed
     if room < 0:
         raise InvalidArgumentError(f"context_length must be at least {needed} for what is hidden, got {context_length}")
-    text = tokens_of(default_document() if document is None else document, loaded.tokenizer, room)
+    text = _tokens(loaded, document, room)
     start = generator.randrange(text.shape[1] - room + 1)
     stops = [start, *(start + round(depth * room) for depth in depths), start + room]
     parts = [opening]
     for index, ids in enumerate(hidden):
         parts += [text[:, stops[index] : stops[index + 1]], ids]
     return torch.cat([*parts, text[:, stops[-2] : stops[-1]]], dim=1)
+
+
+def _tokens(loaded: LoadedModel, document: str | None, needed: int) -> Tensor:
+    text = default_document() if document is None else document
+    return tokens_of(text, loaded.tokenizer, needed, fix="give a longer document")
 
 
 def spread(count: int) -> list[float]:

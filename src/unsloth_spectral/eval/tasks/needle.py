@@ -22,7 +22,8 @@ from unsloth_spectral.eval.tasks.asking import (
     prefill_dense,
 )
 from unsloth_spectral.eval.tasks.base import Outcome
-from unsloth_spectral.eval.tasks.haystack import CITIES, hide, numbers, spread
+from unsloth_spectral.eval.tasks.haystack import CITIES, check_document, hide, numbers, spread
+from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -63,15 +64,6 @@ def is_number(text: str, number: str) -> bool:
     return found is not None and found.group() == number
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """The facts that the dense cache finds, and what they belong to."""
-
-    loaded: LoadedModel
-    case: str
-    found: frozenset[str]
-
-
 @dataclass(slots=True, kw_only=True)
 class Needles:
     """Many facts in one context, each asked for separately, of a copy of the same prefilled cache.
@@ -96,7 +88,7 @@ class Needles:
     num_cases: int = 3
     context_length: int = 4096
     digits: int = 4
-    _kept: _Kept | None = field(default=None, init=False, repr=False)
+    _kept: Kept[frozenset[str]] = field(default_factory=Kept, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         at_least(1, num_facts=self.num_facts, num_cases=self.num_cases, context_length=self.context_length)
@@ -110,6 +102,7 @@ class Needles:
 
     def cases(self, loaded: LoadedModel) -> Sequence[str]:
         check_positions(loaded, self.context_length + 128)
+        check_document(loaded, self.document, self.context_length)
         return [f"seed={seed}" for seed in range(self.num_cases)]
 
     @torch.inference_mode()
@@ -127,12 +120,14 @@ class Needles:
         filled = prefill(loaded, method, context, on_progress)
         predictions = _ask_each(loaded, filled.cache, facts, method.name, on_progress)
         found = _found(predictions)
-        if method.name == DENSE:
-            self._kept = _Kept(loaded, case, found)
-        elif self._kept is None or self._kept.loaded is not loaded or self._kept.case != case:
-            dense = _ask_each(loaded, prefill_dense(loaded, context), facts, DENSE, on_progress)
-            self._kept = _Kept(loaded, case, _found(dense))
-        reference = self._kept.found
+        is_dense = method.name == DENSE
+
+        def dense_found() -> frozenset[str]:
+            if is_dense:
+                return found
+            return _found(_ask_each(loaded, prefill_dense(loaded, context), facts, DENSE, on_progress))
+
+        reference = self._kept.get(loaded, case, dense_found, anew=is_dense)
         metrics = {
             "retrieved": len(found) / len(facts),
             "facts_found": float(len(found)),
@@ -173,7 +168,8 @@ class NeedleDepth:
         return "needle-depth"
 
     def cases(self, loaded: LoadedModel) -> Sequence[str]:
-        check_positions(loaded, max(self.lengths) + 128)
+        check_positions(loaded, max(self.lengths) + 128, option="lengths")
+        check_document(loaded, self.document, max(self.lengths))
         return [f"length={length} depth={depth:.2f}" for length, depth in self._grid()]
 
     @torch.inference_mode()

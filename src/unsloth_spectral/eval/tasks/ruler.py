@@ -21,7 +21,7 @@ from unsloth_spectral.eval.tasks.asking import (
     prefill,
 )
 from unsloth_spectral.eval.tasks.base import Outcome
-from unsloth_spectral.eval.tasks.haystack import hide, spread
+from unsloth_spectral.eval.tasks.haystack import check_document, hide, spread
 from unsloth_spectral.eval.tasks.ruler_kinds import KINDS, Problem
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -62,6 +62,7 @@ class Ruler:
 
     def cases(self, loaded: LoadedModel) -> Sequence[str]:
         check_positions(loaded, self.context_length + 256)
+        check_document(loaded, self.document, self.context_length)
         return [f"{kind} seed={seed}" for kind in self.kinds for seed in range(self.num_cases)]
 
     @torch.inference_mode()

@@ -1,0 +1,171 @@
+// Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/keys.py, codec/values.py).
+//
+// codec/fused.py checks shapes and calls; nothing is checked here.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+namespace spectral {
+namespace {
+
+constexpr int TILE = 128;
+constexpr int PLANE = TILE / 8;
+constexpr float TINY = std::numeric_limits<float>::min();
+
+INLINE Floats floor(Floats x) {
+    const Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
+    return whole + __builtin_convertvector(bits<Ints>(whole > x), Floats);  // a comparison that holds is -1
+}
+
+INLINE Floats bounded(Floats x, float most) {
+    x = choose(x > all(most), all(most), x);
+    return choose(x < all(-most), all(-most), x);
+}
+
+// The bits of 128 codes, each below 2^nbits, as planes of 16 bytes.
+void pack(const uint8_t* codes, int nbits, uint8_t* planes) {
+    for (int plane = 0; plane < nbits; ++plane)
+        for (int byte = 0; byte < PLANE; ++byte) {
+            const uint64_t bit = load<uint64_t>(codes + 8 * byte) >> plane & 0x0101010101010101u;
+            // Byte i has bit i of the sum's highest byte.
+            planes[plane * PLANE + byte] = static_cast<uint8_t>(bit * 0x0102040810204080u >> 56);
+        }
+}
+
+// A tile of one component: the clipping point of least error, the unbiased scale, the codes and what they stand for.
+float quantize(const float* from, int nbits, const float* clips, int num_clips, uint8_t* codes, float* values) {
+    const float half = static_cast<float>(1 << (nbits - 1)), most = half - 0.5f;
+    Floats peaks = {}, squares = {};
+    for (int t = 0; t < TILE; t += LANES) {
+        const Floats x = load<Floats>(from + t);
+        peaks = larger(peaks, larger(x, -x));
+        squares += x * x;
+    }
+    const float peak = largest(peaks);
+    float best = -1.0f, step = 1.0f;
+    // At one bit every clipping point gives the same codes.
+    for (int i = 0; i < (nbits == 1 ? 1 : num_clips); ++i) {
+        const float trial = std::max(peak * clips[i] / half, TINY), inverse = 1.0f / trial;
+        Floats overlap = {}, energy = {};
+        for (int t = 0; t < TILE; t += LANES) {
+            const Floats x = load<Floats>(from + t);
+            const Floats value = bounded(floor(bounded(x * inverse, 2 * half)) + 0.5f, most);
+            overlap += x * value;
+            energy += value * value;
+        }
+        // The error once the scale is the least-squares one for these codes.
+        const float found = sum(overlap), along = found * found / sum(energy);
+        if (along > best) best = along, step = trial;
+    }
+    const float inverse = 1.0f / step;
+    Floats overlap = {};
+    for (int t = 0; t < TILE; t += LANES) {
+        const Floats x = load<Floats>(from + t);
+        const Floats value = bounded(floor(bounded(x * inverse, 2 * half)) + 0.5f, most);
+        overlap += x * value;
+        store(values + t, value);
+        const Ints code = __builtin_convertvector(value + most, Ints);
+        for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(code[lane]);
+    }
+    return sum(squares) / std::max(sum(overlap), TINY);
+}
+
+}  // namespace
+
+struct KeyEncoding {
+    const float* coefficients;  // [batch, component, token]
+    const int32_t* widths;      // [component]
+    const int32_t* places;      // [component] its first plane
+    uint8_t* planes;            // [batch, tile, plane, 16]
+    float* scales;              // [batch, component, tile]
+    float* values;              // [batch, component, token] codes around zero
+    const float* clips;
+    int64_t batch, num_components, num_tokens, num_planes, num_clips, num_threads;
+};
+
+extern "C" void spectral_encode_keys(const KeyEncoding* given) {
+    const KeyEncoding& call = *given;
+    const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_components;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t b = row / call.num_components, c = row % call.num_components;
+        const float* from = call.coefficients + row * call.num_tokens;
+        float rest[TILE], values[TILE];
+        uint8_t codes[TILE];
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const float* place = from + tile * TILE;
+            const int64_t count = std::min<int64_t>(TILE, call.num_tokens - tile * TILE);
+            if (count < TILE) {
+                std::fill(std::copy(place, place + count, rest), rest + TILE, 0.0f);
+                place = rest;
+            }
+            call.scales[row * tiles + tile] =
+                quantize(place, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes, values);
+            std::copy(values, values + count, call.values + row * call.num_tokens + tile * TILE);
+            pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
+        }
+    }
+}
+
+struct ValueEncoding {
+    const float* turned;  // [batch, head, dim, token]
+    uint8_t* planes;      // [batch, tile, head, dim, bit, 16]
+    float* energies;      // [batch, head, token] squared lengths
+    float* overlaps;      // [batch, head, token] products with the codes around zero
+    float* squares;       // [batch, head, token] squared lengths of these
+    int64_t batch, num_heads, head_dim, num_tokens, nbits, num_threads;
+    float step;           // of the quantizer of a unit Gaussian
+};
+
+extern "C" void spectral_encode_values(const ValueEncoding* given) {
+    const ValueEncoding& call = *given;
+    const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_heads * tiles;
+    const float half = static_cast<float>(1 << (call.nbits - 1)), most = half - 0.5f;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t head = row / tiles, tile = row % tiles, b = head / call.num_heads, h = head % call.num_heads;
+        const float* from = call.turned + head * call.head_dim * call.num_tokens + tile * TILE;
+        const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
+        float energy[TILE] = {}, inverse[TILE], overlap[TILE] = {}, square[TILE] = {}, buffer[TILE] = {};
+        uint8_t codes[TILE];
+        for (int64_t d = 0; d < call.head_dim; ++d) {
+            const float* x = from + d * call.num_tokens;
+            for (int t = 0; t < count; ++t) energy[t] += x[t] * x[t];
+        }
+        for (int t = 0; t < TILE; ++t)
+            inverse[t] = 1.0f / std::max(std::sqrt(energy[t] / static_cast<float>(call.head_dim)) * call.step, TINY);
+        for (int64_t d = 0; d < call.head_dim; ++d) {
+            const float* x = from + d * call.num_tokens;
+            if (count < TILE) std::copy(x, x + count, buffer), x = buffer;
+            for (int t = 0; t < TILE; t += LANES) {
+                const Floats value = load<Floats>(x + t);
+                const Floats code =
+                    bounded(floor(bounded(value * load<Floats>(inverse + t), 2 * half)) + 0.5f, most);
+                store(overlap + t, load<Floats>(overlap + t) + value * code);
+                store(square + t, load<Floats>(square + t) + code * code);
+                const Ints whole = __builtin_convertvector(code + most, Ints);
+                for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(whole[lane]);
+            }
+            std::fill(codes + count, codes + TILE, 0);
+            const int64_t place = ((b * tiles + tile) * call.num_heads + h) * call.head_dim + d;
+            pack(codes, static_cast<int>(call.nbits), call.planes + place * call.nbits * PLANE);
+        }
+        for (int t = 0; t < count; ++t) {
+            const int64_t place = head * call.num_tokens + tile * TILE + t;
+            call.overlaps[place] = overlap[t];
+            call.squares[place] = square[t];
+            call.energies[place] = energy[t];
+        }
+    }
+}
+
+}  // namespace spectral

@@ -1,0 +1,71 @@
+"""Every build of the encoding kernel against torch's passes."""
+
+import pytest
+import torch
+
+from unsloth_spectral.codec import fused
+from unsloth_spectral.codec import keys as key_codec
+from unsloth_spectral.codec import values as value_codec
+from unsloth_spectral.codec.packing import pack, unpack
+from unsloth_spectral.native import library
+
+VARIANTS = [name for name in library.VARIANTS if library.load(name) is not None]
+pytestmark = pytest.mark.skipif(not VARIANTS, reason=f"no kernel here: {library.obstacle()}")
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers with rare huge ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return x * torch.where(torch.rand(shape, generator=generator) < 0.01, 12.0, 1.0)
+
+
+@every_variant
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 63), (1, 128), (3, 500)])
+def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
+    widths = (8, 7, 6, 5, 4, 3, 2, 1, 1, 5, 2)
+    coefficients = heavy(batch, len(widths), tokens) * torch.logspace(-3, 3, len(widths))[:, None]
+    coefficients[:, 3] = 0
+    nbits = torch.tensor(widths)
+    codes, scales = key_codec.quantize(coefficients, nbits)
+    planes, found, values = fused.encode_keys(coefficients, widths, key_codec.CLIPS, variant)
+    stored = unpack(planes, widths)[..., :tokens]
+    # Products in another order: a coefficient on the edge of two codes may fall to either side.
+    different = (stored != codes[..., :tokens]).float().mean()
+    assert different < 0.005
+    assert_close(found, scales, 1e-2)
+    hat, expected = (key_codec.dequantize(c, nbits, s) for c, s in ((stored, found), (codes[..., :tokens], scales)))
+    lost, least = ((x - coefficients).square().sum(-1) for x in (hat, expected))
+    assert (lost <= 1.02 * least + 1e-12).all()
+    # Around zero as stored, and unbiased.
+    assert torch.equal(values, stored.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None])
+    if tokens == 128:
+        overlap, energy = (coefficients * hat).sum(-1), coefficients.square().sum(-1)
+        assert_close(overlap[energy > 0] / energy[energy > 0], torch.ones_like(energy[energy > 0]), 1e-4)
+
+
+@every_variant
+@pytest.mark.parametrize("nbits", range(1, 9))
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 500), (60, 128), (40, 1), (128, 63)])
+def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: int) -> None:
+    turned = heavy(2, 3, head_dim, tokens)
+    turned[0, 1, :, 0] = 0
+    step = 0.5**nbits
+    expected = value_codec.quantize(turned, nbits, step)
+    found = fused.encode_values(turned, nbits, step, variant)
+    widths = (nbits,) * (3 * head_dim)
+    both = [unpack(planes, widths)[..., :tokens] for planes in (found[0], expected[0])]
+    assert (both[0] != both[1]).float().mean() < 0.002
+    for own, other in zip(found[1:], expected[1:], strict=True):
+        assert_close(own, other, 1e-2)
+    # What fills up the last tile is code 0, as `pack` has it.
+    assert torch.equal(pack(both[0], widths), found[0])
+
+
+@every_variant
+def test_each_bit_lands_where_pack_puts_it(variant: str) -> None:
+    codes = torch.randint(0, 256, (1, 4, 128), generator=torch.Generator().manual_seed(0))
+    codes[..., 0], codes[..., 1] = 0, 255  # the whole range, so that no clipping point is better than none
+    planes, _, values = fused.encode_keys(codes.float() - 127.5, (8,) * 4, (1.0,), variant)
+    assert torch.equal(planes, pack((values + 127.5).to(torch.uint8), (8,) * 4))

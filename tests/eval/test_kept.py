@@ -1,0 +1,46 @@
+"""What is kept of the dense run serves its own model and case, and no other."""
+
+from typing import Any
+
+import pytest
+
+from unsloth_spectral.eval.tasks.kept import Kept
+
+
+class Maker:
+    """Counts up, and tells how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def test_made_once_for_each_model_and_case() -> None:
+    kept: Kept[int] = Kept()
+    first: Any = object()
+    second: Any = object()
+    make = Maker()
+    found = [
+        kept.get(loaded, case, make, anew=anew)
+        for loaded, case, anew in [
+            (first, "a", False), (first, "a", False), (first, "a", True), (first, "a", False), (first, "b", False),
+            (first, "a", False), (second, "a", False), (second, "a", False),
+        ]
+    ]  # fmt: skip
+    assert found == [1, 1, 2, 2, 3, 4, 5, 5]
+
+
+def test_a_failure_leaves_nothing() -> None:
+    kept: Kept[int] = Kept()
+    loaded: Any = object()
+    kept.get(loaded, "a", lambda: 1, anew=False)
+
+    def fail() -> int:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kept.get(loaded, "a", fail, anew=True)
+    assert kept.get(loaded, "a", lambda: 2, anew=False) == 2
