@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow eval bench clean
+.PHONY: help demo test test-slow eval bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/unsloth_spectral/native/*.cpp src/unsloth_spectral/native/*.h)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "Python 3.10 or newer is needed, %s is %d.%d; set PYTHON=" % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
@@ -38,7 +38,10 @@ eval: $(STAMP) ## every method on the fidelity task and the report: about half a
 	$(BIN)/unsloth-spectral report results
 
 bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
-	for name in rsvd quantize attention_paths attention_fidelity key_frames end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
+	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache

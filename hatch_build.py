@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc]
             print(f"unsloth-spectral is built without its kernel: {reason}", file=sys.stderr)
         else:
             build_data["pure_python"] = False
-            build_data["infer_tag"] = True
+            # Called through ctypes, so any Python will do.
+            build_data["tag"] = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
 
 
 def _build(folder: Path) -> str | None:

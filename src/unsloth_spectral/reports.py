@@ -1,6 +1,6 @@
 """Results as tables for people to read in a terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.metrics import best_of, figure_text
 from unsloth_spectral.eval.results import Mean
@@ -144,13 +145,19 @@ def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable
     return Group(first, second)
 
 
-def profile_table(model: str, sensitivities: Sequence[float]) -> RenderableType:
-    """The table of ``profile``: a row a layer, and a bar as long as what its values at one bit cost."""
-    table = Table(title=f"{model}: KL with one layer's values at one bit")
+def profile_table(model: str, profile: ModelProfile) -> RenderableType:
+    """The table of ``profile``: a row a layer, and bars as long as what its errors cost."""
+    table = Table(title=f"{model}: KL in nats, one layer alone coarse")
     table.add_column("layer", justify="right")
-    table.add_column("KL, nats", justify="right")
+    table.add_column("values at one bit", justify="right")
     table.add_column("")
-    largest = max(sensitivities) or 1.0
-    for layer, damage in enumerate(sensitivities):
-        table.add_row(str(layer), f"{damage:.5f}", Text("#" * round(40 * damage / largest), style="blue"))
+    table.add_column("keys, a unit of score variance lost", justify="right")
+    table.add_column("")
+    rows = zip(profile.value_sensitivities, profile.key_sensitivities, strict=True)
+    most = max(profile.value_sensitivities) or 1.0, max(profile.key_sensitivities) or 1.0
+    for layer, row in enumerate(rows):
+        bars = [
+            Text("#" * round(20 * damage / largest), style="blue") for damage, largest in zip(row, most, strict=True)
+        ]
+        table.add_row(str(layer), f"{row[0]:.5f}", bars[0], f"{row[1]:.5f}", bars[1])
     return table

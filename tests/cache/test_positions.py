@@ -147,3 +147,44 @@ def test_queries_before_the_tokens_do_not_count() -> None:
     sampler.reset()
     assert sampler.sample(0, 10) == (None, None)
     assert sampler.nbytes == 0
+
+
+def sampled(sampler: QuerySampler) -> list[int]:
+    """Positions asked at."""
+    found, _ = sampler.sample(0, 10_000)
+    return [] if found is None else found[0, 0, :, 0].int().tolist()
+
+
+def test_of_tokens_that_come_together_every_fourth_is_held() -> None:
+    """Whatever is taken back: in assisted decoding that is most often the newest."""
+    sampler, held = QuerySampler(), 1000
+    while held < 1200:
+        sampler.note(queries(6, held), held + 6, missing=1220 - held - 6, padding=0)
+        held += 1 + held % 6
+        sampler.crop(held)
+    assert sampled(sampler) == list(range(1092, held, 4))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, 99, 100, 300])
+def test_a_crop_drops_the_queries_of_what_is_gone(kept: int) -> None:
+    sampler = QuerySampler()
+    sampler.note(queries(100, 0), 100, missing=0, padding=0)
+    sampler.note(queries(1, 100), 101, missing=3, padding=0)
+    before = sampled(sampler)
+    sampler.crop(kept)
+    assert sampled(sampler) == [position for position in before if position < kept]
+    assert sampler.nbytes <= 2 * 3 * 5 * 4 * max(1, kept)
+
+
+def test_queries_follow_the_batch() -> None:
+    sampler = QuerySampler()
+    sampler.map_batch(lambda tensor: tensor[[1]])
+    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 8, 5).float(), 8, missing=4, padding=0)
+    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 4, 5).float(), 12, missing=0, padding=0)
+    sampler.map_batch(lambda tensor: tensor[[1, 0, 1]])
+    found, distances = sampler.sample(0, 12)
+    assert found is not None
+    assert distances is not None
+    assert found.shape == (3, 3, 6, 5)
+    assert found[:, 0, :, 0].tolist() == [[row] * 6 for row in (1.0, 0.0, 1.0)]
+    assert distances.tolist() == [1, 5, 9, 10, 11, 12]

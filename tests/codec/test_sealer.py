@@ -105,6 +105,51 @@ def test_after_forgetting_everything_is_planned_anew() -> None:
     assert torch.equal(sealed(sealer, tokens(512)).keys.planes, first.keys.planes)
 
 
+@frames
+def test_the_plan_follows_the_batch(frame: str) -> None:
+    """With one result for one tensor, blocks sealed later still join."""
+    plain, turned = sealer_of(frame), sealer_of(frame)
+    first = sealed(plain, tokens(512))
+    before, nbytes, results = sealed(turned, tokens(512)), turned.nbytes, {}
+
+    def repeat(tensor: torch.Tensor) -> torch.Tensor:
+        return results.setdefault(id(tensor), tensor[[1, 0, 1]])
+
+    turned.map_batch(repeat)
+    assert turned.nbytes == 3 * nbytes // 2
+    later, rows = tokens(BLOCK, seed=1), [1, 0, 1]
+    one, other = sealed(plain, later), sealed(turned, ExactBlock(later.keys[rows], later.values[rows]))
+    assert torch.equal(other.keys.planes, one.keys.planes[rows])
+    assert torch.equal(other.values.scales, one.values.scales[rows])
+    joined = turned.join(before.map_batch(repeat), other)
+    assert joined is not None
+    assert torch.equal(joined.keys.planes, plain.join(first, one).keys.planes[rows])
+
+
+def test_there_is_nothing_to_follow_before_the_first_sealing() -> None:
+    sealer = sealer_of()
+    sealer.map_batch(lambda tensor: tensor[[1]])
+    assert sealer.nbytes == 0
+
+
+def test_a_run_shorter_than_a_block_leaves_no_plan() -> None:
+    sealer, fresh = sealer_of(), sealer_of()
+    short, later = sealed(sealer, tokens(BLOCK - 128)), sealed(sealer, tokens(BLOCK, seed=1))
+    expected = sealed(fresh, tokens(BLOCK, seed=1))
+    assert later.keys.widths == expected.keys.widths, "neither its basis nor its water level counts"
+    assert torch.equal(later.keys.planes, expected.keys.planes)
+    assert sealer.join(short, later) is None
+    assert sealed(sealer, tokens(BLOCK, seed=2)).keys.vectors is later.keys.vectors
+
+
+def test_what_is_not_finite_leaves_no_plan() -> None:
+    sealer, huge = sealer_of(), tokens(BLOCK)
+    huge.keys[:, :, 7] = 1e30
+    assert not sealed(sealer, huge).is_finite
+    assert sealer.nbytes == 0
+    assert sealed(sealer, tokens(BLOCK, seed=1)).is_finite
+
+
 def test_only_whole_groups_and_coded_blocks_join() -> None:
     sealer = sealer_of()
     first, second = sealed(sealer, tokens(512)), sealed(sealer, tokens(BLOCK, seed=1))
@@ -162,13 +207,18 @@ def test_an_impossible_limit_ends_where_keys_lack_rank(monkeypatch: pytest.Monke
     assert len(calls) > 2
 
 
-def layers_of(config: SpectralConfig, num_layers: int, count: int, head_dim: int, **options: Any) -> CacheStats:
-    """A cache of layers whose keys differ tenfold in size, filled and sealed one layer after another."""
+def layers_of(
+    config: SpectralConfig, num_layers: int, count: int, head_dim: int, seen: int = 16, **options: Any
+) -> CacheStats:
+    """A cache of layers whose keys differ tenfold in size, filled and sealed one layer after another.
+
+    Attention saw the newest ``seen`` tokens; where it did not see all, nobody knows where they stand.
+    """
     stats, rotation = [], rotation_of(count, head_dim=head_dim)
     for index, sealer in enumerate(make_sealers(config, num_layers, **options)):
         layer, block = SpectralLayer(config, sealer), tokens(count, seed=index, head_dim=head_dim, batch=1)
         layer.append((10.0 ** (index % 3 / 2)) * block.keys, block.values)
-        layer.observe(random(1, 2 * HEADS, 16, head_dim, seed=index), rotation)
+        layer.observe(random(1, 2 * HEADS, seen, head_dim, seed=index), rotation)
         layer.seal()
         stats.append(layer.stats())
         assert stats[-1].sealed_tokens > 0
@@ -183,6 +233,15 @@ def test_the_cold_tier_takes_the_bits_asked_for(frame: str, preset: str, head_di
     check_bits(stats, config)
 
 
+@frames
+@pytest.mark.parametrize("preset", ["quality", "balanced", "small"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_a_short_prefill_takes_the_bits_asked_for(frame: str, preset: str, groups: int) -> None:
+    config = SpectralConfig(preset=preset, key_frame=frame)
+    count = 4 + 64 + 128 * groups
+    check_bits(layers_of(config, 6, count, 64, seen=count), config)
+
+
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 @pytest.mark.parametrize("preset", ["balanced", "small"])
 def test_the_cold_tier_takes_the_bits_asked_for_at_other_head_dims(preset: str, head_dim: int) -> None:
@@ -192,7 +251,8 @@ def test_the_cold_tier_takes_the_bits_asked_for_at_other_head_dims(preset: str, 
 
 def test_the_cold_tier_takes_the_bits_asked_for_with_a_profile() -> None:
     config = SpectralConfig(bits_per_element=2.6)
-    profile = ModelProfile((1.0, 0.01, 5.0, 0.1, 0.5, 0.02))
+    variances = tuple((torch.arange(1, 129) ** -1.0).tolist())
+    profile = ModelProfile((1.0, 0.01, 5.0, 0.1, 0.5, 0.02), (0.1, 1.0, 0.3, 2.0, 0.05, 1.0), (variances,) * 6)
     stats = layers_of(config, 6, 2200, 64, profile=profile)
     check_bits(stats, config)
     assert len({layer.bits_values for layer in stats.layers}) > 1
@@ -229,6 +289,19 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
         found = sealed(sealer_of(frame, bits=4.0), block, observed)
         errors.append(float((found.scores(later) - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("count", [1, 4, 32, 400])
+def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
+    """The floor for scarce queries says nothing of how much an error matters."""
+    sealer, queries = sealer_of(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
+    first = sealed(sealer, tokens(512), Observed(None, queries, torch.arange(512) + 1))
+    few = Observed(None, queries[:, :, -count:], torch.full((count,), BLOCK))
+    assert sealed(sealer, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
+    other = sealed(sealer, tokens(BLOCK, seed=1, kind=1), few)
+    assert other.keys.vectors is not first.keys.vectors
+    # The basis of a smaller block is dearer, so it has fewer bits for codes.
+    assert 0.6 * first.keys.num_bits < other.keys.num_bits < 1.05 * first.keys.num_bits
 
 
 @pytest.mark.parametrize("is_rotated", [True, False])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.integrations.huggingface.fingerprint import fingerprint, profile_of, profile_path, save_profile
 
-PROFILE = ModelProfile((0.5, 0.001))
+PROFILE = ModelProfile((0.5, 0.001), (0.02, 0.01), ((3.0, 1.0), (2.0, 0.5)))
+OTHER = ModelProfile((1.0, 2.0), (1.0, 1.0), ((1.0,), (1.0,)))
 Build = Callable[..., LlamaForCausalLM]
 
 
@@ -66,22 +68,30 @@ def test_a_profile_comes_back(tiny_llama: Build, cache_folder: Path) -> None:
     assert profile_of(tiny_llama(), 2) == PROFILE
     assert profile_of(tiny_llama(seed=1), 2) is None
     assert json.loads(path.read_text())["texts"] == 3
-    save_profile(model, ModelProfile((1.0, 2.0)), {})
-    assert profile_of(model, 2) == ModelProfile((1.0, 2.0))
+    save_profile(model, OTHER, {})
+    assert profile_of(model, 2) == OTHER
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def _malformed(**changes: object) -> str:
+    good = {"version": 2, "value_sensitivities": [1, 1], "key_sensitivities": [1, 1], "key_variances": [[1], [1]]}
+    return json.dumps({**good, **changes})
 
 
 MALFORMED = {
     "no JSON": "{",
     "empty": "",
     "not an object": "[1, 2]",
-    "no sensitivities": '{"version": 1}',
-    "none": '{"version": 1, "value_sensitivities": []}',
-    "no numbers": '{"version": 1, "value_sensitivities": ["a", 1]}',
-    "negative": '{"version": 1, "value_sensitivities": [1, -1]}',
-    "another version": '{"version": 99, "value_sensitivities": [1, 1]}',
-    "no version": '{"value_sensitivities": [1, 1]}',
-    "NaN": '{"version": 1, "value_sensitivities": [NaN, 1]}',
+    "no sensitivities": '{"version": 2}',
+    "none": _malformed(value_sensitivities=[]),
+    "no numbers": _malformed(value_sensitivities=["a", 1]),
+    "negative": _malformed(key_sensitivities=[1, -1]),
+    "another version": _malformed(version=99),
+    "no version": _malformed(version=None),
+    "NaN": _malformed(value_sensitivities=[math.nan, 1]),
+    "one layer short": _malformed(key_sensitivities=[1]),
+    "no variances": _malformed(key_variances=[[1], []]),
+    "variances of no list": _malformed(key_variances=3),
 }
 
 
@@ -110,9 +120,10 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
     model, config = tiny_llama(), SpectralConfig(bits_per_element=3.5)
     save_profile(model, PROFILE, {})
 
-    def widths(**options: bool) -> list[int]:
+    def widths(**options: bool) -> list[float | None]:
         cache = SpectralCache(model, config=config, **options)
-        return [layer.spectral._sealer.value_nbits for layer in cache.layers]
+        model(input_ids=torch.randint(0, 99, (1, 800)), past_key_values=cache)
+        return [layer.bits_values for layer in cache.stats().layers]
 
     assert widths()[0] > widths()[1]
     assert len(set(widths(use_profile=False))) == 1
@@ -120,6 +131,6 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
 
 def test_a_profile_of_another_number_of_layers_says_so(tiny_llama: Build) -> None:
     model = tiny_llama()
-    save_profile(model, ModelProfile((1.0,)), {})
+    save_profile(model, ModelProfile((1.0,), (1.0,), ((1.0,),)), {})
     with pytest.raises(LoadError):
         SpectralCache(model, config=SpectralConfig(bits_per_element=3.5))

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.errors import InvalidArgumentError
 
 # Growing by a few tokens at a time makes a decode step write one token instead of copying the whole tail, at the price
 # of at most this many unused tokens, which are counted as stored.
@@ -60,3 +62,25 @@ class TokenBuffer:
     def _is_frozen(self) -> bool:
         # A tensor made under inference_mode may not be written to outside it.
         return self._keys.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def check_tokens(keys: Tensor, values: Tensor, config: SpectralConfig, held: ExactBlock | None) -> None:
+    """Refuse new tokens that fit neither each other, nor ``config``, nor those ``held``.
+
+    Raises:
+        InvalidArgumentError: they do not.
+    """
+    if keys.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
+        raise InvalidArgumentError(
+            "keys and values must both be (batch, num_key_value_heads, seq_len, head_dim), "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if held is None:
+        config.check_head_dim(min(keys.shape[-1], values.shape[-1]))
+        return
+    for name, new, old in (("keys", keys, held.keys), ("values", values, held.values)):
+        if (*new.shape[:2], new.shape[3]) != (*old.shape[:2], old.shape[3]):
+            raise InvalidArgumentError(
+                f"this cache holds {old.shape[0]} sequences of {old.shape[1]} heads with head_dim {old.shape[3]}, "
+                f"got {name} of shape {tuple(new.shape)}: use a fresh cache for another batch or model"
+            )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 
 _PREFILL_SAMPLES = 256
 # While decoding: every fourth query of the last 128 before a sealing, in half precision, so that little is held and
@@ -33,17 +33,33 @@ class QuerySampler:
         tokens are not asked.
         """
         length = query.shape[2]
-        if missing > _DECODE_WINDOW or (missing > 0 and num_tokens % _DECODE_STRIDE):
-            return
         first = num_tokens - length
+        if missing > _DECODE_WINDOW:
+            return
         if missing > 0:
-            # Held until the sealing: the newest query is enough.
-            places = torch.tensor([length - 1])
+            # Held until the sealing, so few. By their places: of the tokens that come together in assisted decoding
+            # the newest may be taken back.
+            oldest = max(first, num_tokens + missing - _DECODE_WINDOW, padding)
+            places = torch.tensor(
+                [place - first for place in range(oldest, num_tokens) if place % _DECODE_STRIDE == 0], dtype=torch.int64
+            )
         else:
             places = torch.linspace(max(0, padding - first), length - 1, min(length, _PREFILL_SAMPLES)).long()
+        if not len(places):
+            return
         picked = query[:, :, places.to(query.device)]
         self._queries.append(picked.half() if missing > 0 else picked)
         self._positions.append(first + places)
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the queries of all but the first ``num_tokens`` tokens."""
+        kept = [positions < num_tokens for positions in self._positions]
+        self._queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, kept, strict=True)]
+        self._positions = [positions[keep] for positions, keep in zip(self._positions, kept, strict=True)]
+
+    def map_batch(self, function: TensorFunction) -> None:
+        """Apply ``function`` along the batch dimension."""
+        self._queries = [function(query) for query in self._queries]
 
     def sample(self, start: int, num_tokens: int) -> tuple[Tensor | None, Tensor | None]:
         """Queries ``[B, heads, n, D]`` that saw any of the ``num_tokens`` tokens from ``start`` on, and how many of

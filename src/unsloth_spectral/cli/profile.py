@@ -1,5 +1,6 @@
 """``unsloth-spectral profile``."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -15,7 +16,9 @@ def command(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure once how much each layer's values matter. Spectral caches of the model then spend their bits by it."""
+    """Measure once how much each layer's keys and values matter.
+
+    Spectral caches of the model then spend their bits by it."""
     from unsloth_spectral import reports
     from unsloth_spectral.eval.environment import environment
     from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
@@ -31,6 +34,6 @@ def command(
         "environment": environment(),
     }
     path = save_profile(loaded.model, found, facts)
-    out.print(reports.profile_table(loaded.name, found.value_sensitivities))
-    write_json({"value_sensitivities": found.value_sensitivities, **facts}, json_file)
+    out.print(reports.profile_table(loaded.name, found))
+    write_json({**asdict(found), **facts}, json_file)
     err.print(f"profile written to {plain(path)}", highlight=False, soft_wrap=True)

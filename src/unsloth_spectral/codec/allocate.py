@@ -1,8 +1,10 @@
-"""Reverse water-filling: how many bits each component of the keys is worth (Cover & Thomas, theorem 10.3.3)."""
+"""Reverse water-filling: how many bits each component is worth (Cover & Thomas, theorem 10.3.3)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +14,12 @@ from unsloth_spectral.codec.profile import ModelProfile
 # Mean squared error of a uniform quantizer with the best step on a unit Gaussian, at 0 to 8 bits.
 DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035, 0.00104, 0.0003, 0.00009)
 GAINS = tuple(DISTORTION[b] - DISTORTION[b + 1] for b in range(8))
-_HALVINGS = 50
+# The noise of a quantizer whose scale makes it unbiased, over the signal; and what each bit after the first takes from
+# it, over what one bit leaves.
+_UNBIASED = np.array([distortion / (1 - distortion) for distortion in DISTORTION[1:]])
+_VALUE_GAINS = -np.diff(_UNBIASED) / _UNBIASED[0]
+_TINY = 1e-30
+_HALVINGS = 36  # of some 50 octaves: to the last bit of a float32
 
 
 def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
@@ -20,12 +27,18 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
     ``first_bit_cost`` is what a component's first bit costs, the component's own metadata included, in bits.
     """
-    gains = torch.tensor(GAINS, dtype=variances.dtype, device=variances.device)
+    gains = _gains_per_bit(first_bit_cost).to(variances)
+    return (variances[..., None] * gains >= level).sum(-1)
+
+
+def _gains_per_bit(first_bit_cost: float) -> Tensor:
+    """``[8]`` float32, never rising, of a variance of 1."""
+    gains = torch.tensor(GAINS)
     gains[0] /= first_bit_cost
     # A costly first bit may gain less per bit than the second: then both are taken or neither.
     gains[0] = torch.maximum(gains[0], (GAINS[0] + gains[1]) / (first_bit_cost + 1))
     gains[1] = torch.minimum(gains[0], gains[1])
-    return (variances[..., None] * gains >= level).sum(-1)
+    return gains
 
 
 def cost(widths: Tensor, first_bit_cost: float) -> float:
@@ -34,98 +47,150 @@ def cost(widths: Tensor, first_bit_cost: float) -> float:
 
 
 @dataclass(slots=True)
-class KeyBudget:
-    """One budget for the keys of all layers, spent while layer after layer is sealed.
+class Budget:
+    """One budget for all layers, spent while layer after layer is sealed.
 
-    Under the query metric the variances of all layers and heads are in one unit, so one water level is best for all.
-    It is unknown until the last layer has come; until then each layer is given what is right if the layers still to
-    come are like those seen, or like ``expected`` where a profile knows them. The total never exceeds the budget.
+    Under the query metric the variances of all layers' keys are in one unit, so one water level is best for all. With a
+    profile they are in nats, and so is the damage of the values' errors: the same level then gives the values their
+    widths. It is unknown until the last layer has come; until then each layer is given what is right if the layers
+    still to come are as the profile says, or, without one, like those seen. The total never exceeds the budget.
 
     Attributes:
-        bits_per_element: bits for the keys, ``fixed_cost`` included, over the number of key elements.
+        bits_per_element: bits, ``fixed_cost`` included, over the number of key elements: for the keys alone or, with a
+            profile, for keys and values.
         num_layers: layers that share the budget.
-        expected: ``[num_layers, components]`` variances from a profile, or None.
+        profile: of the model, or None.
+        seen: ``[H, D]`` variances of each layer's keys, as they came.
     """
 
     bits_per_element: float
     num_layers: int
-    expected: Tensor | None = None
-    _seen: list[Tensor] = field(default_factory=list)
+    profile: ModelProfile | None = None
+    seen: dict[int, Tensor] = field(default_factory=dict)
     _levels: dict[int, float] = field(default_factory=dict)
+    _value_nbits: dict[int, int] = field(default_factory=dict)
     _left: float = 0.0
 
-    def allocate(self, layer: int, variances: Tensor, first_bit_cost: float, fixed_cost: float) -> Tensor:
+    def allocate(
+        self, layer: int, variances: Tensor, first_bit_cost: float, fixed_cost: float, value_elements: int = 0
+    ) -> Tensor:
         """Widths for ``layer``'s ``variances [H, D]`` in score units; see ``level_of`` for the level they follow from.
 
-        ``fixed_cost`` is what the layer's keys cost whatever their widths, in bits a token.
+        ``fixed_cost`` is what the layer costs whatever its widths, in bits a token; ``value_elements`` are its values
+        a token, if the budget is for them too.
         """
+        own = self.weighted(layer, variances)
         if layer not in self._levels:
             share = self.bits_per_element * variances.numel() - fixed_cost
             self._left += share
-            ahead = self.num_layers - len(self._levels) - 1
-            flat = variances.flatten().float()
-            self._seen.append(flat)
-            others = torch.cat(self._seen) if self.expected is None or not ahead else self.expected[-ahead:].flatten()
-            level = _common_level(self._left + ahead * share, flat, others, ahead, first_bit_cost)
+            coming = [each for each in range(self.num_layers) if each not in self._levels and each != layer]
+            self.seen[layer] = variances.float()
+            demands = [(_Demand(own.flatten(), first_bit_cost), 1.0)]
+            if coming:
+                others = self._expected(coming)
+                demands.append((_Demand(others, first_bit_cost), len(coming) * own.numel() / others.numel()))
+            values = None if self.profile is None else _ValueDemand(self.profile, [layer, *coming], value_elements)
+            level = _common_level(self._left + len(coming) * share, demands, values)
+            # Whatever is expected of the layers to come, each of them finds half of its share.
+            own_values = None if self.profile is None else _ValueDemand(self.profile, [layer], value_elements)
+            level = max(level, _common_level(self._left + len(coming) * share / 2, demands[:1], own_values))
             self._levels[layer] = level
-            self._left -= cost(widths_at(level, flat, first_bit_cost), first_bit_cost)
-            if not ahead:
-                self._seen.clear()
-        return widths_at(self._levels[layer], variances.float(), first_bit_cost)
+            self._left -= cost(widths_at(level, own, first_bit_cost), first_bit_cost)
+            if own_values is not None:
+                nbits = own_values.nbits_at(level)
+                self._value_nbits[layer] = nbits
+                self._left -= nbits * value_elements
+        return widths_at(self._levels[layer], own, first_bit_cost)
+
+    def weighted(self, layer: int, variances: Tensor) -> Tensor:
+        """``variances`` in the unit of the level: nats where a profile tells what they are worth, else as they are."""
+        return variances.float() * (1.0 if self.profile is None else self.profile.key_sensitivities[layer])
 
     def level_of(self, layer: int) -> float:
         """The water level of a layer that ``allocate`` has seen."""
         return self._levels[layer]
 
+    def value_nbits_of(self, layer: int) -> int:
+        """Width of the values of a layer that ``allocate`` has seen, where a profile is known."""
+        return self._value_nbits[layer]
+
     def reset(self) -> None:
         """Forget what was spent."""
-        self._seen.clear()
+        self.seen.clear()
         self._levels.clear()
+        self._value_nbits.clear()
         self._left = 0.0
 
+    def _expected(self, layers: Sequence[int]) -> Tensor:
+        """Weighted variances that layers still to come are likely to have."""
+        if self.profile is None:
+            return torch.cat([each.flatten() for each in self.seen.values()])
+        known = [torch.tensor(own) for own in self.profile.key_variances]
+        # This text may be louder or softer than the profile's were, throughout.
+        ratios = [float(own.sum()) / max(float(known[layer].sum()), _TINY) for layer, own in self.seen.items()]
+        ratio = math.exp(sum(math.log(max(each, _TINY)) for each in ratios) / len(ratios))
+        return ratio * torch.cat([self.weighted(layer, known[layer]) for layer in layers])
 
-def _common_level(budget: float, own: Tensor, others: Tensor, ahead: int, first_bit_cost: float) -> float:
-    """The level at which ``own`` and ``ahead`` layers like ``others`` cost ``budget`` bits a token together."""
-    share = ahead * own.numel() / others.numel()
-    both = torch.cat([own, others])
-    positive = both[both > 0]
-    if not len(positive):
+
+def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:
+    """The level at which all ``demands``, each times its share, and the ``values`` cost ``budget`` bits a token."""
+    ranges = [found for demand, _ in demands if (found := demand.range()) is not None]
+    if not ranges:
         return 1.0
-    low, high = float(positive.min().log2()) - 20, float(positive.max().log2()) + 2
+    low, high = math.log2(min(ranges)[0]) - 20, math.log2(max(most for _, most in ranges)) + 2
+    if values is not None and values.most > 0:
+        high = max(high, math.log2(values.most) + 2)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         level = 2.0**middle
-        need = cost(widths_at(level, own, first_bit_cost), first_bit_cost)
-        if share:
-            need += share * cost(widths_at(level, others, first_bit_cost), first_bit_cost)
-        if need > budget:
+        need = sum(share * demand.at(level) for demand, share in demands)
+        if need + (0.0 if values is None else values.at(level)) > budget:
             low = middle
         else:
             high = middle
     return float(2.0**high)
 
 
+class _Demand:
+    """What variances cost at any level: ``cost(widths_at(...))``, by looking up instead of multiplying anew."""
+
+    def __init__(self, variances: Tensor, first_bit_cost: float) -> None:
+        self._ordered = variances.cpu().sort().values
+        self._steps = [(self._ordered * gain).numpy() for gain in _gains_per_bit(first_bit_cost)]
+        self._first_bit_cost = first_bit_cost
+
+    def at(self, level: float) -> float:
+        # In float32, as the products are: rounding must not take a bit here and leave it there.
+        reached = [len(step) - step.searchsorted(np.float32(level)) for step in self._steps]
+        return float(sum(reached) + (self._first_bit_cost - 1) * reached[0])
+
+    def range(self) -> tuple[float, float] | None:
+        """The least and the largest positive variance; None where there is none."""
+        positive = self._ordered[self._ordered > 0]
+        return (float(positive[0]), float(positive[-1])) if len(positive) else None
+
+
+class _ValueDemand:
+    """What the values of some layers cost at any level, in bits a token: one bit each, and more while they gain."""
+
+    def __init__(self, profile: ModelProfile, layers: Sequence[int], elements: int) -> None:
+        damages = np.array([profile.value_sensitivities[layer] for layer in layers], dtype=np.float64)
+        # Nats for each bit a token that another bit a value costs.
+        gains = damages[:, None] * (_VALUE_GAINS / max(1, elements))
+        self._ordered, self._count, self._elements = np.sort(gains, axis=None), len(layers), elements
+        self.most = float(gains.max())
+
+    def at(self, level: float) -> float:
+        return float(self._elements * (self._count + len(self._ordered) - self._ordered.searchsorted(level)))
+
+    def nbits_at(self, level: float) -> int:
+        """The width of a single layer's values."""
+        return int(self._count + len(self._ordered) - self._ordered.searchsorted(level))
+
+
 _SCALE_OF_VALUES = 8 / 64  # a byte a token: bits per element at the usual head_dim
 
 
-def value_widths(bits_per_element: float, num_layers: int, profile: ModelProfile | None = None) -> list[int]:
-    """Width of each layer's values, such that values take about half of ``bits_per_element`` on average over both.
-
-    Without a profile one width serves all layers, the nearest; with one, widths follow the layers' sensitivities.
-    """
-    wanted = bits_per_element - _SCALE_OF_VALUES
-    if profile is None or len(profile.value_sensitivities) != num_layers:
-        return [min(MAX_NBITS, max(1, round(wanted)))] * num_layers
-    return _by_sensitivity(profile.value_sensitivities, max(1.0, wanted))
-
-
-def _by_sensitivity(sensitivities: Sequence[float], mean_width: float) -> list[int]:
-    """Widths of the given mean at most that lower the summed damage most, one bit after another."""
-    widths = [1] * len(sensitivities)
-    for _ in range(int(len(widths) * mean_width) - len(widths)):
-        gains = [
-            damage * GAINS[width] if width < MAX_NBITS else -1.0
-            for damage, width in zip(sensitivities, widths, strict=True)
-        ]
-        widths[gains.index(max(gains))] += 1
-    return widths
+def uniform_value_width(bits_per_element: float) -> int:
+    """One width for all layers' values, the nearest to half of what keys and values may take together."""
+    return min(MAX_NBITS, max(1, round(bits_per_element - _SCALE_OF_VALUES)))

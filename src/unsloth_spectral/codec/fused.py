@@ -57,7 +57,7 @@ def serves(tensor: Tensor) -> bool:
 def encode_keys(
     coefficients: Tensor, widths: Sequence[int], clips: Sequence[float], variant: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes, scales ``[B, C, tiles]`` and codes around zero ``[B, C, n]``, both float32, of ``coefficients [B, C, n]``."""
+    """Planes, scales ``[B, C, tiles]`` and codes around zero ``[B, C, n]`` of ``coefficients [B, C, n]`` float32."""
     batch, count, num_tokens = coefficients.shape
     coefficients = coefficients.contiguous()
     assert len(widths) == count

@@ -1,13 +1,13 @@
 """Turning exact tokens into a sealed block, by either codec. One sealer serves one layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
-from unsloth_spectral.codec.allocate import KeyBudget, value_widths, widths_at
+from unsloth_spectral.codec.allocate import Budget, uniform_value_width, widths_at
 from unsloth_spectral.codec.basis import principal_basis
 from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock, seal
 from unsloth_spectral.codec.coded import CodedBlock
@@ -16,7 +16,7 @@ from unsloth_spectral.codec.keys import KeyPlan
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.rope import Rotation
 
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
@@ -50,8 +50,15 @@ class Sealer(Protocol):
         """Both as one block, or None where they do not fit together."""
         ...
 
+    def map_batch(self, function: TensorFunction) -> None:
+        """Apply ``function`` along the batch dimension, as was done to the blocks sealed before.
+
+        It gives the same result for the same tensor, so that later blocks still join those.
+        """
+        ...
+
     def forget(self) -> None:
-        """The blocks sealed before were changed: nothing of them is to be used again."""
+        """The blocks sealed before were cut: nothing of them is to be used again."""
         ...
 
     def reset(self) -> None: ...
@@ -76,6 +83,9 @@ class RankSealer:
             return last.stack(new)
         return None
 
+    def map_batch(self, function: TensorFunction) -> None:
+        pass
+
     def forget(self) -> None:
         pass
 
@@ -87,26 +97,34 @@ def make_sealers(config: SpectralConfig, num_layers: int, profile: ModelProfile 
     """One sealer for each of ``num_layers`` layers, which share one budget."""
     if config.codec == "rank":
         return [RankSealer(config) for _ in range(num_layers)]
-    value_nbits = value_widths(config.target_bits, num_layers, profile)
-    budget = KeyBudget(2 * config.target_bits - sum(value_nbits) / num_layers, num_layers)
-    return [SpectralSealer(config, budget, layer, nbits) for layer, nbits in enumerate(value_nbits)]
+    bits, value_nbits = 2 * config.target_bits, None
+    if profile is None:
+        value_nbits = uniform_value_width(config.target_bits)
+        bits -= value_nbits
+    budget, short_budget = Budget(bits, num_layers, profile), Budget(bits, num_layers, profile)
+    return [SpectralSealer(config, budget, short_budget, layer, value_nbits) for layer in range(num_layers)]
 
 
 @dataclass(slots=True)
 class SpectralSealer:
     """The spectral codec: the prefill's mean and basis serve later blocks too, while they capture their energy.
 
+    A prefill shorter than a block pays so much of its bits for its basis that few components are left: more are worth
+    their bits once more tokens share them, so that basis serves no later block, and neither does its water level.
+
     Attributes:
         config: the options.
-        budget: of the keys and of the values' scales, shared by all layers of a cache.
+        budget: shared by all layers of a cache.
+        short_budget: the same for runs shorter than a block.
         layer: this layer's place among those that share the budget.
-        value_nbits: width of this layer's values.
+        value_nbits: width of this layer's values; None where the budget decides, by the model's profile.
     """
 
     config: SpectralConfig
-    budget: KeyBudget
+    budget: Budget
+    short_budget: Budget
     layer: int
-    value_nbits: int
+    value_nbits: int | None
     _plan: KeyPlan | None = None
     _mean: Tensor | None = None
     _largest: Tensor | None = None
@@ -123,16 +141,19 @@ class SpectralSealer:
     def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         is_rotated = self.config.key_frame == "rotated"
         x, mean = key_codec.centre(tokens.keys, self._mean, observed.rotation, is_rotated, real)
-        metric = observed.metric(x.shape[1], x.shape[-1], is_rotated).to(x.device)
-        keys, plan, reused = self._encode_keys(x, mean, metric, observed.rotation, is_rotated)
-        values = value_codec.encode(tokens.values, self.value_nbits, self._largest if reused else None)
+        metric = _in_score_units(observed.metric(x.shape[1], x.shape[-1], is_rotated), observed).to(x.device)
+        elements = tokens.values.shape[1] * tokens.values.shape[-1]
+        keys, plan, reused = self._encode_keys(x, mean, metric, observed.rotation, is_rotated, elements)
+        nbits = self._budget(x).value_nbits_of(self.layer) if self.value_nbits is None else self.value_nbits
+        values = value_codec.encode(tokens.values, nbits, self._largest if reused else None)
         keys, plan, values = self._within_limit(x, metric, tokens.values, keys, plan, values)
         limit = self.config.error_limit
         if limit is not None and max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
             return None
-        if self._plan is None:
+        block = CodedBlock(keys, values, tokens.keys.dtype)
+        if self._plan is None and block.is_finite and not self._is_short(x):
             self._plan, self._mean, self._largest = plan, mean, values.largest
-        return CodedBlock(keys, values, tokens.keys.dtype)
+        return block
 
     def join(self, last: Block, new: Block) -> Block | None:
         if not isinstance(last, CodedBlock) or not isinstance(new, CodedBlock):
@@ -144,25 +165,35 @@ class SpectralSealer:
             return last.append(new)
         return None
 
+    def map_batch(self, function: TensorFunction) -> None:
+        plan, mean, largest = self._plan, self._mean, self._largest
+        if plan is None or mean is None or largest is None:
+            return
+        tops = None if plan.tops is None else function(plan.tops)
+        self._plan = replace(plan, vectors=function(plan.vectors), row_scales=function(plan.row_scales), tops=tops)
+        self._mean, self._largest = function(mean), function(largest)
+
     def forget(self) -> None:
         self._plan = self._mean = self._largest = None
 
     def reset(self) -> None:
         self.forget()
         self.budget.reset()
+        self.short_budget.reset()
 
     def _encode_keys(
-        self, x: Tensor, mean: Tensor, metric: Tensor, rotation: Rotation | None, is_rotated: bool
+        self, x: Tensor, mean: Tensor, metric: Tensor, rotation: Rotation | None, is_rotated: bool, value_elements: int
     ) -> tuple[key_codec.KeyCodes, KeyPlan, bool]:
         own = principal_basis(x, metric)
         variances = own.variances.mean(0)
-        first_bit_cost = self._first_bit_cost(x.shape[-2], x.shape[-1])
+        first_bit_cost = self._first_bit_cost(x)
         if self._plan is None:
-            widths = self.budget.allocate(self.layer, variances, first_bit_cost, self._fixed_cost(x))
-            level = self.budget.level_of(self.layer)
+            budget = self._budget(x)
+            widths = budget.allocate(self.layer, variances, first_bit_cost, self._fixed_cost(x), value_elements)
+            level = budget.level_of(self.layer)
         else:
             level = self._plan.level
-            widths = widths_at(level, variances, first_bit_cost)
+            widths = widths_at(level, self.budget.weighted(self.layer, variances), first_bit_cost)
             keys, plan = key_codec.encode(x, self._plan, metric, mean, rotation, is_rotated)
             lost = (keys.relative_error.float().square().mean(0) * variances.sum(-1)).sum()
             if float(lost) <= _WORTH_A_BASIS * float(key_codec.expected_error(variances, widths).sum()):
@@ -188,7 +219,7 @@ class SpectralSealer:
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
             own = principal_basis(x, metric) if own is None else own
             level /= 4
-            widths = widths_at(level, own.variances.mean(0), 1.0)
+            widths = widths_at(level, self.budget.weighted(self.layer, own.variances.mean(0)), 1.0)
             plan = key_codec.plan(own, widths, level)
             keys, plan = key_codec.encode(x, plan, metric, keys.mean, keys.rotation, keys.is_rotated)
         nbits = coded.nbits
@@ -197,15 +228,35 @@ class SpectralSealer:
             coded = value_codec.encode(values, nbits)
         return keys, plan, coded
 
-    @staticmethod
-    def _first_bit_cost(num_tokens: int, head_dim: int) -> float:
+    def _budget(self, x: Tensor) -> Budget:
+        return self.short_budget if self._plan is None and self._is_short(x) else self.budget
+
+    def _is_short(self, x: Tensor) -> bool:
+        return x.shape[-2] < self.config.block_size
+
+    def _first_bit_cost(self, x: Tensor) -> float:
         """Bits a token of a component's first bit: its scales and its row of the basis are paid with it.
 
-        The row is ``head_dim`` bytes in the basis and 13 of scales and head, here and in the block.
+        The row is ``head_dim`` bytes in the basis and 4 of scales in the block, 8 more here where the plan is kept.
         """
-        return 1 + key_codec.SCALE_BITS + 8 * (head_dim + 13) / num_tokens
+        row = x.shape[-1] + (4 if self._is_short(x) else 12)
+        return 1 + key_codec.SCALE_BITS + 8 * row / x.shape[-2]
 
     @staticmethod
     def _fixed_cost(x: Tensor) -> float:
         """Bits a token that go whatever the widths: the keys' mean, where tokens stand, and the values' scales."""
         return (16 * x.shape[1] * x.shape[-1] + 64 * x.shape[-1]) / x.shape[-2] + 8 * x.shape[1]
+
+
+def _in_score_units(metric: Tensor, observed: Observed) -> Tensor:
+    """``metric`` with the trace that the queries have.
+
+    The floor for scarce queries adds to it, many times over for a handful: a block sealed soon after the prefill would
+    be held to the prefill's water level with variances that much too large, and take a basis and bits it has no use
+    for.
+    """
+    if observed.queries is None:
+        return metric
+    power = observed.queries.float().square().sum(-1).unflatten(1, (metric.shape[1], -1)).mean((-2, -1))
+    trace = metric.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return metric * (power / trace.to(power.device)).to(metric.device)[..., None, None]

@@ -1,24 +1,41 @@
-"""Measuring a model once: how much each layer's values matter."""
+"""Measuring a model once: how much each layer's keys and values matter."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec import values as value_codec
+from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.sealer import SpectralSealer
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.progress import OnProgress
-from unsloth_spectral.integrations.huggingface.cache import dense_cache
+from unsloth_spectral.integrations.huggingface.cache import SpectralCache, SpectralCacheLayer, dense_cache
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 
 # Where the texts begin in the default document, in tokens: none of them is one that the evaluation uses.
 STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
+# About one bit for the keys and one for the values.
+_COARSE = SpectralConfig(bits_per_element=1.2)
+# Of the mean: a layer that did not matter in these texts still gets some bits.
+_LEAST_SENSITIVITY = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Of one text, for each layer: KL with its values or its keys alone coarse, and of the keys the score variance
+    that was lost and the components' ``[num_components]``, each head's in falling order."""
+
+    value_damages: Tensor
+    key_damages: Tensor
+    lost: Tensor
+    variances: Tensor
 
 
 @torch.inference_mode()
@@ -31,7 +48,7 @@ def measure_profile(
     continuation: int = CONTINUATION,
     on_progress: OnProgress | None = None,
 ) -> ModelProfile:
-    """KL to the dense cache with one layer's values at one bit and all else exact, for every full-attention layer.
+    """KL to the dense cache with one layer's keys or values at about one bit and all else exact, layer by layer.
 
     The mean over the texts that begin at tokens ``starts`` of ``document`` (the default one if None): ``continuation``
     tokens after a prefix.
@@ -42,51 +59,64 @@ def measure_profile(
     """
     text = default_document() if document is None else document
     ids = tokens_of(text, loaded.tokenizer, max(starts) + prefix + continuation + 1).to(loaded.model.device)
-    unpatch_unsloth_attention(loaded.model)
-    total: Tensor | None = None
+    found = []
     for number, start in enumerate(starts):
         part = ids[:, start : start + prefix + continuation + 1]
-        found = torch.tensor(_sensitivities(loaded.model, part, prefix, number, len(starts), on_progress))
-        total = found if total is None else total + found
-    assert total is not None
-    return ModelProfile(tuple((total / len(starts)).tolist()))
+        found.append(_measure(loaded.model, part, prefix, number, len(starts), on_progress))
+    values = torch.stack([each.value_damages for each in found]).mean(0)
+    keys = torch.stack([each.key_damages for each in found]).sum(0) / torch.stack([each.lost for each in found]).sum(0)
+    keys = keys.clamp_min(_LEAST_SENSITIVITY * float(keys.mean())).clamp_min(torch.finfo(keys.dtype).tiny)
+    variances = torch.stack([each.variances for each in found]).mean(0)
+    return ModelProfile(tuple(values.tolist()), tuple(keys.tolist()), tuple(map(tuple, variances.tolist())))
 
 
-def _sensitivities(
+def _measure(
     model: Any, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
-) -> list[float]:
-    cache: Any = dense_cache(model)
-    model(input_ids=ids[:, :prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers = [
-        index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None
-        and layer.keys.ndim == 4 and layer.keys.shape[-2] == prefix
-    ]  # fmt: skip
+) -> _Measured:
+    coarse = SpectralCache(model, config=_COARSE, use_profile=False)
+    model(input_ids=ids[:, :prefix], past_key_values=coarse, use_cache=True, logits_to_keep=1)
+    unpatch_unsloth_attention(model)
+    layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer that keeps the whole context: nothing to measure"
         )
-    dense = _logits(model, ids, prefix, _with(model, cache, -1))
-    damages = []
-    for done, index in enumerate(layers, 1):
-        logits = _logits(model, ids, prefix, _with(model, cache, index))
-        damages.append(max(0.0, compare_logits(dense, logits, ids[0, prefix + 1 :]).kl))
-        if on_progress is not None:
-            on_progress("profile: each layer's values at one bit", number * len(layers) + done, count * len(layers))
-    return damages
+    cache: Any = dense_cache(model)
+    model(input_ids=ids[:, :prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    dense = _logits(model, ids, prefix, _with(model, cache))
+    damages: dict[str, list[float]] = {"values": [], "keys": []}
+    lost, variances = [], []
+    for done, index in enumerate(layers):
+        layer: Any = coarse.layers[index]
+        own = _score_variances(layer)
+        errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, CodedBlock)]
+        lost.append(float((errors[0].float().square().mean(0) * own.sum(-1)).sum()))
+        variances.append(own.flatten())
+        rebuilt = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
+        for step, name in enumerate(damages):
+            logits = _logits(model, ids, prefix, _with(model, cache, index, **{name: rebuilt[name]}))
+            damages[name].append(max(0.0, compare_logits(dense, logits, ids[0, prefix + 1 :]).kl))
+            if on_progress is not None:
+                whole = 2 * len(layers)
+                on_progress("profile: each layer at one bit", number * whole + 2 * done + step + 1, count * whole)
+    return _Measured(
+        torch.tensor(damages["values"]), torch.tensor(damages["keys"]), torch.tensor(lost), torch.stack(variances)
+    )
 
 
-def _with(model: Any, cache: Any, coarse: int) -> Any:
-    """A copy of ``cache`` with the values of layer ``coarse`` at one bit; the tensors of the others are shared."""
-    options = SpectralConfig()
+def _score_variances(layer: SpectralCacheLayer) -> Tensor:
+    """``[H, D]``, of the layer's keys as its sealer saw them."""
+    sealer = layer.spectral.sealer
+    assert isinstance(sealer, SpectralSealer)
+    return sealer.budget.seen[sealer.layer].cpu()
+
+
+def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:
+    """A copy of ``cache`` with keys or values of layer ``coarse`` replaced; the tensors of the others are shared."""
     fresh: Any = dense_cache(model)
     for index, (old, new) in enumerate(zip(cache.layers, fresh.layers, strict=True)):
-        values = old.values
-        if index == coarse:
-            first = options.num_sink_tokens
-            cold = slice(first, first + (values.shape[-2] - first - options.residual_length) // 8 * 8)
-            values = values.clone()
-            values[..., cold, :] = value_codec.encode(values[..., cold, :], 1).reconstruct().to(values.dtype)
-        new.update(old.keys, values)
+        taken = {"keys": old.keys, "values": old.values} | (replaced if index == coarse else {})
+        new.update(taken["keys"], taken["values"])
     return fresh
 
 

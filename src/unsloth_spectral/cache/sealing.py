@@ -1,0 +1,99 @@
+"""One sealing: the oldest exact tokens become blocks, run by run, and what cannot be sealed stays exact."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.sealer import SealedBlock, Sealer
+from unsloth_spectral.errors import InvalidArgumentError
+
+logger = logging.getLogger("unsloth_spectral")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sealing:
+    """Attributes:
+    sealer: the codec.
+    tokens: what is to be sealed, padding zeroed.
+    real: ``[B, num_tokens]`` bool, which of them are no padding; None where all are.
+    observe: what is known of tokens ``start`` to ``stop`` of these.
+    unit: tokens that are finite or not together; ``tokens`` are a multiple of it.
+    block_size: tokens that are tried alone where all together fail.
+    """
+
+    sealer: Sealer
+    tokens: ExactBlock
+    real: Tensor | None
+    observe: Callable[[int, int], Observed]
+    unit: int
+    block_size: int
+
+    def blocks(self) -> Iterator[Block]:
+        """The tokens as blocks, oldest first."""
+        finite = _finite_blocks(self.tokens, self.unit)
+        first = 0
+        for last in range(1, len(finite) + 1):
+            if last < len(finite) and finite[last] == finite[first]:
+                continue
+            start, stop = first * self.unit, last * self.unit
+            yield from self._run(start, stop) if finite[first] else [self._exact(start, stop)]
+            first = last
+
+    def _run(self, start: int, stop: int) -> Iterator[Block]:
+        """Seal finite tokens together, or, where that fails, block by block."""
+        sealed = self._try(start, stop)
+        if sealed is not None:
+            yield sealed
+        elif stop - start <= self.block_size:
+            yield self._exact(start, stop)
+        else:
+            for first in range(start, stop, self.block_size):
+                yield from self._run(first, min(first + self.block_size, stop))
+
+    def _try(self, start: int, stop: int) -> SealedBlock | None:
+        real = None if self.real is None else self.real[:, start:stop]
+        try:
+            sealed = self.sealer.seal(self.tokens.slice(start, stop), real, self.observe(start, stop))
+        except InvalidArgumentError:
+            raise
+        except RuntimeError as error:  # a LinAlgError, or no memory for the factorization
+            logger.warning("%d tokens could not be factorized together: %s", stop - start, error)
+            return None
+        if sealed is not None and not sealed.is_finite:  # finite tokens whose squares overflow
+            logger.warning("the factors of %d tokens overflowed", stop - start)
+            return None
+        return sealed
+
+    def _exact(self, start: int, stop: int) -> ExactBlock:
+        return self.tokens.slice(start, stop).map_batch(torch.clone)
+
+
+def join_last(sealer: Sealer, cold: list[Block], block: Block) -> None:
+    """Append ``block`` to ``cold``, as part of the last one where the codec can join them."""
+    joined = sealer.join(cold[-1], block) if cold else None
+    if joined is None:
+        cold.append(block)
+    else:
+        cold[-1] = joined
+
+
+def without_padding(tokens: ExactBlock, real: Tensor) -> ExactBlock:
+    """The tokens with those in the padding zeroed: they are never attended to, so they should cost no rank."""
+    return tokens.map_batch(lambda tensor: torch.where(real[:, None, :, None], tensor, torch.zeros_like(tensor)))
+
+
+def _finite_blocks(tokens: ExactBlock, size: int) -> list[bool]:
+    """For each block of ``size`` tokens, whether all of its keys and values in all rows and heads are finite."""
+    # A NaN or infinity makes a sum so too, and summing is far cheaper than testing each number; where the sum of finite
+    # ones overflows the closer look below decides.
+    if math.isfinite(tokens.keys.sum(dtype=torch.float32) + tokens.values.sum(dtype=torch.float32)):
+        return [True] * (tokens.num_tokens // size)
+    finite = tokens.keys.sum(-1, dtype=torch.float32).isfinite() & tokens.values.sum(-1, dtype=torch.float32).isfinite()
+    per_block: list[bool] = finite.all(0).all(0).unflatten(0, (-1, size)).all(1).tolist()
+    return per_block

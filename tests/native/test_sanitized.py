@@ -1,0 +1,82 @@
+"""The kernel under the address and undefined-behaviour sanitizers, against plain scalar code (sanitized.cpp)."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from unsloth_spectral.native import library
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).with_name("sanitized.cpp")
+FLAGS = (
+    *("-std=c++17", "-O1", "-g1", "-fno-math-errno", "-Wno-psabi"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+# Half a minute of compiling each: the first variant of these that runs here is enough for every day.
+HERE = [name for name in library.VARIANTS if library.runs_here(name)]
+VARIANTS = [pytest.param(name, marks=[pytest.mark.slow] if place else []) for place, name in enumerate(HERE)]
+
+
+def build_hook() -> ModuleType:
+    """``hatch_build.py``, which is in no package."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed: the kernel's flags are in its build hook")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str, **environment: str) -> tuple[int, str]:
+    found = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment},
+        timeout=900,
+    )
+    return found.returncode, found.stdout
+
+
+@pytest.fixture(scope="module")
+def compile_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The compiler, and OpenMP if it has it; skips where it cannot make sanitized programs."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler: c++, g++, clang++, or CXX")
+    folder = tmp_path_factory.mktemp("compiler")
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n", encoding="utf-8")
+    output = ""
+    for extra in (["-fopenmp"], []):
+        command = [compiler, *FLAGS, *extra]
+        code, output = run(*command, str(probe), "-o", str(folder / "probe"))
+        if code == 0 and run(str(folder / "probe"), ASAN_OPTIONS="detect_leaks=0")[0] == 0:
+            return command
+    pytest.skip(f"{compiler} makes no programs with sanitizers that run here: {output.strip()[:200]}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the kernel is not built there")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernel_under_sanitizers(variant: str, compile_command: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
+    flags = build_hook()._VARIANTS[variant]
+    code, output = run(*compile_command, *flags, f"-I{library.FOLDER}", str(SOURCE), "-o", str(program))
+    assert code == 0, output
+    code, output = run(
+        str(program),
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        OMP_NUM_THREADS="1",
+    )
+    assert code == 0, output
+    print(output)
