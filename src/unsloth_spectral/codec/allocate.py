@@ -60,13 +60,15 @@ class Budget:
             profile, for keys and values.
         num_layers: layers that share the budget.
         profile: of the model, or None.
-        seen: ``[H, D]`` variances of each layer's keys, as they came.
+        seen: ``[H, D]`` variances of each layer's keys, as they came; let go with the last layer.
+        keeps_seen: whether they stay, for who measures a profile.
     """
 
     bits_per_element: float
     num_layers: int
     profile: ModelProfile | None = None
     seen: dict[int, Tensor] = field(default_factory=dict)
+    keeps_seen: bool = False
     _levels: dict[int, float] = field(default_factory=dict)
     _value_nbits: dict[int, int] = field(default_factory=dict)
     _left: float = 0.0
@@ -100,6 +102,8 @@ class Budget:
                 nbits = own_values.nbits_at(level)
                 self._value_nbits[layer] = nbits
                 self._left -= nbits * value_elements
+            if not coming and not self.keeps_seen:
+                self.seen.clear()
         return widths_at(self._levels[layer], own, first_bit_cost)
 
     def weighted(self, layer: int, variances: Tensor) -> Tensor:

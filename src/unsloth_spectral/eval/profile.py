@@ -74,6 +74,8 @@ def _measure(
     model: Any, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
 ) -> _Measured:
     coarse = SpectralCache(model, config=_COARSE, use_profile=False)
+    for each in filter(None, map(_sealer, coarse.layers)):
+        each.budget.keeps_seen = True
     model(input_ids=ids[:, :prefix], past_key_values=coarse, use_cache=True, logits_to_keep=1)
     unpatch_unsloth_attention(model)
     layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
@@ -88,7 +90,9 @@ def _measure(
     lost, variances = [], []
     for done, index in enumerate(layers):
         layer: Any = coarse.layers[index]
-        own = _score_variances(layer)
+        sealer = _sealer(layer)
+        assert sealer is not None
+        own = sealer.budget.seen[sealer.layer].cpu()
         errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, CodedBlock)]
         lost.append(float((errors[0].float().square().mean(0) * own.sum(-1)).sum()))
         variances.append(own.flatten())
@@ -104,11 +108,9 @@ def _measure(
     )
 
 
-def _score_variances(layer: SpectralCacheLayer) -> Tensor:
-    """``[H, D]``, of the layer's keys as its sealer saw them."""
-    sealer = layer.spectral.sealer
-    assert isinstance(sealer, SpectralSealer)
-    return sealer.budget.seen[sealer.layer].cpu()
+def _sealer(layer: Any) -> SpectralSealer | None:
+    sealer = layer.spectral.sealer if isinstance(layer, SpectralCacheLayer) else None
+    return sealer if isinstance(sealer, SpectralSealer) else None
 
 
 def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:
