@@ -173,7 +173,7 @@ void read_mean(Worker& w, const Block& block, int64_t b, int64_t h) {
     w.mean.resize(w.key_dim);
     const int64_t place = (b * w.call.num_heads + h) * w.call.key_dim;
     for (int d = 0; d < w.key_dim; d += LANES)
-        store(&w.mean[d], numbers<FLOAT16>(block.mean, place + d, static_cast<int>(w.call.key_dim) - d));
+        store(w.mean.data() + d, numbers<FLOAT16>(block.mean, place + d, static_cast<int>(w.call.key_dim) - d));
 }
 
 void start_head(Worker& w, int64_t b, int64_t h) {
@@ -221,7 +221,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
             for (int64_t row = 0; row < call.num_rows; ++row) {
                 Floats total = {};
                 for (int d = 0; d < w.key_dim; d += LANES)
-                    total += load<Floats>(&axis[d]) * load<Floats>(&w.query[row * w.key_dim + d]);
+                    total += load<Floats>(axis.data() + d) * load<Floats>(w.query.data() + row * w.key_dim + d);
                 // Half, as codes come as odd integers.
                 w.projected[row * width + i] = 0.5f * block.vector_scales[place] * sum(total);
             }
@@ -239,7 +239,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     w.tile_sine.resize(call.num_rows * pairs);
     w.fixed.assign(call.num_rows, 0.0f);
     for (int64_t row = 0; row < call.num_rows; ++row) {
-        const float* q = &w.query[row * w.key_dim];
+        const float* q = w.query.data() + row * w.key_dim;
         for (int p = 0; p < pairs; ++p) {
             const float real = q[block.first[p]], imaginary = q[block.second[p]];
             const float m_real = mean[block.first[p]], m_imaginary = mean[block.second[p]];
@@ -275,7 +275,7 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     const float* start = block.start + b * block.start_stride;
     const bool follows = tile == w.next_tile;
     for (int p = 0; p < pairs; ++p) {
-        double* turn = &w.turn[2 * p];
+        double* turn = w.turn.data() + 2 * p;
         double real = turn[0], imaginary = turn[1], c = block.tile_turn[2 * p], s = block.tile_turn[2 * p + 1];
         if (!follows) {
             const double angle = block.step[p] * static_cast<double>(tile * TILE);
@@ -327,10 +327,10 @@ void score_tile(Worker& w, const Block& block, int64_t b, int64_t h, int64_t til
     std::vector<float>& scaled = w.scaled;
     scaled.resize(width);
     for (int r = 0; r < ROWS; ++r) {
-        const float* projected = &w.projected[(row + r) * width];
+        const float* projected = w.projected.data() + (row + r) * width;
         for (int i = 0; i < width; i += LANES)
-            store(&scaled[i], load<Floats>(projected + i) * load<Floats>(&w.scales[i]));
-        worth[r] = to_weights(scaled.data(), &w.weights[r * width], width);
+            store(&scaled[i], load<Floats>(projected + i) * load<Floats>(w.scales.data() + i));
+        worth[r] = to_weights(scaled.data(), w.weights.data() + r * width, width);
     }
     const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
     const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
@@ -388,9 +388,9 @@ void scale_basis(Worker& w) {
     w.tile_factors.resize(width);
     for (int i = 0; i < width; ++i) w.tile_factors[i] = w.scales[i] * w.factors[i];
     for (int64_t d = 0; d < w.call.key_dim; ++d) {
-        const int8_t* column = &w.columns[d * width];
+        const int8_t* column = w.columns.data() + d * width;
         for (int i = 0; i < width; ++i) w.scaled[i] = w.tile_factors[i] * column[i];
-        w.row_scales[d] = to_weights(w.scaled.data(), &w.rows[d * width], width);
+        w.row_scales[d] = to_weights(w.scaled.data(), w.rows.data() + d * width, width);
     }
 }
 
@@ -413,7 +413,7 @@ void rebuild(Worker& w, const Block& block, int64_t h, const uint8_t* planes) {
         Ints low[TOGETHER] = {}, high[TOGETHER] = {};
         const int16_t* rows[TOGETHER];
         for (int k = 0; k < TOGETHER; ++k)  // beyond the last dimension: the last one again, and not stored
-            rows[k] = &w.rows[std::min(d + k, w.call.key_dim - 1) * width];
+            rows[k] = w.rows.data() + (std::min(d + k, w.call.key_dim - 1) * width);
         for (int i = 0; i < count; ++i) {
             const Shorts first = w.codes[2 * i], second = w.codes[2 * i + 1];
             for (int k = 0; k < TOGETHER; ++k) {
@@ -425,8 +425,8 @@ void rebuild(Worker& w, const Block& block, int64_t h, const uint8_t* planes) {
         for (int k = 0; k < TOGETHER && d + k < w.call.key_dim; ++k) {
             Floats first, second;
             in_order(to_floats(low[k]), to_floats(high[k]), first, second);
-            store(&w.rebuilt[(d + k) * TOKENS], first * w.row_scales[d + k] + mean[d + k]);
-            store(&w.rebuilt[(d + k) * TOKENS + LANES], second * w.row_scales[d + k] + mean[d + k]);
+            store(w.rebuilt.data() + (d + k) * TOKENS, first * w.row_scales[d + k] + mean[d + k]);
+            store(w.rebuilt.data() + (d + k) * TOKENS + LANES, second * w.row_scales[d + k] + mean[d + k]);
         }
     }
 }
@@ -439,8 +439,8 @@ INLINE void score_rebuilt(Worker& w, const Block& block, int64_t row, int part, 
     const float* cosines = block.cosines + part * TOKENS;
     const float* sines = block.sines + part * TOKENS;
     for (int p = 0; p < pairs; ++p) {
-        const float* real = &w.rebuilt[block.first[p] * TOKENS];
-        const float* imaginary = &w.rebuilt[block.second[p] * TOKENS];
+        const float* real = w.rebuilt.data() + block.first[p] * TOKENS;
+        const float* imaginary = w.rebuilt.data() + block.second[p] * TOKENS;
         const Floats c0 = load<Floats>(cosines + p * TILE), c1 = load<Floats>(cosines + p * TILE + LANES);
         const Floats s0 = load<Floats>(sines + p * TILE), s1 = load<Floats>(sines + p * TILE + LANES);
         const Floats r0 = load<Floats>(real), r1 = load<Floats>(real + LANES);
@@ -456,8 +456,8 @@ INLINE void score_rebuilt(Worker& w, const Block& block, int64_t row, int part, 
     for (int d : w.still)
         for (int r = 0; r < ROWS; ++r) {
             const float q = w.query[(row + r) * w.key_dim + d];
-            first[r] += load<Floats>(&w.rebuilt[d * TOKENS]) * q;
-            second[r] += load<Floats>(&w.rebuilt[d * TOKENS + LANES]) * q;
+            first[r] += load<Floats>(w.rebuilt.data() + d * TOKENS) * q;
+            second[r] += load<Floats>(w.rebuilt.data() + d * TOKENS + LANES) * q;
         }
     for (int r = 0; r < ROWS; ++r) {
         store(scores + r * RUN + part * TOKENS, first[r]);
@@ -481,14 +481,14 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
                 const uint8_t* place = from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8);
                 const Shorts a = expand<NBITS>(place), c = expand<NBITS>(place + TOKENS / 8);
                 for (int r = 0; r < ROWS; ++r) {
-                    even[r] = dot(even[r], a, load<Shorts>(&w.shares[r * RUN + part * TOKENS]));
-                    odd[r] = dot(odd[r], c, load<Shorts>(&w.shares[r * RUN + (part + 1) * TOKENS]));
+                    even[r] = dot(even[r], a, load<Shorts>(w.shares.data() + r * RUN + part * TOKENS));
+                    odd[r] = dot(odd[r], c, load<Shorts>(w.shares.data() + r * RUN + (part + 1) * TOKENS));
                 }
             }
             if (part < parts) {
                 const Shorts a = expand<NBITS>(from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8));
                 for (int r = 0; r < ROWS; ++r)
-                    even[r] = dot(even[r], a, load<Shorts>(&w.shares[r * RUN + part * TOKENS]));
+                    even[r] = dot(even[r], a, load<Shorts>(w.shares.data() + r * RUN + part * TOKENS));
             }
             for (int r = 0; r < ROWS; ++r) found[r][k] = to_floats(even[r]) + to_floats(odd[r]);
         }
@@ -578,13 +578,13 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         float* scores = w.scores.data() + r * RUN;
         worth[r] = 0.0f;
         if (!exponentiate(call, scores, length, b, row + r, column, partials[r], w.value_dim)) {
-            std::fill(&w.shares[r * RUN], &w.shares[r * RUN] + padded, 0);
+            std::fill(w.shares.data() + r * RUN, w.shares.data() + r * RUN + padded, 0);
             continue;
         }
         any = true;
         for (int t = 0; t < padded; t += LANES)
-            store(scores + t, load<Floats>(scores + t) * load<Floats>(&w.token_scales[t]));
-        worth[r] = to_weights(scores, &w.shares[r * RUN], padded);
+            store(scores + t, load<Floats>(scores + t) * load<Floats>(w.token_scales.data() + t));
+        worth[r] = to_weights(scores, w.shares.data() + r * RUN, padded);
     }
     if (!any) return;
     const int64_t row_bytes = call.value_dim * block.value_nbits * PLANE;
@@ -614,9 +614,9 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
             for (int d = 0; d < call.key_dim; d += LANES) {
                 const Floats key = numbers<KIND>(block.keys, key_place + (t0 + k) * block.key_strides[2] + d,
                                                  static_cast<int>(call.key_dim) - d);
-                for (int r = 0; r < ROWS; ++r) found[r][k] += key * load<Floats>(&w.query[(row + r) * w.key_dim + d]);
+                for (int r = 0; r < ROWS; ++r) found[r][k] += key * load<Floats>(w.query.data() + (row + r) * w.key_dim + d);
             }
-        for (int r = 0; r < ROWS; ++r) store(&w.scores[r * RUN + t0], sums(found[r]));
+        for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(found[r]));
     }
     bool any = false;
     for (int r = 0; r < ROWS; ++r) {
@@ -703,7 +703,7 @@ void work(Worker& w, const std::vector<Run>& runs, int64_t total, int64_t from, 
                 const int64_t rows = std::min<int64_t>(4, call.num_rows - row);
                 float* numbers[4];
                 for (int r = 0; r < rows; ++r) {
-                    numbers[r] = &found.numbers[((head - found.first) * call.num_rows + row + r) * size];
+                    numbers[r] = found.numbers.data() + (((head - found.first) * call.num_rows + row + r) * size);
                     partials[r] = {numbers[r][0], numbers[r][1], numbers[r] + 2, numbers[r] + 2 + w.value_dim};
                 }
                 switch (rows) {
@@ -736,14 +736,14 @@ void finish(const Call& call, const std::vector<Found>& founds, int64_t head, in
         if (sink != NOTHING) total += std::exp(sink - maximum);
         for (const Found& found : founds) {
             if (head < found.first || head >= found.last) continue;
-            const float* numbers = &found.numbers[((head - found.first) * call.num_rows + row) * size];
+            const float* numbers = found.numbers.data() + (((head - found.first) * call.num_rows + row) * size);
             if (numbers[0] == NOTHING) continue;
             const float share = std::exp(numbers[0] - maximum);
             total += numbers[1] * share;
             for (int d = 0; d < 2 * value_dim; d += LANES)
-                store(&buffer[d], load<Floats>(&buffer[d]) + load<Floats>(numbers + 2 + d) * share);
+                store(buffer.data() + d, load<Floats>(buffer.data() + d) + load<Floats>(numbers + 2 + d) * share);
         }
-        float* plain = &buffer[value_dim];
+        float* plain = buffer.data() + value_dim;
         if (call.turn)
             for (int64_t j = 0; j < call.value_dim; ++j)
                 for (int64_t d = 0; d < call.value_dim; ++d) plain[d] += buffer[j] * call.turn[j * call.value_dim + d];
