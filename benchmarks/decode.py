@@ -90,7 +90,11 @@ def peer_contender(shape: tuple[int, int, int], length: int, count: int, query: 
         return None
     heads, query_heads, head_dim = shape
     config = LlamaConfig(
-        num_hidden_layers=count, num_attention_heads=query_heads, num_key_value_heads=heads, head_dim=head_dim
+        num_hidden_layers=count,
+        num_attention_heads=query_heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        hidden_size=query_heads * head_dim,
     )
     holder: Any = type("Model", (), {"config": config})()
     cache = peers()[PEER].make_cache(holder)
