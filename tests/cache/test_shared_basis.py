@@ -96,18 +96,22 @@ def test_beam_search_costs_no_basis_and_no_queries(frame: str, allocated_bytes: 
 def test_queries_follow_their_rows(frame: str) -> None:
     """After a reordering just before its sealing a block gets the codes of one whose rows always stood there."""
     swap, found = MAPS["reorder"], []
-    for swapped_at in (0, BLOCK - 1):
-        layer = SpectralLayer(config_of(frame))
-        for start, count in ((0, PREFILL), (PREFILL, BLOCK - 1)):
+    short_of_one = 4 + 4 * BLOCK + config_of().residual_length - 1 - PREFILL
+    for is_swapped_late in (False, True):
+        layer = SpectralLayer(config_of(frame, bits_per_element=2.5))
+        rows = torch.clone if is_swapped_late else swap
+        for start, count in ((0, PREFILL), (PREFILL, short_of_one)):
             keys, values, rotation = new_tokens(start, count, 2, start)
-            queries = random(2, HEADS * GROUPS, count, HEAD_DIM, seed=start + 2)
-            rows = swap if swapped_at == 0 else torch.clone
+            # The rows' queries look at different dimensions.
+            looks = torch.stack([torch.logspace(0, -2, HEAD_DIM), torch.logspace(-2, 0, HEAD_DIM)])[:, None, None]
+            queries = random(2, HEADS * GROUPS, count, HEAD_DIM, seed=start + 2) * looks
             layer.append(rows(keys), rows(values))
             layer.observe(rows(queries), rotation)
             layer.seal()
-        if swapped_at:
+        assert layer.stats().sealed_tokens == 3 * BLOCK
+        if is_swapped_late:
             layer.map_batch(swap)
-        feed(layer, PREFILL + BLOCK - 1, 1, seed=5)
+        feed(layer, PREFILL + short_of_one, 1, seed=5)
         layer.seal()
         found.extend(coded(layer))
     first, second = found
