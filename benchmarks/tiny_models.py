@@ -143,7 +143,7 @@ def schedule() -> Iterator[tuple[int, int, float]]:
 
 
 def optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, which needs about half of AdamW's steps here, and AdamW for the rest."""
+    """Muon for the matrices of the layers, AdamW for the rest."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, weight in model.named_parameters():
