@@ -237,6 +237,7 @@ def test_what_the_kernel_leaves_to_others() -> None:
     block, query = coded_block(1, 2, 64, 300), random(1, 4, 1, 64)
     assert native.obstacle(query, [block]) is None
     assert "float64" in (native.obstacle(query.double(), [block]) or "")
+    assert "no tokens" in (native.obstacle(query, [exact(1, 2, 0, 64)]) or "")
     assert "gradients" in (native.obstacle(query.clone().requires_grad_(), [block]) or "")
     uneven = dataclasses.replace(block.keys.rotation, step=None)
     other = dataclasses.replace(block, keys=dataclasses.replace(block.keys, rotation=uneven))

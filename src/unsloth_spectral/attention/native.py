@@ -93,6 +93,8 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
         return f"queries in {query.dtype} on {query.device.type}"
     if query.requires_grad and torch.is_grad_enabled():
         return "gradients are wanted"
+    if not any(block.num_tokens for block in blocks):
+        return "no tokens at all"
     for block in blocks:
         if isinstance(block, CodedBlock):
             rotation = block.keys.rotation

@@ -134,12 +134,14 @@ INLINE float to_weights(const float* from, int16_t* to, int n) {
         peak = larger(peak, larger(value, -value));
     }
     const float most = largest(peak);
-    const float factor = most > 0.0f ? FULL / most : 0.0f;
+    // Below this the quotient is infinite, and zeros times it are not numbers.
+    const float factor = most > 1e-33f ? FULL / most : 0.0f;
     for (int i = 0; i < n; i += LANES) {
         // Shifted to be positive, where cutting off the fraction rounds down.
         const Floats value = load<Floats>(from + i) * factor + 32768.5f;
-        const Ints whole = __builtin_convertvector(value, Ints) - 32768;
-        store(to + i, __builtin_convertvector(whole, HalfShorts));
+        // Unsigned: what is not a number becomes the lowest integer.
+        const Words whole = bits<Words>(__builtin_convertvector(value, Ints)) - 32768u;
+        store(to + i, __builtin_convertvector(bits<Ints>(whole), HalfShorts));
     }
     return most / FULL;
 }

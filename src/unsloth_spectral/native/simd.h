@@ -156,7 +156,8 @@ INLINE Shorts expand(const uint8_t* planes) {
 #else
         const int16_t word = planes[16 * plane];
 #endif
-        value += (((Shorts{} + word) & select) == select) & static_cast<int16_t>(2 << plane);
+        const int16_t worth = static_cast<int16_t>(2 << plane);
+        value += (((Shorts{} + word) & select) == select) & worth;
     }
     return value;
 #endif
