@@ -27,7 +27,8 @@ class SpectralConfig:
             given.
         rank_values: the same for the values, which have flatter spectra and want about twice the rank; 32 likewise.
         block_size: tokens sealed together while decoding; at least as many as either rank, and for the spectral codec a
-            multiple of 128. A prefill is sealed as a whole by the spectral codec.
+            multiple of 128. A prefill is sealed as a whole by the spectral codec, from
+            ``num_sink_tokens + residual_length + 128`` tokens on.
         num_sink_tokens: first tokens of each sequence kept exact, since every later token attends to them strongly.
         residual_length: newest tokens never sealed; the exact tail holds up to ``residual_length + block_size``.
         preset: ``"quality"``, ``"balanced"`` or ``"small"``: 3.05, 2.12 or 1.38 bits per element.
