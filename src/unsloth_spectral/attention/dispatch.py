@@ -27,7 +27,6 @@ class AttentionPath:
 
 def available_paths() -> tuple[AttentionPath, ...]:
     """Every attention path of this version, and those a user may look for in vain."""
-    no_kernel = "this version ships no compiled kernel"
     return (
         AttentionPath("dense", "prefill and contexts too short to seal: torch's SDPA on exact tensors"),
         AttentionPath("direct", f"up to {DIRECT_QUERY_LENGTH} queries at a time: torch products on the stored codes"),
@@ -38,7 +37,7 @@ def available_paths() -> tuple[AttentionPath, ...]:
             + (f" ({library.chosen()})" if library.chosen() else ""),
             library.obstacle(),
         ),
-        AttentionPath("triton", "decoding on a GPU", no_kernel),
+        AttentionPath("triton", "decoding on a GPU", "this version ships no compiled kernel"),
     )
 
 

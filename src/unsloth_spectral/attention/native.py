@@ -161,15 +161,12 @@ def attend(
 @lru_cache
 def _function(variant: str | None) -> Any:
     """The kernel's entry, after a check that both sides lay out their structures alike."""
-    found = library.load(variant)
-    assert found is not None, f"no kernel {variant or ''} here: {library.obstacle()}"
+    function = library.function("spectral_attend", variant)
+    found: Any = library.load(variant)
     found.spectral_sizes.restype = c_int64
     sizes = found.spectral_sizes(c_int64(0)), found.spectral_sizes(c_int64(1))
     if sizes != (ctypes.sizeof(_Block), ctypes.sizeof(_Call)):
         raise InvalidArgumentError("the compiled kernel is of another version: install unsloth-spectral again")
-    function = found.spectral_attend
-    function.restype = None
-    function.argtypes = [c_void_p]
     return function
 
 

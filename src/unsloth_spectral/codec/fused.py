@@ -3,9 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
-from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +79,7 @@ def encode_keys(
         len(clips),
         torch.get_num_threads(),
     )
-    _function("spectral_encode_keys", variant)(ctypes.byref(call))
+    library.function("spectral_encode_keys", variant)(ctypes.byref(call))
     return planes, scales, values
 
 
@@ -108,13 +106,5 @@ def encode_values(
         torch.get_num_threads(),
         step,
     )
-    _function("spectral_encode_values", variant)(ctypes.byref(call))
+    library.function("spectral_encode_values", variant)(ctypes.byref(call))
     return planes, energies, overlaps, squares
-
-
-@lru_cache
-def _function(name: str, variant: str | None) -> Any:
-    found = getattr(library.load(variant), name)
-    found.restype = None
-    found.argtypes = [c_void_p]
-    return found

@@ -4,6 +4,7 @@ import ctypes
 import platform
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,16 @@ def load(variant: str | None = None) -> ctypes.CDLL | None:
             except OSError:
                 continue
     return None
+
+
+@lru_cache
+def function(name: str, variant: str | None = None) -> Any:
+    """A function of the library that ``load`` finds, there being one; it takes a pointer and answers nothing."""
+    found = load(variant)
+    assert found is not None, f"no kernel {variant or ''} here: {obstacle()}"
+    entry = getattr(found, name)
+    entry.restype, entry.argtypes = None, [ctypes.c_void_p]
+    return entry
 
 
 @lru_cache
