@@ -7,7 +7,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 # Bits per element of the sealed tokens, metadata included.
 PRESETS = {"quality": 3.05, "balanced": 2.12, "small": 1.38}
-KEY_FRAMES = ("unrotated", "rotated")
+KEY_FRAMES = ("rotated", "unrotated")  # the first is the default
 # Tokens that share a scale in the spectral codec; it seals whole groups.
 GROUP_SIZE = 128
 _MIN_BITS, _MAX_BITS = 1.2, 8.0
@@ -34,8 +34,8 @@ class SpectralConfig:
         preset: ``"quality"``, ``"balanced"`` or ``"small"``: 3.05, 2.12 or 1.38 bits per element.
         bits_per_element: stored bits per number of the sealed tokens, metadata included, 1.2 to 8.
         compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 13.3.
-        key_frame: ``"unrotated"`` keys compress best; ``"rotated"`` ones cost about half a bit more at equal fidelity
-            but are attended to without rebuilding them.
+        key_frame: ``"rotated"`` keys are attended to as they are stored; ``"unrotated"`` ones keep the same fidelity in
+            about half a bit less, but are rebuilt at every step, which makes decoding about as fast as a dense cache.
         error_limit: relative error that no sealed block may exceed, in the norm of the queries for keys; such a block
             gets more bits, and stays exact where eight do not help. None for no limit.
 
@@ -51,7 +51,7 @@ class SpectralConfig:
     preset: str | None = None
     bits_per_element: float | None = None
     compression_factor: float | None = None
-    key_frame: str = "unrotated"
+    key_frame: str = KEY_FRAMES[0]
     error_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class SpectralConfig:
             name for name in ("preset", "bits_per_element", "compression_factor") if getattr(self, name) is not None
         ]
         if self.rank_keys is not None or self.rank_values is not None:
-            if amounts or self.error_limit is not None or self.key_frame != "unrotated":
+            if amounts or self.error_limit is not None or self.key_frame != KEY_FRAMES[0]:
                 others = [*amounts, *["error_limit"] * (self.error_limit is not None)] or ["key_frame"]
                 raise InvalidArgumentError(
                     f"ranks choose the rank codec, {others[0]} belongs to the spectral one: give either, not both"
@@ -90,12 +90,12 @@ class SpectralConfig:
 
     @property
     def title(self) -> str:
-        """What tables call it: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits rotated``."""
+        """What tables call it: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits unrotated``."""
         if self.codec == "rank":
             return f"rank {self.rank_keys}/{self.rank_values}"
         has_amount = self.bits_per_element is not None or self.compression_factor is not None
         amount = f"{self.target_bits:.3g} bits" if has_amount else self.preset or "balanced"
-        return f"spectral {amount}" + (" rotated" if self.key_frame == "rotated" else "")
+        return f"spectral {amount}" + ("" if self.key_frame == KEY_FRAMES[0] else f" {self.key_frame}")
 
     @property
     def target_bits(self) -> float:

@@ -14,15 +14,15 @@ _RANKS = ((16, 32), (24, 40), (32, 48))
 
 
 def spectral_methods() -> dict[str, Method]:
-    """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``rotated`` for rotated keys."""
+    """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``unrotated`` for un-rotated keys."""
     found = [Method("dense", "dense", dense_cache, _dense_footprint)]
     for keys, values in _RANKS:
         found.append(_method(f"rank {keys}/{values}", "rank", SpectralConfig(rank_keys=keys, rank_values=values)))
     for frame in KEY_FRAMES:
-        family = "spectral" if frame == "unrotated" else "spectral rotated"
+        family = "spectral" if frame == KEY_FRAMES[0] else f"spectral {frame}"
         for preset in PRESETS:
-            name = f"spectral {preset}" + (" rotated" if frame == "rotated" else "")
-            found.append(_method(name, family, SpectralConfig(preset=preset, key_frame=frame)))
+            config = SpectralConfig(preset=preset, key_frame=frame)
+            found.append(_method(config.title, family, config))
     for preset in ("balanced", "small"):
         make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
         name = f"spectral {preset} without profile"
