@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ from unsloth_spectral.rope import Dims, Rotation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODED = len(_DTYPES)
 _NAME = "native kernel"
+# Pairs that turn by less than so many radians in a tile are slow: few smooth functions, at most as many as attend.cpp
+# has room for, make up their cosines and sines to a millionth.
+_SLOW_ANGLE = 4.0
+_MOST_SMOOTH = 16
+_NEGLIGIBLE = 1e-6
 
 
 class _Block(ctypes.Structure):
@@ -51,6 +56,10 @@ class _Block(ctypes.Structure):
         ("tile_turn", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
+        ("num_fast", c_int64),
+        ("num_smooth", c_int64),
+        ("smooth", c_void_p),
+        ("mixing", c_void_p),
         ("value_planes", c_void_p),
         ("value_scales", c_void_p),
         ("largest", c_void_p),
@@ -238,8 +247,8 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
     ]
     coded_tensors = [tensor.contiguous() for tensor in (coded.planes, coded.scales, coded.largest)]
     rotation = () if own.rotation is None else _rotation(own.rotation, batch, key_dim)
-    pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in rotation] or [0] + [None] * 8
-    pointers[4] = pointers[4] or 0
+    pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in rotation]
+    pointers = pointers or [0, None, None, None, 0, None, None, None, None, 0, 0, None, None]
     nothing = (c_int64 * 3)()
     prepared = _Block(
         block.num_tokens,
@@ -260,7 +269,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
 
 
 def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
-    """The structure's fields from ``num_pairs`` to ``sines``."""
+    """The structure's fields from ``num_pairs`` to ``mixing``, fast pairs first."""
     assert rotation.step is not None
     first, second = (_dims(dims, key_dim) for dims in (rotation.first, rotation.second))
     count = len(rotation.step)
@@ -270,26 +279,63 @@ def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
     _require(
         len(start) in (1, batch) and start.shape[1:] == (1, count), "first rotation", start.shape, (batch, 1, count)
     )
-    start = torch.view_as_real(start.to(torch.complex64)).contiguous()
-    step = rotation.step.double().contiguous()
-    tables = _tables(step.numpy().tobytes())
-    return count, first, second, start, 0 if len(start) == 1 else 2 * count, step, *tables
+    tables = _tables(rotation.step.double().contiguous().numpy().tobytes())
+    start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :].contiguous()
+    return (
+        count,
+        first[tables.order],
+        second[tables.order],
+        start,
+        0 if len(start) == 1 else 2 * count,
+        *tables[1:],
+    )
 
 
 def _dims(dims: Dims, key_dim: int) -> Tensor:
     return torch.arange(key_dim, dtype=torch.int32)[dims].contiguous()
 
 
-@lru_cache(maxsize=8)
-def _tables(step: bytes) -> tuple[Tensor, Tensor, Tensor]:
-    """The turn ``[P, 2]`` float64 from a tile to the next, and cosines and sines ``[P, 128]`` within one.
+class _Tables(NamedTuple):
+    """What the angles between tokens come to within a tile, the same for all layers and blocks of one model.
 
-    Shared by all layers and blocks of the same positions' step.
+    Attributes:
+        order: ``[P]`` int64, the pairs, the fastest first; so are all others.
+        step: ``[P]`` float64, angle from a token to the next.
+        tile_turn: ``[2, P]`` float64, cosine and sine of the angle from a tile to the next.
+        cosines, sines: ``[P, 128]`` float32, of the angles within a tile.
+        num_fast, num_smooth: pairs that turn far in a tile, and functions that make up all the others' rows.
+        smooth: ``[num_smooth, 128]`` float32, these functions.
+        mixing: ``[2, P - num_fast, 16]`` float32, how they make up the slow pairs' cosines and sines.
     """
-    angles = torch.frombuffer(bytearray(step), dtype=torch.float64)[:, None] * torch.arange(TILE_TOKENS + 1)
-    whole = angles[:, -1:]
-    within = angles[:, :-1]
-    return torch.cat([whole.cos(), whole.sin()], 1), within.cos().float(), within.sin().float()
+
+    order: Tensor
+    step: Tensor
+    tile_turn: Tensor
+    cosines: Tensor
+    sines: Tensor
+    num_fast: int
+    num_smooth: int
+    smooth: Tensor
+    mixing: Tensor
+
+
+@lru_cache(maxsize=8)
+def _tables(steps: bytes) -> _Tables:
+    step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
+    order = step.abs().argsort(descending=True, stable=True)
+    step = step[order].contiguous()
+    angles = step[:, None] * torch.arange(TILE_TOKENS + 1)
+    tile_turn = torch.stack([angles[:, -1].cos(), angles[:, -1].sin()])
+    within = torch.stack([angles[:, :-1].cos(), angles[:, :-1].sin()])
+    num_fast = int((step.abs() * TILE_TOKENS > _SLOW_ANGLE).sum())
+    slow = within[:, num_fast:]
+    left, values, right = torch.linalg.svd(slow.flatten(0, 1), full_matrices=False)
+    num_smooth = min(_MOST_SMOOTH, int((values > _NEGLIGIBLE * TILE_TOKENS**0.5).sum()))
+    mixing = torch.zeros(*slow.shape[:2], _MOST_SMOOTH)
+    mixing[..., :num_smooth] = (left * values)[:, :num_smooth].unflatten(0, slow.shape[:2])
+    cosines, sines = (table.float().contiguous() for table in within)
+    smooth = right[:num_smooth].float().contiguous()
+    return _Tables(order, step, tile_turn, cosines, sines, num_fast, num_smooth, smooth, mixing)
 
 
 @lru_cache

@@ -3,7 +3,8 @@
 // One pass per key-value head and run of tokens: scores from the packed codes for all query rows of the head, a running
 // softmax, values summed in code space. Threads take heads and runs; what they find is merged by log-sum-exp. Weights
 // (queries in component space, probabilities) have 15 bits and a sign, products and sums of them with codes are exact
-// integers. attention/native.py fills in the structures below and checks everything: nothing is checked here.
+// integers. Codes are counted from 0 here; what half of their range adds is taken off the sums. attention/native.py
+// fills in the structures below and checks everything: nothing is checked here.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,11 +18,8 @@
 namespace spectral {
 namespace {
 
-constexpr int TILE = 128;                 // tokens that share scales and lie together in memory
-constexpr int RUN = 4 * TILE;             // tokens between two looks at the running maximum
-constexpr int PLANE = TILE / 8;           // bytes
-constexpr int PARTS = TILE / TOKENS;      // of a tile, expanded one by one
-constexpr float FULL = 32767.0f;          // largest weight
+constexpr int RUN = 4 * TILE;  // tokens between two looks at the running maximum
+constexpr int SMOOTH = 16;     // functions that `Block.mixing` has room for
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODED = 3 };
@@ -52,9 +50,13 @@ struct Block {
     const float* start;         // [batch or 1, pair, 2]: the first token's
     int64_t start_stride;       // between batches; 0 where they share it
     const double* step;         // [pair] angle from a token to the next
-    const double* tile_turn;    // [pair, 2] cosine and sine of the angle from a tile to the next
+    const double* tile_turn;    // [2, pair] cosine and sine of the angle from a tile to the next
     const float* cosines;       // [pair, 128] of the first tile's angles, relative to its first token
     const float* sines;
+    // Pairs from num_fast on turn so little within a tile that a few smooth functions make up all their cosines and sines.
+    int64_t num_fast, num_smooth;
+    const float* smooth;        // [num_smooth, 128]
+    const float* mixing;        // [2, pair - num_fast, SMOOTH]
     // Coded values.
     const uint8_t* value_planes;  // [batch, tile, head, dim, bit, 16 bytes]
     const uint8_t* value_scales;  // [batch, head, tile * 128]
@@ -93,42 +95,53 @@ struct Worker {
     const int key_dim, value_dim;  // padded to whole vectors
     std::vector<float> query;      // [row, key dim] scaled
     std::vector<float> scores;     // [row of a chunk, RUN]
-    std::vector<int16_t> shares;   // [row of a chunk, RUN] probabilities times scales, as weights
+    std::vector<int32_t> shares[2];   // [row of a chunk, RUN / 4] probabilities times scales, as weights
     std::vector<float> token_scales;  // [RUN]
-    // Of the coded block at hand, in the order of pairs of components:
-    std::vector<int32_t> order;    // [2 * pairs] component
-    std::vector<float> projected;  // [row, 2 * pairs]
-    std::vector<float> scales;     // [2 * pairs] of the tile at hand
-    std::vector<int16_t> weights;  // [row of a chunk, 2 * pairs]
-    std::vector<double> turn;      // [rotary pair, 2] of the tile at hand's first token
+    // Of the coded block at hand; components are filled up to whole vectors.
+    int count = 0, width = 0, num_quads = 0;
+    int64_t components_before = 0;
+    std::vector<uint8_t> nbits;    // [component] 0 behind the last
+    std::vector<int> places;       // [component] its first plane
+    std::vector<float> offsets;    // [component] half of the codes' range
+    std::vector<float> projected;  // [row, component]
+    std::vector<float> scales;     // [component] of the tile at hand
+    std::vector<float> scaled;     // [component] at work
+    std::vector<int32_t> weights[2];  // [row of a chunk, component / 4]
+    std::vector<Bytes> codes;      // [quad, VECTORS] of a tile, four components a lane
+    std::vector<double> turn;      // [2, rotary pair] of the tile at hand's first token
+    std::vector<float> short_turn; // the same
     std::vector<float> cosine, sine;  // [row, rotary pair]: the mean's term, or the queries, seen from block start
     std::vector<float> tile_cosine, tile_sine;  // [row, rotary pair] seen from the tile's first token
+    std::vector<float> smooth;     // [row of a chunk, SMOOTH]
     std::vector<float> mean;       // [key dim]
     std::vector<float> fixed;      // [row]: the mean's term of dimensions that do not rotate
-    std::vector<int32_t> still;    // those dimensions
-    std::vector<int8_t> columns;   // [key dim, 2 * pairs] the basis
-    std::vector<float> factors;    // [2 * pairs] what they are worth
-    std::vector<int16_t> rows;     // [key dim, 2 * pairs] the basis under the tile's scales
-    std::vector<float> row_scales; // [key dim]
-    std::vector<Shorts> codes;     // [pairs, 2] of TOKENS tokens
-    std::vector<float> rebuilt;    // [key dim, TOKENS]
-    std::vector<float> scaled, tile_factors;  // [2 * pairs] at work
-    int num_pairs = 0;
-    int pairs_of[9] = {};
-    int64_t planes_before = 0, components_before = 0, next_tile = -1;
+    // Where keys are rebuilt: pairs of dimensions, also of those that do not rotate; key_dim stands for none.
+    std::vector<int> first, second;
+    std::vector<float> cosines, sines;  // [pair, 128] in the order of `codes`
+    std::vector<float> columns;    // [key dim + 1, component] the basis
+    std::vector<int32_t> rows[2];  // [key dim + 1, component / 4] the basis under the tile's scales
+    std::vector<float> worths, constants;  // [key dim + 1]
+    int64_t next_tile = -1;
 
     explicit Worker(const Call& c)
         : call(c), key_dim(round_up(c.key_dim, LANES)), value_dim(round_up(c.value_dim, LANES)) {
         query.assign(c.num_rows * key_dim, 0.0f);
         scores.assign(4 * RUN, 0.0f);
-        shares.assign(4 * RUN, 0);
+        for (auto& each : shares) each.assign(RUN, 0);
         token_scales.assign(RUN, 0.0f);
+        smooth.assign(4 * SMOOTH, 0.0f);
     }
 };
 
-// float to int16 with the largest magnitude at FULL; returns what one of the integers is worth. n is a multiple of LANES.
-INLINE float to_weights(const float* from, int16_t* to, int n) {
-    Floats peak = {};
+struct Weighed {
+    float worth;  // of one of the integers
+    float sum;    // of the integers, each times its offset
+};
+
+// n floats as weights, the largest magnitude as FULL; n is a multiple of LANES. Without offsets each is 1.
+template <bool OFFSETS>
+INLINE Weighed to_weights(const float* from, const float* offsets, int32_t* first, int32_t* second, int n) {
+    Floats peak = {}, sums = {};
     for (int i = 0; i < n; i += LANES) {
         const Floats value = load<Floats>(from + i);
         peak = larger(peak, larger(value, -value));
@@ -140,11 +153,17 @@ INLINE float to_weights(const float* from, int16_t* to, int n) {
         // Shifted to be positive, where cutting off the fraction rounds down.
         const Floats value = load<Floats>(from + i) * factor + 32768.5f;
         // Unsigned: what is not a number becomes the lowest integer.
-        const Words whole = bits<Words>(__builtin_convertvector(value, Ints)) - 32768u;
-        store(to + i, __builtin_convertvector(bits<Ints>(whole), HalfShorts));
+        const Ints whole = bits<Ints>(bits<Words>(__builtin_convertvector(value, Ints)) - 32768u);
+        if constexpr (OFFSETS)
+            sums += to_floats(whole) * load<Floats>(offsets + i);
+        else
+            sums += to_floats(whole);
+        store_weights(whole, first + i / 4, second + i / 4);
     }
-    return most / FULL;
+    return {most / FULL, sum(sums)};
 }
+
+INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
 
 // LANES numbers from `from` on, `count` of them there; zeros behind.
 template <int KIND>
@@ -187,316 +206,366 @@ void start_head(Worker& w, int64_t b, int64_t h) {
     w.next_tile = -1;
 }
 
+// A basis to rebuild keys with, and the tables of their rotation in the order of `codes`.
+void start_rebuilding(Worker& w, const Block& block, const int8_t* vectors, const float* vector_scales) {
+    const int dims = static_cast<int>(w.call.key_dim), pairs = static_cast<int>(block.num_pairs);
+    w.columns.assign(static_cast<size_t>(dims + 1) * w.width, 0.0f);
+    for (int i = 0; i < w.count; ++i)
+        for (int d = 0; d < dims; ++d)
+            w.columns[d * w.width + i] = vector_scales[i] * static_cast<float>(vectors[i * dims + d]);
+    for (auto& each : w.rows) each.assign(static_cast<size_t>(dims + 1) * w.width / 4, 0);
+    w.worths.assign(dims + 1, 0.0f);
+    w.constants.assign(dims + 1, 0.0f);
+    Floats places[4], ordered[4];
+    for (int k = 0; k < 4; ++k)
+        for (int lane = 0; lane < LANES; ++lane) places[k][lane] = static_cast<float>(k * LANES + lane);
+    in_order(places, ordered);
+    w.cosines.assign(w.first.size() * TILE, 1.0f);
+    w.sines.assign(w.first.size() * TILE, 0.0f);
+    for (int p = 0; p < pairs; ++p)
+        for (int t = 0; t < TILE; ++t) {
+            const int within = t % BYTES;
+            const int place = p * TILE + t - within + static_cast<int>(ordered[within / LANES][within % LANES]);
+            w.cosines[place] = block.cosines[p * TILE + t];
+            w.sines[place] = block.sines[p * TILE + t];
+        }
+}
+
 // Everything of a coded block that does not depend on the tokens.
 void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     const Call& call = w.call;
-    const int32_t* counts = block.counts + 9 * h;
-    w.planes_before = w.components_before = 0;
+    int component = 0, plane = 0;
     for (int64_t before = 0; before < h; ++before)
         for (int nbits = 1; nbits <= 8; ++nbits) {
-            w.components_before += block.counts[9 * before + nbits];
-            w.planes_before += static_cast<int64_t>(nbits) * block.counts[9 * before + nbits];
+            component += block.counts[9 * before + nbits];
+            plane += nbits * block.counts[9 * before + nbits];
         }
-    w.order.clear();
-    int component = 0;
-    for (int nbits = 8; nbits >= 1; --nbits) {
-        w.pairs_of[nbits] = (counts[nbits] + 1) / 2;
-        for (int i = 0; i < counts[nbits]; ++i) w.order.push_back(component++);
-        if (counts[nbits] % 2) w.order.push_back(-1);
-    }
-    w.num_pairs = static_cast<int>(w.order.size()) / 2;
-    const int width = round_up(w.order.size(), 2 * LANES);
-    w.order.resize(width, -1);
+    w.nbits.clear();
+    w.places.clear();
+    w.offsets.clear();
+    for (int nbits = 8; nbits >= 1; --nbits)
+        for (int i = 0; i < block.counts[9 * h + nbits]; ++i) {
+            w.nbits.push_back(static_cast<uint8_t>(nbits));
+            w.places.push_back(plane);
+            w.offsets.push_back(0.5f * static_cast<float>((1 << nbits) - 1));
+            plane += nbits;
+        }
+    const int count = static_cast<int>(w.nbits.size()), width = round_up(count, LANES);
+    w.count = count;
+    w.width = width;
+    w.components_before = component;
+    w.num_quads = (count + 3) / 4;
+    w.nbits.resize(width, 0);
+    w.places.resize(width, 0);
+    w.offsets.resize(width, 0.0f);
     w.scales.assign(width, 0.0f);
-    w.weights.assign(4 * width, 0);
+    w.scaled.assign(width, 0.0f);
+    w.codes.resize(static_cast<size_t>(w.num_quads) * VECTORS);
+    for (auto& each : w.weights) each.assign(width, 0);
     read_mean(w, block, b, h);
     const float* mean = w.mean.data();
     const int pairs = static_cast<int>(block.num_pairs);
     const bool turns = !block.is_rotated && pairs > 0;  // keys are rebuilt and turned
-    if (!turns) {
+    const int8_t* vectors = block.vectors + (b * block.num_components + component) * call.key_dim;
+    const float* vector_scales = block.vector_scales + b * block.num_components + component;
+    std::vector<bool> rotates(call.key_dim, false);
+    for (int p = 0; p < pairs; ++p) rotates[block.first[p]] = rotates[block.second[p]] = true;
+    w.turn.resize(2 * pairs);
+    w.fixed.assign(call.num_rows, 0.0f);
+    if (turns) {
+        w.first.assign(block.first, block.first + pairs);
+        w.second.assign(block.second, block.second + pairs);
+        const int none = static_cast<int>(call.key_dim);
+        for (int d = 0; d < none; ++d) {
+            if (rotates[d]) continue;
+            if (w.first.size() > w.second.size())
+                w.second.push_back(d);
+            else
+                w.first.push_back(d);
+        }
+        w.second.resize(w.first.size(), none);
+        start_rebuilding(w, block, vectors, vector_scales);
+    } else {
         w.projected.assign(call.num_rows * width, 0.0f);
         std::vector<float> axis(w.key_dim, 0.0f);
-        for (int i = 0; i < width; ++i) {
-            if (w.order[i] < 0) continue;
-            const int64_t place = b * block.num_components + w.components_before + w.order[i];
-            for (int64_t d = 0; d < call.key_dim; ++d) axis[d] = block.vectors[place * call.key_dim + d];
+        for (int i = 0; i < count; ++i) {
+            for (int64_t d = 0; d < call.key_dim; ++d) axis[d] = vectors[i * call.key_dim + d];
             for (int64_t row = 0; row < call.num_rows; ++row) {
                 Floats total = {};
                 for (int d = 0; d < w.key_dim; d += LANES)
                     total += load<Floats>(axis.data() + d) * load<Floats>(w.query.data() + row * w.key_dim + d);
-                // Half, as codes come as odd integers.
-                w.projected[row * width + i] = 0.5f * block.vector_scales[place] * sum(total);
+                w.projected[row * width + i] = vector_scales[i] * sum(total);
             }
         }
     }
-    w.still.clear();
-    std::vector<bool> rotates(call.key_dim, false);
-    for (int p = 0; p < pairs; ++p) rotates[block.first[p]] = rotates[block.second[p]] = true;
-    for (int d = 0; d < call.key_dim; ++d)
-        if (!rotates[d]) w.still.push_back(d);
-    w.turn.resize(2 * pairs);
-    w.cosine.resize(call.num_rows * pairs);
-    w.sine.resize(call.num_rows * pairs);
-    w.tile_cosine.resize(call.num_rows * pairs);
-    w.tile_sine.resize(call.num_rows * pairs);
-    w.fixed.assign(call.num_rows, 0.0f);
+    const int held = turns ? static_cast<int>(w.first.size()) : pairs;
+    for (auto* each : {&w.cosine, &w.sine, &w.tile_cosine, &w.tile_sine}) each->assign(call.num_rows * held, 0.0f);
     for (int64_t row = 0; row < call.num_rows; ++row) {
         const float* q = w.query.data() + row * w.key_dim;
-        for (int p = 0; p < pairs; ++p) {
-            const float real = q[block.first[p]], imaginary = q[block.second[p]];
-            const float m_real = mean[block.first[p]], m_imaginary = mean[block.second[p]];
+        for (int p = 0; p < held; ++p) {
+            const int first = turns ? w.first[p] : block.first[p], second = turns ? w.second[p] : block.second[p];
+            const bool alone = second >= call.key_dim;
+            const float real = q[first], imaginary = alone ? 0.0f : q[second];
+            const float m_real = mean[first], m_imaginary = alone ? 0.0f : mean[second];
             // Rotated frame: q R(n) mu = cosine * cos + sine * sin. Else the query itself, to be turned to each tile.
-            w.cosine[row * pairs + p] = turns ? real : real * m_real + imaginary * m_imaginary;
-            w.sine[row * pairs + p] = turns ? imaginary : imaginary * m_real - real * m_imaginary;
+            w.cosine[row * held + p] = turns ? real : real * m_real + imaginary * m_imaginary;
+            w.sine[row * held + p] = turns ? imaginary : imaginary * m_real - real * m_imaginary;
         }
-        if (!turns)
-            for (int d : w.still) w.fixed[row] += q[d] * mean[d];
+        for (int d = 0; d < call.key_dim && !turns; ++d)
+            if (!rotates[d]) w.fixed[row] += q[d] * mean[d];
     }
-    if (turns) {
-        w.rows.assign(static_cast<size_t>(call.key_dim) * width, 0);
-        w.columns.assign(static_cast<size_t>(call.key_dim) * width, 0);
-        w.factors.assign(width, 0.0f);
-        for (int i = 0; i < width; ++i) {
-            if (w.order[i] < 0) continue;
-            const int64_t place = b * block.num_components + w.components_before + w.order[i];
-            w.factors[i] = 0.5f * block.vector_scales[place];
-            for (int64_t d = 0; d < call.key_dim; ++d)
-                w.columns[d * width + i] = block.vectors[place * call.key_dim + d];
-        }
-        w.row_scales.assign(call.key_dim, 0.0f);
-        w.codes.resize(2 * (w.num_pairs + 1));
-        w.rebuilt.assign(call.key_dim * TOKENS, 0.0f);
-    }
+    w.tile_cosine = w.cosine;
+    w.tile_sine = w.sine;
     w.next_tile = -1;
 }
 
-// The rotation of the tile's first token, and what the rows look like from there.
+// a, b turned by (c, s), for pairs that lie together: a' = a c + b s, b' = b c - a s.
+INLINE void turn_back(const float* a, const float* b, const float* c, const float* s, float* to_a, float* to_b, int n) {
+    for (int p = 0; p < n; ++p) {
+        const float first = a[p] * c[p] + b[p] * s[p], second = b[p] * c[p] - a[p] * s[p];
+        to_a[p] = first;
+        to_b[p] = second;
+    }
+}
+
+// The rotation of the tile's first token, what the rows look like from there, and the tile's scales.
 void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     const int pairs = static_cast<int>(block.num_pairs);
-    const int width = static_cast<int>(w.order.size());
-    const float* start = block.start + b * block.start_stride;
-    const bool follows = tile == w.next_tile;
-    for (int p = 0; p < pairs; ++p) {
-        double* turn = w.turn.data() + 2 * p;
-        double real = turn[0], imaginary = turn[1], c = block.tile_turn[2 * p], s = block.tile_turn[2 * p + 1];
-        if (!follows) {
-            const double angle = block.step[p] * static_cast<double>(tile * TILE);
-            real = start[2 * p], imaginary = start[2 * p + 1], c = std::cos(angle), s = std::sin(angle);
-        }
-        turn[0] = real * c - imaginary * s;
-        turn[1] = real * s + imaginary * c;
-    }
-    w.next_tile = tile + 1;
-    for (int64_t row = 0; row < w.call.num_rows; ++row)
-        for (int p = 0; p < pairs; ++p) {
-            const float c = static_cast<float>(w.turn[2 * p]), s = static_cast<float>(w.turn[2 * p + 1]);
-            const float a = w.cosine[row * pairs + p], o = w.sine[row * pairs + p];
-            // Mean: (a - io)(c + is) = a' - io'. Query: conj(q)(c + is) is conj(q'), the query turned back.
-            w.tile_cosine[row * pairs + p] = a * c + o * s;
-            w.tile_sine[row * pairs + p] = o * c - a * s;
-        }
-    const uint8_t* levels = block.key_scales +
-                            (b * ((block.num_tokens + TILE - 1) / TILE) + tile) * block.num_components +
-                            w.components_before;
-    for (int i = 0; i < width; ++i) w.scales[i] = w.order[i] < 0 ? 0.0f : w.call.key_levels[levels[w.order[i]]];
-}
-
-
-template <int NBITS, int ROWS>
-INLINE void add_pairs(const uint8_t*& planes, const int16_t*& weights, int count, int stride, Ints (&low)[ROWS],
-                      Ints (&high)[ROWS]) {
-    // Pair i of row r at weights[r * stride + 2 * i].
-    for (; count > 0; count -= 2, weights += 2) {
-        const Shorts a = expand<NBITS>(planes);
-        const Shorts b = count > 1 ? expand<NBITS>(planes + NBITS * PLANE) : Shorts{};
-        planes += (count > 1 ? 2 : 1) * NBITS * PLANE;
-        const Shorts first = pairs_low(a, b), second = pairs_high(a, b);
-        for (int row = 0; row < ROWS; ++row) {
-            const Shorts weight = pair(weights + row * stride);
-            low[row] = dot(low[row], first, weight);
-            high[row] = dot(high[row], second, weight);
-        }
-    }
-}
-
-// Scores of one tile's tokens for ROWS rows from `row` on, keys in the rotated frame or without rotation.
-template <int ROWS>
-void score_tile(Worker& w, const Block& block, int64_t b, int64_t h, int64_t tile, int64_t row, int length,
-                float* scores) {
-    const int width = static_cast<int>(w.order.size()), pairs = static_cast<int>(block.num_pairs);
-    const int32_t* counts = block.counts + 9 * h;
-    float worth[ROWS];
-    std::vector<float>& scaled = w.scaled;
-    scaled.resize(width);
-    for (int r = 0; r < ROWS; ++r) {
-        const float* projected = w.projected.data() + (row + r) * width;
-        for (int i = 0; i < width; i += LANES)
-            store(&scaled[i], load<Floats>(projected + i) * load<Floats>(w.scales.data() + i));
-        worth[r] = to_weights(scaled.data(), w.weights.data() + r * width, width);
-    }
-    const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
-    const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
-    for (int part = 0; part * TOKENS < length; ++part) {
-        Ints low[ROWS] = {}, high[ROWS] = {};
-        const uint8_t* from = planes + part * (TOKENS / 8);
-        const int16_t* weights = w.weights.data();
-        add_pairs<8>(from, weights, counts[8], width, low, high);
-        add_pairs<7>(from, weights, counts[7], width, low, high);
-        add_pairs<6>(from, weights, counts[6], width, low, high);
-        add_pairs<5>(from, weights, counts[5], width, low, high);
-        add_pairs<4>(from, weights, counts[4], width, low, high);
-        add_pairs<3>(from, weights, counts[3], width, low, high);
-        add_pairs<2>(from, weights, counts[2], width, low, high);
-        add_pairs<1>(from, weights, counts[1], width, low, high);
-        Floats first[ROWS], second[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-            in_order(to_floats(low[r]), to_floats(high[r]), first[r], second[r]);
-            first[r] = first[r] * worth[r] + w.fixed[row + r];
-            second[r] = second[r] * worth[r] + w.fixed[row + r];
-        }
-        const float* cosines = block.cosines + part * TOKENS;
-        const float* sines = block.sines + part * TOKENS;
-        for (int p = 0; p < pairs; ++p) {
-            const Floats c0 = load<Floats>(cosines + p * TILE), c1 = load<Floats>(cosines + p * TILE + LANES);
-            const Floats s0 = load<Floats>(sines + p * TILE), s1 = load<Floats>(sines + p * TILE + LANES);
-            for (int r = 0; r < ROWS; ++r) {
-                const float cosine = w.tile_cosine[(row + r) * pairs + p], sine = w.tile_sine[(row + r) * pairs + p];
-                first[r] += c0 * cosine + s0 * sine;
-                second[r] += c1 * cosine + s1 * sine;
+    const int64_t held = static_cast<int64_t>(w.cosine.size()) / w.call.num_rows;
+    if (pairs) {
+        double* real = w.turn.data();
+        double* imaginary = real + pairs;
+        if (tile == w.next_tile) {
+            const double *c = block.tile_turn, *s = c + pairs;
+            for (int p = 0; p < pairs; ++p) {
+                const double next = real[p] * c[p] - imaginary[p] * s[p];
+                imaginary[p] = real[p] * s[p] + imaginary[p] * c[p];
+                real[p] = next;
+            }
+        } else {
+            const float* start = block.start + b * block.start_stride;
+            for (int p = 0; p < pairs; ++p) {
+                const double angle = block.step[p] * static_cast<double>(tile * TILE);
+                const double c = std::cos(angle), s = std::sin(angle);
+                real[p] = start[2 * p] * c - start[2 * p + 1] * s;
+                imaginary[p] = start[2 * p] * s + start[2 * p + 1] * c;
             }
         }
-        for (int r = 0; r < ROWS; ++r) {
-            store(scores + r * RUN + part * TOKENS, first[r]);
-            store(scores + r * RUN + part * TOKENS + LANES, second[r]);
-        }
+        w.short_turn.resize(2 * pairs);
+        for (int p = 0; p < 2 * pairs; ++p) w.short_turn[p] = static_cast<float>(w.turn[p]);
+        // Mean: (a - io)(c + is) = a' - io'. Query: conj(q)(c + is) is conj(q'), the query turned back.
+        for (int64_t row = 0; row < w.call.num_rows; ++row)
+            turn_back(w.cosine.data() + row * held, w.sine.data() + row * held, w.short_turn.data(),
+                      w.short_turn.data() + pairs, w.tile_cosine.data() + row * held, w.tile_sine.data() + row * held,
+                      pairs);
     }
+    w.next_tile = tile + 1;
+    const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
+    const uint8_t* levels = block.key_scales + (b * tiles + tile) * block.num_components + w.components_before;
+    for (int i = 0; i < w.count; ++i) w.scales[i] = w.call.key_levels[levels[i]];
 }
 
 template <int NBITS>
-INLINE void expand_pairs(const uint8_t*& planes, int count, Shorts*& to) {
-    for (; count > 0; count -= 2) {
-        const Shorts a = expand<NBITS>(planes);
-        const Shorts b = count > 1 ? expand<NBITS>(planes + NBITS * PLANE) : Shorts{};
-        planes += (count > 1 ? 2 : 1) * NBITS * PLANE;
-        *to++ = pairs_low(a, b);
-        *to++ = pairs_high(a, b);
+INLINE void expand_component(const uint8_t* planes, Bytes* to) {
+    for (int part = 0; part < PARTS; ++part) to[4 * part] = expand<NBITS>(planes, part);
+}
+
+template <int NBITS>
+INLINE void expand_quad(const uint8_t* planes, Bytes* to) {
+    for (int part = 0; part < PARTS; ++part) {
+        Bytes found[4];
+        for (int k = 0; k < 4; ++k) found[k] = expand<NBITS>(planes + k * NBITS * PLANE, part);
+        interleave(found, to + 4 * part);
+    }
+}
+
+// All components of a head in one tile, whose planes these are.
+void expand_tile(Worker& w, const uint8_t* planes) {
+    for (int quad = 0; quad < w.num_quads; ++quad) {
+        const uint8_t* nbits = &w.nbits[4 * quad];
+        const uint8_t* from = planes + w.places[4 * quad] * PLANE;
+        Bytes* to = &w.codes[quad * VECTORS];
+        // They fall, so the first and the last tell; most are alike.
+        switch (nbits[0] == nbits[3] ? nbits[0] : 0) {
+            case 1: expand_quad<1>(from, to); continue;
+            case 2: expand_quad<2>(from, to); continue;
+            case 3: expand_quad<3>(from, to); continue;
+            case 4: expand_quad<4>(from, to); continue;
+            case 5: expand_quad<5>(from, to); continue;
+            case 6: expand_quad<6>(from, to); continue;
+            case 7: expand_quad<7>(from, to); continue;
+            case 8: expand_quad<8>(from, to); continue;
+            default: break;
+        }
+        Bytes found[PARTS][4] = {};
+        for (int k = 0; k < 4; from += nbits[k++] * PLANE) switch (nbits[k]) {
+                case 1: expand_component<1>(from, &found[0][k]); break;
+                case 2: expand_component<2>(from, &found[0][k]); break;
+                case 3: expand_component<3>(from, &found[0][k]); break;
+                case 4: expand_component<4>(from, &found[0][k]); break;
+                case 5: expand_component<5>(from, &found[0][k]); break;
+                case 6: expand_component<6>(from, &found[0][k]); break;
+                case 7: expand_component<7>(from, &found[0][k]); break;
+                case 8: expand_component<8>(from, &found[0][k]); break;
+                default: break;
+            }
+        for (int part = 0; part < PARTS; ++part) interleave(found[part], to + 4 * part);
+    }
+}
+
+// Scores of the tile at hand for ROWS rows from `row` on, keys in the rotated frame or without rotation.
+template <int ROWS>
+void score_tile(Worker& w, const Block& block, int64_t row, int length, float* scores) {
+    const int pairs = static_cast<int>(block.num_pairs), fast = static_cast<int>(block.num_fast);
+    const int vectors = round_up(length, BYTES) / LANES, lanes = w.width / 4;
+    float worth[ROWS], constant[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        const float* projected = w.projected.data() + (row + r) * w.width;
+        for (int i = 0; i < w.width; i += LANES)
+            store(&w.scaled[i], load<Floats>(projected + i) * load<Floats>(w.scales.data() + i));
+        const Weighed found = to_weights<true>(w.scaled.data(), w.offsets.data(), w.weights[0].data() + r * lanes,
+                                               w.weights[1].data() + r * lanes, w.width);
+        worth[r] = found.worth;
+        constant[r] = w.fixed[row + r] - found.worth * found.sum;
+        // What slow pairs' cosines and sines come to in the smooth functions.
+        const float* cosine = w.tile_cosine.data() + (row + r) * pairs;
+        const float* sine = w.tile_sine.data() + (row + r) * pairs;
+        Floats smooth[SMOOTH / LANES] = {};
+        for (int p = fast; p < pairs; ++p) {
+            const float* mixing = block.mixing + (p - fast) * SMOOTH;
+            for (int j = 0; j < SMOOTH / LANES; ++j) {
+                smooth[j] += load<Floats>(mixing + j * LANES) * cosine[p];
+                smooth[j] += load<Floats>(mixing + (pairs - fast) * SMOOTH + j * LANES) * sine[p];
+            }
+        }
+        for (int j = 0; j < SMOOTH / LANES; ++j) store(w.smooth.data() + r * SMOOTH + j * LANES, smooth[j]);
+    }
+    Floats found[ROWS][VECTORS];
+    constexpr int TOGETHER = 2;
+    for (int v = 0; v < vectors; v += TOGETHER) {
+        Sums sums[ROWS][TOGETHER] = {};
+        for (int quad = 0; quad < w.num_quads; ++quad) {
+            Codes codes[TOGETHER];
+            for (int k = 0; k < TOGETHER; ++k) codes[k] = Codes::of(w.codes[quad * VECTORS + v + k]);
+            for (int r = 0; r < ROWS; ++r) {
+                const Ints first = broadcast(w.weights[0][r * lanes + quad]);
+                const Ints second = broadcast(w.weights[1][r * lanes + quad]);
+                for (int k = 0; k < TOGETHER; ++k) Sums::add(sums[r][k], codes[k], first, second);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int k = 0; k < TOGETHER; ++k) found[r][v + k] = Sums::total(sums[r][k]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < vectors; v += 4) in_order(&found[r][v], &found[r][v]);
+    for (int v = 0; v < vectors; v += TOGETHER) {
+        Floats sums[ROWS][TOGETHER];
+        for (int r = 0; r < ROWS; ++r)
+            for (int k = 0; k < TOGETHER; ++k) sums[r][k] = found[r][v + k] * worth[r] + constant[r];
+        for (int p = 0; p < fast; ++p)
+            for (int k = 0; k < TOGETHER; ++k) {
+                const Floats c = load<Floats>(block.cosines + p * TILE + (v + k) * LANES);
+                const Floats s = load<Floats>(block.sines + p * TILE + (v + k) * LANES);
+                for (int r = 0; r < ROWS; ++r) {
+                    sums[r][k] += c * w.tile_cosine[(row + r) * pairs + p];
+                    sums[r][k] += s * w.tile_sine[(row + r) * pairs + p];
+                }
+            }
+        for (int j = 0; j < block.num_smooth; ++j)
+            for (int k = 0; k < TOGETHER; ++k) {
+                const Floats f = load<Floats>(block.smooth + j * TILE + (v + k) * LANES);
+                for (int r = 0; r < ROWS; ++r) sums[r][k] += f * w.smooth[r * SMOOTH + j];
+            }
+        for (int r = 0; r < ROWS; ++r)
+            for (int k = 0; k < TOGETHER; ++k) store(scores + r * RUN + (v + k) * LANES, sums[r][k]);
     }
 }
 
 // The basis under the tile's scales, as weights: one row a dimension.
 void scale_basis(Worker& w) {
-    const int width = static_cast<int>(w.order.size());
-    w.scaled.resize(width);
-    w.tile_factors.resize(width);
-    for (int i = 0; i < width; ++i) w.tile_factors[i] = w.scales[i] * w.factors[i];
     for (int64_t d = 0; d < w.call.key_dim; ++d) {
-        const int8_t* column = w.columns.data() + d * width;
-        for (int i = 0; i < width; ++i) w.scaled[i] = w.tile_factors[i] * column[i];
-        w.row_scales[d] = to_weights(w.scaled.data(), w.rows.data() + d * width, width);
+        const float* column = w.columns.data() + d * w.width;
+        for (int i = 0; i < w.width; i += LANES)
+            store(&w.scaled[i], load<Floats>(column + i) * load<Floats>(w.scales.data() + i));
+        const Weighed found = to_weights<true>(w.scaled.data(), w.offsets.data(), &w.rows[0][d * w.width / 4],
+                                               &w.rows[1][d * w.width / 4], w.width);
+        w.worths[d] = found.worth;
+        w.constants[d] = w.mean[d] - found.worth * found.sum;
     }
 }
 
-// Keys of TOKENS tokens before their rotation, [dim, token].
-void rebuild(Worker& w, const Block& block, int64_t h, const uint8_t* planes) {
-    const int width = static_cast<int>(w.order.size()), count = w.num_pairs;
-    const int32_t* counts = block.counts + 9 * h;
-    const float* mean = w.mean.data();
-    Shorts* to = w.codes.data();
-    expand_pairs<8>(planes, counts[8], to);
-    expand_pairs<7>(planes, counts[7], to);
-    expand_pairs<6>(planes, counts[6], to);
-    expand_pairs<5>(planes, counts[5], to);
-    expand_pairs<4>(planes, counts[4], to);
-    expand_pairs<3>(planes, counts[3], to);
-    expand_pairs<2>(planes, counts[2], to);
-    expand_pairs<1>(planes, counts[1], to);
-    constexpr int TOGETHER = 4;
-    for (int64_t d = 0; d < w.call.key_dim; d += TOGETHER) {
-        Ints low[TOGETHER] = {}, high[TOGETHER] = {};
-        const int16_t* rows[TOGETHER];
-        for (int k = 0; k < TOGETHER; ++k)  // beyond the last dimension: the last one again, and not stored
-            rows[k] = w.rows.data() + (std::min(d + k, w.call.key_dim - 1) * width);
-        for (int i = 0; i < count; ++i) {
-            const Shorts first = w.codes[2 * i], second = w.codes[2 * i + 1];
-            for (int k = 0; k < TOGETHER; ++k) {
-                const Shorts weight = pair(rows[k] + 2 * i);
-                low[k] = dot(low[k], first, weight);
-                high[k] = dot(high[k], second, weight);
+// Scores of the tile at hand, whose keys are rebuilt and turned a pair of dimensions at a time.
+template <int ROWS>
+void score_rebuilt(Worker& w, int64_t row, int length, float* scores) {
+    const int pairs = static_cast<int>(w.first.size()), lanes = w.width / 4;
+    for (int part = 0; part * BYTES < length; ++part) {
+        Floats found[ROWS][4] = {};
+        for (int p = 0; p < pairs; ++p) {
+            const int one = w.first[p], other = w.second[p];
+            const int32_t *one_high = &w.rows[0][one * lanes], *one_low = &w.rows[1][one * lanes];
+            const int32_t *other_high = &w.rows[0][other * lanes], *other_low = &w.rows[1][other * lanes];
+            Sums real[4] = {}, imaginary[4] = {};
+            for (int quad = 0; quad < w.num_quads; ++quad) {
+                const Ints a = broadcast(one_high[quad]), b = broadcast(one_low[quad]);
+                const Ints c = broadcast(other_high[quad]), d = broadcast(other_low[quad]);
+                for (int k = 0; k < 4; ++k) {
+                    const Codes codes = Codes::of(w.codes[quad * VECTORS + 4 * part + k]);
+                    Sums::add(real[k], codes, a, b);
+                    Sums::add(imaginary[k], codes, c, d);
+                }
+            }
+            for (int k = 0; k < 4; ++k) {
+                const Floats x = Sums::total(real[k]) * w.worths[one] + w.constants[one];
+                const Floats y = Sums::total(imaginary[k]) * w.worths[other] + w.constants[other];
+                const Floats c = load<Floats>(&w.cosines[p * TILE + (4 * part + k) * LANES]);
+                const Floats s = load<Floats>(&w.sines[p * TILE + (4 * part + k) * LANES]);
+                const Floats turned_x = x * c - y * s, turned_y = x * s + y * c;
+                for (int r = 0; r < ROWS; ++r) {
+                    found[r][k] += turned_x * w.tile_cosine[(row + r) * pairs + p];
+                    found[r][k] += turned_y * w.tile_sine[(row + r) * pairs + p];
+                }
             }
         }
-        for (int k = 0; k < TOGETHER && d + k < w.call.key_dim; ++k) {
-            Floats first, second;
-            in_order(to_floats(low[k]), to_floats(high[k]), first, second);
-            store(w.rebuilt.data() + (d + k) * TOKENS, first * w.row_scales[d + k] + mean[d + k]);
-            store(w.rebuilt.data() + (d + k) * TOKENS + LANES, second * w.row_scales[d + k] + mean[d + k]);
+        for (int r = 0; r < ROWS; ++r) {
+            in_order(found[r], found[r]);
+            for (int k = 0; k < 4; ++k) store(scores + r * RUN + part * BYTES + k * LANES, found[r][k]);
         }
     }
 }
 
-// Scores of one tile whose keys are rebuilt and turned, all rows of a chunk.
-template <int ROWS>
-INLINE void score_rebuilt(Worker& w, const Block& block, int64_t row, int part, float* scores) {
-    const int pairs = static_cast<int>(block.num_pairs);
-    Floats first[ROWS] = {}, second[ROWS] = {};
-    const float* cosines = block.cosines + part * TOKENS;
-    const float* sines = block.sines + part * TOKENS;
-    for (int p = 0; p < pairs; ++p) {
-        const float* real = w.rebuilt.data() + block.first[p] * TOKENS;
-        const float* imaginary = w.rebuilt.data() + block.second[p] * TOKENS;
-        const Floats c0 = load<Floats>(cosines + p * TILE), c1 = load<Floats>(cosines + p * TILE + LANES);
-        const Floats s0 = load<Floats>(sines + p * TILE), s1 = load<Floats>(sines + p * TILE + LANES);
-        const Floats r0 = load<Floats>(real), r1 = load<Floats>(real + LANES);
-        const Floats i0 = load<Floats>(imaginary), i1 = load<Floats>(imaginary + LANES);
-        const Floats x0 = r0 * c0 - i0 * s0, y0 = r0 * s0 + i0 * c0;
-        const Floats x1 = r1 * c1 - i1 * s1, y1 = r1 * s1 + i1 * c1;
-        for (int r = 0; r < ROWS; ++r) {
-            const float a = w.tile_cosine[(row + r) * pairs + p], o = w.tile_sine[(row + r) * pairs + p];
-            first[r] += x0 * a + y0 * o;
-            second[r] += x1 * a + y1 * o;
-        }
-    }
-    for (int d : w.still)
-        for (int r = 0; r < ROWS; ++r) {
-            const float q = w.query[(row + r) * w.key_dim + d];
-            first[r] += load<Floats>(w.rebuilt.data() + d * TOKENS) * q;
-            second[r] += load<Floats>(w.rebuilt.data() + d * TOKENS + LANES) * q;
-        }
-    for (int r = 0; r < ROWS; ++r) {
-        store(scores + r * RUN + part * TOKENS, first[r]);
-        store(scores + r * RUN + part * TOKENS + LANES, second[r]);
-    }
-}
-
+// Values of a run under their shares, which `weighed` belong to.
 template <int NBITS, int ROWS>
-void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int length, const float* worth,
+void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int length, const Weighed* weighed,
                 const Partial* partials) {
-    const int parts = (length + TOKENS - 1) / TOKENS;
+    constexpr int TOGETHER = 2;  // dimensions, so that shares are read half as often
+    const int parts = round_up(length, BYTES) / BYTES;
     const int64_t dims = w.call.value_dim;
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
         Floats found[ROWS][LANES] = {};
         const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
-        for (int k = 0; k < count; ++k) {
-            Ints even[ROWS] = {}, odd[ROWS] = {};
+        for (int k = 0; k < count; k += TOGETHER) {
+            Sums sums[ROWS][TOGETHER] = {};
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
-            int part = 0;
-            for (; part + 1 < parts; part += 2) {
-                const uint8_t* place = from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8);
-                const Shorts a = expand<NBITS>(place), c = expand<NBITS>(place + TOKENS / 8);
+            const int next = k + 1 < count ? NBITS * PLANE : 0;  // the last one again, and not stored
+            for (int part = 0; part < parts; ++part) {
+                const uint8_t* place = from + part / PARTS * tile_stride;
+                const Codes one = Codes::of(expand<NBITS>(place, part % PARTS));
+                const Codes other = Codes::of(expand<NBITS>(place + next, part % PARTS));
                 for (int r = 0; r < ROWS; ++r) {
-                    even[r] = dot(even[r], a, load<Shorts>(w.shares.data() + r * RUN + part * TOKENS));
-                    odd[r] = dot(odd[r], c, load<Shorts>(w.shares.data() + r * RUN + (part + 1) * TOKENS));
+                    const Ints first = load<Ints>(&w.shares[0][(r * RUN + part * BYTES) / 4]);
+                    const Ints second = load<Ints>(&w.shares[1][(r * RUN + part * BYTES) / 4]);
+                    Sums::add(sums[r][0], one, first, second);
+                    Sums::add(sums[r][1], other, first, second);
                 }
             }
-            if (part < parts) {
-                const Shorts a = expand<NBITS>(from + part / PARTS * tile_stride + part % PARTS * (TOKENS / 8));
-                for (int r = 0; r < ROWS; ++r)
-                    even[r] = dot(even[r], a, load<Shorts>(w.shares.data() + r * RUN + part * TOKENS));
-            }
-            for (int r = 0; r < ROWS; ++r) found[r][k] = to_floats(even[r]) + to_floats(odd[r]);
+            for (int r = 0; r < ROWS; ++r)
+                for (int i = 0; i < TOGETHER; ++i)
+                    if (k + i < count) found[r][k + i] = Sums::total(sums[r][i]);
         }
+        constexpr float OFFSET = 0.5f * static_cast<float>((1 << NBITS) - 1);
         for (int r = 0; r < ROWS; ++r) {
             float* to = partials[r].turned + d0;
-            store(to, load<Floats>(to) + sums(found[r]) * (0.5f * worth[r]));
+            store(to, load<Floats>(to) + (sums(found[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
         }
     }
 }
@@ -504,7 +573,7 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
 // Softmax bookkeeping of a run: scores become exp(score - maximum) in place. False where there is nothing to add.
 bool exponentiate(const Call& call, float* scores, int length, int64_t b, int64_t row, int64_t column,
                   Partial& partial, int value_dim) {
-    const int padded = round_up(length, TOKENS);
+    const int padded = round_up(length, TILE);
     if (call.softcap > 0.0f)
         for (int t = 0; t < padded; t += LANES) {
             Floats x = load<Floats>(scores + t) * (2.0f / call.softcap);
@@ -553,54 +622,50 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     const bool turns = !block.is_rotated && block.num_pairs > 0;
     const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
     const int64_t first_tile = token / TILE;
-    float worth[ROWS];
+    Weighed weighed[ROWS];
     bool any = false;
-    if (!turns)
-        for (int done = 0; done < length; done += TILE) {
-            start_tile(w, block, b, first_tile + done / TILE);
-            score_tile<ROWS>(w, block, b, h, first_tile + done / TILE, row, std::min(TILE, length - done),
-                             w.scores.data() + done);
-        }
-    else
-        for (int done = 0; done < length; done += TILE) {
-            const int64_t tile = first_tile + done / TILE;
-            start_tile(w, block, b, tile);
+    for (int done = 0; done < length; done += TILE) {
+        const int64_t tile = first_tile + done / TILE;
+        start_tile(w, block, b, tile);
+        expand_tile(w, block.key_planes + (b * tiles + tile) * block.num_planes * PLANE);
+        if (turns) {
             scale_basis(w);
-            const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
-            for (int part = 0; part * TOKENS < std::min(TILE, length - done); ++part) {
-                rebuild(w, block, h, planes + part * (TOKENS / 8));
-                score_rebuilt<ROWS>(w, block, row, part, w.scores.data() + done);
-            }
+            score_rebuilt<ROWS>(w, row, std::min(TILE, length - done), w.scores.data() + done);
+        } else {
+            score_tile<ROWS>(w, block, row, std::min(TILE, length - done), w.scores.data() + done);
         }
+    }
     const uint8_t* scale_codes = block.value_scales + (b * call.num_heads + h) * tiles * TILE + token;
     const float top = block.largest[b * call.num_heads + h];
-    const int padded = round_up(length, TOKENS);
+    const int padded = round_up(length, TILE);
     for (int t = 0; t < padded; ++t) w.token_scales[t] = top * call.value_levels[scale_codes[t]];
     for (int r = 0; r < ROWS; ++r) {
         float* scores = w.scores.data() + r * RUN;
-        worth[r] = 0.0f;
+        weighed[r] = {};
+        int32_t *first = &w.shares[0][r * RUN / 4], *second = &w.shares[1][r * RUN / 4];
         if (!exponentiate(call, scores, length, b, row + r, column, partials[r], w.value_dim)) {
-            std::fill(w.shares.data() + r * RUN, w.shares.data() + r * RUN + padded, 0);
+            std::fill(first, first + padded / 4, 0);
+            std::fill(second, second + padded / 4, 0);
             continue;
         }
         any = true;
         for (int t = 0; t < padded; t += LANES)
             store(scores + t, load<Floats>(scores + t) * load<Floats>(w.token_scales.data() + t));
-        worth[r] = to_weights(scores, w.shares.data() + r * RUN, padded);
+        weighed[r] = to_weights<false>(scores, nullptr, first, second, padded);
     }
     if (!any) return;
     const int64_t row_bytes = call.value_dim * block.value_nbits * PLANE;
     const int64_t stride = call.num_heads * row_bytes;
     const uint8_t* planes = block.value_planes + (b * tiles + first_tile) * stride + h * row_bytes;
     switch (block.value_nbits) {
-        case 1: return add_values<1, ROWS>(w, planes, stride, length, worth, partials);
-        case 2: return add_values<2, ROWS>(w, planes, stride, length, worth, partials);
-        case 3: return add_values<3, ROWS>(w, planes, stride, length, worth, partials);
-        case 4: return add_values<4, ROWS>(w, planes, stride, length, worth, partials);
-        case 5: return add_values<5, ROWS>(w, planes, stride, length, worth, partials);
-        case 6: return add_values<6, ROWS>(w, planes, stride, length, worth, partials);
-        case 7: return add_values<7, ROWS>(w, planes, stride, length, worth, partials);
-        default: return add_values<8, ROWS>(w, planes, stride, length, worth, partials);
+        case 1: return add_values<1, ROWS>(w, planes, stride, length, weighed, partials);
+        case 2: return add_values<2, ROWS>(w, planes, stride, length, weighed, partials);
+        case 3: return add_values<3, ROWS>(w, planes, stride, length, weighed, partials);
+        case 4: return add_values<4, ROWS>(w, planes, stride, length, weighed, partials);
+        case 5: return add_values<5, ROWS>(w, planes, stride, length, weighed, partials);
+        case 6: return add_values<6, ROWS>(w, planes, stride, length, weighed, partials);
+        case 7: return add_values<7, ROWS>(w, planes, stride, length, weighed, partials);
+        default: return add_values<8, ROWS>(w, planes, stride, length, weighed, partials);
     }
 }
 

@@ -13,8 +13,6 @@
 namespace spectral {
 namespace {
 
-constexpr int TILE = 128;
-constexpr int PLANE = TILE / 8;
 constexpr float TINY = std::numeric_limits<float>::min();
 
 INLINE Floats floor(Floats x) {

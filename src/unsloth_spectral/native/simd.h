@@ -19,15 +19,16 @@ constexpr int BYTES = 32;
 #else
 constexpr int BYTES = 16;
 #endif
-constexpr int LANES = BYTES / 4;   // numbers in a Floats
-constexpr int TOKENS = BYTES / 2;  // tokens expanded at a time: the numbers in a Shorts
+constexpr int LANES = BYTES / 4;  // numbers in a Floats
 
 typedef float Floats __attribute__((vector_size(BYTES)));
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(BYTES)));
+typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
 typedef int16_t HalfShorts __attribute__((vector_size(BYTES / 2)));
 typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+typedef int8_t QuarterBytes __attribute__((vector_size(BYTES / 4)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -62,24 +63,39 @@ INLINE To bits(From value) {
 INLINE Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
 
 // a where the mask is set (all bits of a lane), else b.
-INLINE Floats choose(Ints mask, Floats a, Floats b) {
-    return bits<Floats>((mask & bits<Ints>(a)) | (~mask & bits<Ints>(b)));
+INLINE Floats choose(Ints mask, Floats a, Floats b) { return mask ? a : b; }
+
+// The larger of each, b where one is not a number.
+INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+    return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif defined(__AVX2__)
+    return bits<Floats>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+#else
+    return choose(a > b, a, b);
+#endif
 }
 
-INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
-
 INLINE float sum(Floats v) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_add_ps(bits<__m512>(v));
+#else
     float total[LANES];
     std::memcpy(total, &v, sizeof v);
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
     return total[0];
+#endif
 }
 
 INLINE float largest(Floats v) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_max_ps(bits<__m512>(v));
+#else
     float found = v[0];
     for (int lane = 1; lane < LANES; ++lane) found = v[lane] > found ? v[lane] : found;
     return found;
+#endif
 }
 
 // The sums of as many vectors as there are lanes, one a lane: a quarter of the work of single sums.
@@ -133,76 +149,149 @@ INLINE Floats exponential(Floats x) {
     return choose(x < all(-87.0f), Floats{}, choose(x == x, scaled, x));
 }
 
-// TOKENS codes of one component as odd integers 2 * code + 1 - 2^nbits, from planes 16 bytes apart.
+constexpr int TILE = 128;             // tokens that share scales and lie together in memory
+constexpr int PLANE = TILE / 8;       // bytes
+constexpr int PARTS = TILE / BYTES;   // of a tile, expanded one by one, a byte a token
+constexpr int VECTORS = TILE / LANES; // of a tile, a number a token
+
+// Codes of one component's tokens BYTES * part to BYTES * (part + 1), from its planes, 16 bytes each.
 template <int NBITS>
-INLINE Shorts expand(const uint8_t* planes) {
+INLINE Bytes expand(const uint8_t* planes, int part) {
 #if defined(__AVX512BW__)
-    __m512i value = _mm512_set1_epi16(1 - (1 << NBITS));
+    // Eight bytes of eight tokens are the transpose of eight planes' bytes: gathered here, last plane first, and turned
+    // by the multiplication with a matrix of bits.
+    constexpr uint64_t FIRST = 0x0010203040506070u, EACH = 0x0101010101010101u;
+    constexpr uint64_t PRESENT = (((1u << NBITS) - 1u) << (8 - NBITS)) * EACH;
+    const __m512i index = _mm512_add_epi8(
+        _mm512_set_epi64(FIRST + 7 * EACH, FIRST + 6 * EACH, FIRST + 5 * EACH, FIRST + 4 * EACH, FIRST + 3 * EACH,
+                         FIRST + 2 * EACH, FIRST + EACH, FIRST),
+        _mm512_set1_epi8(static_cast<char>(8 * part)));
+    constexpr int REST = NBITS > 4 ? NBITS - 4 : NBITS;
+    constexpr uint64_t LAST = ~uint64_t{0} >> (64 - 16 * REST);
+    __m512i gathered;
+    if constexpr (NBITS <= 4)
+        gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, _mm512_maskz_loadu_epi8(LAST, planes));
+    else
+        gathered = _mm512_maskz_permutex2var_epi8(PRESENT, _mm512_loadu_si512(planes), index,
+                                                  _mm512_maskz_loadu_epi8(LAST, planes + 64));
+    return bits<Bytes>(
+        _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), gathered, 0));
+#else
+    Bytes select, value = {};
+    for (int i = 0; i < BYTES; ++i) select[i] = static_cast<uint8_t>(1 << i % 8);
     for (int plane = 0; plane < NBITS; ++plane) {
-        const __mmask32 mask = load<uint32_t>(planes + 16 * plane);
-        value = _mm512_mask_add_epi16(value, mask, value, _mm512_set1_epi16(static_cast<short>(2 << plane)));
-    }
-    return bits<Shorts>(value);
-#else
+        const uint8_t* from = planes + PLANE * plane + BYTES / 8 * part;
 #if defined(__AVX2__)
-    const Shorts select = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768};
+        const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+        const Bytes word = bits<Bytes>(_mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(from)), spread));
 #else
-    const Shorts select = {1, 2, 4, 8, 16, 32, 64, 128};
+        typedef uint64_t Pair __attribute__((vector_size(16)));
+        const Bytes word = bits<Bytes>(Pair{from[0] * 0x0101010101010101u, from[1] * 0x0101010101010101u});
 #endif
-    Shorts value = Shorts{} + static_cast<int16_t>(1 - (1 << NBITS));
-    for (int plane = 0; plane < NBITS; ++plane) {
-#if defined(__AVX2__)
-        const int16_t word = load<int16_t>(planes + 16 * plane);
-#else
-        const int16_t word = planes[16 * plane];
-#endif
-        const int16_t worth = static_cast<int16_t>(2 << plane);
-        value += (((Shorts{} + word) & select) == select) & worth;
+        value |= bits<Bytes>((word & select) == select) & static_cast<uint8_t>(1 << plane);
     }
     return value;
 #endif
 }
 
-// Lanes of two neighbouring numbers, a token a lane, in the order that `in_order` undoes.
-INLINE Shorts pairs_low(Shorts a, Shorts b) {
+// Four components' codes, BYTES tokens each, as vectors with the four codes of a token in a lane, in the order that
+// `in_order` undoes.
+INLINE void interleave(const Bytes (&from)[4], Bytes* to) {
 #if defined(__AVX512BW__)
-    return bits<Shorts>(_mm512_unpacklo_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+    const __m512i a = bits<__m512i>(from[0]), b = bits<__m512i>(from[1]);
+    const __m512i c = bits<__m512i>(from[2]), d = bits<__m512i>(from[3]);
+    const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
+    to[0] = bits<Bytes>(_mm512_unpacklo_epi16(ab0, cd0));
+    to[1] = bits<Bytes>(_mm512_unpackhi_epi16(ab0, cd0));
+    to[2] = bits<Bytes>(_mm512_unpacklo_epi16(ab1, cd1));
+    to[3] = bits<Bytes>(_mm512_unpackhi_epi16(ab1, cd1));
 #elif defined(__AVX2__)
-    return bits<Shorts>(_mm256_unpacklo_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+    const __m256i a = bits<__m256i>(from[0]), b = bits<__m256i>(from[1]);
+    const __m256i c = bits<__m256i>(from[2]), d = bits<__m256i>(from[3]);
+    const __m256i ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
+    const __m256i cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
+    to[0] = bits<Bytes>(_mm256_unpacklo_epi16(ab0, cd0));
+    to[1] = bits<Bytes>(_mm256_unpackhi_epi16(ab0, cd0));
+    to[2] = bits<Bytes>(_mm256_unpacklo_epi16(ab1, cd1));
+    to[3] = bits<Bytes>(_mm256_unpackhi_epi16(ab1, cd1));
 #else
-    return SHUFFLE(Shorts, Shorts, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    typedef int8_t Places __attribute__((vector_size(16)));
+    const Bytes &a = from[0], &b = from[1], &c = from[2], &d = from[3];
+    const Shorts ab0 = bits<Shorts>(SHUFFLE(Bytes, Places, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    const Shorts ab1 =
+        bits<Shorts>(SHUFFLE(Bytes, Places, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    const Shorts cd0 = bits<Shorts>(SHUFFLE(Bytes, Places, c, d, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    const Shorts cd1 =
+        bits<Shorts>(SHUFFLE(Bytes, Places, c, d, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+    to[0] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab0, cd0, 0, 8, 1, 9, 2, 10, 3, 11));
+    to[1] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab0, cd0, 4, 12, 5, 13, 6, 14, 7, 15));
+    to[2] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab1, cd1, 0, 8, 1, 9, 2, 10, 3, 11));
+    to[3] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab1, cd1, 4, 12, 5, 13, 6, 14, 7, 15));
 #endif
 }
 
-INLINE Shorts pairs_high(Shorts a, Shorts b) {
+// What was found of `interleave`'s four vectors, as the tokens follow each other.
+INLINE void in_order(const Floats* from, Floats* to) {
 #if defined(__AVX512BW__)
-    return bits<Shorts>(_mm512_unpackhi_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+    const __m512 a = bits<__m512>(from[0]), b = bits<__m512>(from[1]);
+    const __m512 c = bits<__m512>(from[2]), d = bits<__m512>(from[3]);
+    const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x44), ab1 = _mm512_shuffle_f32x4(a, b, 0xee);
+    const __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x44), cd1 = _mm512_shuffle_f32x4(c, d, 0xee);
+    to[0] = bits<Floats>(_mm512_shuffle_f32x4(ab0, cd0, 0x88));
+    to[1] = bits<Floats>(_mm512_shuffle_f32x4(ab0, cd0, 0xdd));
+    to[2] = bits<Floats>(_mm512_shuffle_f32x4(ab1, cd1, 0x88));
+    to[3] = bits<Floats>(_mm512_shuffle_f32x4(ab1, cd1, 0xdd));
 #elif defined(__AVX2__)
-    return bits<Shorts>(_mm256_unpackhi_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+    const __m256 a = bits<__m256>(from[0]), b = bits<__m256>(from[1]);
+    const __m256 c = bits<__m256>(from[2]), d = bits<__m256>(from[3]);
+    to[0] = bits<Floats>(_mm256_permute2f128_ps(a, b, 0x20));
+    to[1] = bits<Floats>(_mm256_permute2f128_ps(c, d, 0x20));
+    to[2] = bits<Floats>(_mm256_permute2f128_ps(a, b, 0x31));
+    to[3] = bits<Floats>(_mm256_permute2f128_ps(c, d, 0x31));
 #else
-    return SHUFFLE(Shorts, Shorts, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    for (int i = 0; i < 4; ++i) to[i] = from[i];
 #endif
 }
 
-// What came of `pairs_low` and `pairs_high`, as the first and the second half of the tokens.
-INLINE void in_order(Floats low, Floats high, Floats& first, Floats& second) {
-#if defined(__AVX512BW__)
-    first = SHUFFLE(Floats, Ints, low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    second = SHUFFLE(Floats, Ints, low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-#elif defined(__AVX2__)
-    first = SHUFFLE(Floats, Ints, low, high, 0, 1, 2, 3, 8, 9, 10, 11);
-    second = SHUFFLE(Floats, Ints, low, high, 4, 5, 6, 7, 12, 13, 14, 15);
-#else
-    first = low;
-    second = high;
-#endif
-}
+// Weights are integers of 15 bits and a sign, in two rows of lanes: the high and the low bytes of four where the
+// processor multiplies bytes, else the even and the odd ones of four. So both rows have a lane for every four.
+constexpr float FULL = 32639.0f;  // the largest: 127 * 256 + 127
 
-// total + a[2i] * b[2i] + a[2i+1] * b[2i+1]
-INLINE Ints dot(Ints total, Shorts a, Shorts b) {
+INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 #if defined(__AVX512VNNI__)
-    return bits<Ints>(_mm512_dpwssd_epi32(bits<__m512i>(total), bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
+    const Ints high = (whole + 128) >> 8;
+    store(first, __builtin_convertvector(high, QuarterBytes));
+    store(second, __builtin_convertvector(whole - (high << 8), QuarterBytes));
+#else
+    const HalfShorts narrow = __builtin_convertvector(whole, HalfShorts);
+#if defined(__AVX2__)
+    const HalfShorts split = SHUFFLE(HalfShorts, HalfShorts, narrow, narrow, 0, 2, 4, 6, 1, 3, 5, 7);
+#else
+    const HalfShorts split = SHUFFLE(HalfShorts, HalfShorts, narrow, narrow, 0, 2, 1, 3);
+#endif
+    std::memcpy(first, &split, BYTES / 4);
+    std::memcpy(second, reinterpret_cast<const char*>(&split) + BYTES / 4, BYTES / 4);
+#endif
+}
+
+// Codes ready to be multiplied with weights.
+struct Codes {
+#if defined(__AVX512VNNI__)
+    Bytes all;
+    INLINE Codes of(Bytes codes) { return {codes}; }
+#else
+    Shorts even, odd;
+    INLINE Codes of(Bytes codes) {
+        typedef uint16_t Pairs __attribute__((vector_size(BYTES)));
+        return {bits<Shorts>(codes) & 255, bits<Shorts>(bits<Pairs>(codes) >> 8)};
+    }
+#endif
+};
+
+#if !defined(__AVX512VNNI__)
+INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
+#if defined(__AVX2__)
     return total + bits<Ints>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #elif defined(__SSE2__)
     return total + bits<Ints>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
@@ -211,8 +300,24 @@ INLINE Ints dot(Ints total, Shorts a, Shorts b) {
     return total + (left >> 16) * (right >> 16) + ((left << 16) >> 16) * ((right << 16) >> 16);
 #endif
 }
+#endif
 
-// Two weights for every lane.
-INLINE Shorts pair(const int16_t* weights) { return bits<Shorts>(Ints{} + load<int32_t>(weights)); }
+// Sums of products of codes with weights, lane by lane.
+struct Sums {
+#if defined(__AVX512VNNI__)
+    Ints high, low;
+    INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
+        sums.high = bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums.high), bits<__m512i>(codes.all), bits<__m512i>(first)));
+        sums.low = bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums.low), bits<__m512i>(codes.all), bits<__m512i>(second)));
+    }
+    INLINE Floats total(const Sums& sums) { return to_floats(sums.high) * 256.0f + to_floats(sums.low); }
+#else
+    Ints both;
+    INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
+        sums.both = add_products(add_products(sums.both, codes.even, bits<Shorts>(first)), codes.odd, bits<Shorts>(second));
+    }
+    INLINE Floats total(const Sums& sums) { return to_floats(sums.both); }
+#endif
+};
 
 }  // namespace spectral
