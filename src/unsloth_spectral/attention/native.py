@@ -21,11 +21,13 @@ from unsloth_spectral.rope import Dims, Rotation
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODED = len(_DTYPES)
 _NAME = "native kernel"
+_Strides = c_int64 * 3
 # Pairs that turn by less than so many radians in a tile are slow: few smooth functions, at most as many as attend.cpp
 # has room for, make up their cosines and sines to a millionth.
 _SLOW_ANGLE = 4.0
 _MOST_SMOOTH = 16
 _NEGLIGIBLE = 1e-6
+_FULL_WAVE = 32767
 
 
 class _Block(ctypes.Structure):
@@ -36,8 +38,8 @@ class _Block(ctypes.Structure):
         ("kind", c_int64),
         ("keys", c_void_p),
         ("values", c_void_p),
-        ("key_strides", c_int64 * 3),
-        ("value_strides", c_int64 * 3),
+        ("key_strides", _Strides),
+        ("value_strides", _Strides),
         ("key_planes", c_void_p),
         ("key_scales", c_void_p),
         ("vectors", c_void_p),
@@ -57,8 +59,8 @@ class _Block(ctypes.Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("num_fast", c_int64),
-        ("num_smooth", c_int64),
-        ("smooth", c_void_p),
+        ("num_waves", c_int64),
+        ("waves", c_void_p),
         ("mixing", c_void_p),
         ("value_planes", c_void_p),
         ("value_scales", c_void_p),
@@ -135,8 +137,8 @@ def attend(
     output = torch.empty(batch, num_attention_heads, query_length, value_dim)
     prepared = [_prepare(block, shape) for block in blocks]
     held = (_Block * len(prepared))(*prepared)
-    num_tokens = sum(block.num_tokens for block in blocks)
-    mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
+    if mask is not None:
+        mask = _additive(mask, (batch, query_length, sum(block.num_tokens for block in blocks)))
     sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
     _require(sinks is None or sinks.numel() == num_attention_heads, "sinks", sinks, num_attention_heads)
     is_coded = any(isinstance(block, CodedBlock) for block in blocks)
@@ -200,18 +202,19 @@ def _prepare(block: Block, shape: tuple[int, int, int, int]) -> _Block:
 
 def _exact(block: ExactBlock, shape: tuple[int, int, int, int]) -> _Block:
     batch, num_heads, key_dim, value_dim = shape
-    count = block.num_tokens
-    _require_shape("exact keys", block.keys, (batch, num_heads, count, key_dim))
-    _require_shape("exact values", block.values, (batch, num_heads, count, value_dim))
-    if block.values.dtype != block.keys.dtype:
-        raise InvalidArgumentError(f"keys are {block.keys.dtype}, values {block.values.dtype}: use one dtype")
+    own, values = block.keys, block.values
+    count = own.shape[-2]
+    _require_shape("exact keys", own, (batch, num_heads, count, key_dim))
+    _require_shape("exact values", values, (batch, num_heads, count, value_dim))
+    if values.dtype != own.dtype:
+        raise InvalidArgumentError(f"keys are {own.dtype}, values {values.dtype}: use one dtype")
     return _Block(
         count,
-        _DTYPES.index(block.keys.dtype),
-        block.keys.data_ptr(),
-        block.values.data_ptr(),
-        (c_int64 * 3)(*block.keys.stride()[:3]),
-        (c_int64 * 3)(*block.values.stride()[:3]),
+        _DTYPES.index(own.dtype),
+        own.data_ptr(),
+        values.data_ptr(),
+        _Strides(*own.stride()[:3]),
+        _Strides(*values.stride()[:3]),
     )
 
 
@@ -249,7 +252,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
     rotation = () if own.rotation is None else _rotation(own.rotation, batch, key_dim)
     pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in rotation]
     pointers = pointers or [0, None, None, None, 0, None, None, None, None, 0, 0, None, None]
-    nothing = (c_int64 * 3)()
+    nothing = _Strides()
     prepared = _Block(
         block.num_tokens,
         _CODED,
@@ -303,8 +306,9 @@ class _Tables(NamedTuple):
         step: ``[P]`` float64, angle from a token to the next.
         tile_turn: ``[2, P]`` float64, cosine and sine of the angle from a tile to the next.
         cosines, sines: ``[P, 128]`` float32, of the angles within a tile.
-        num_fast, num_smooth: pairs that turn far in a tile, and functions that make up all the others' rows.
-        smooth: ``[num_smooth, 128]`` float32, these functions.
+        num_fast: pairs that turn far in a tile.
+        num_waves: these, and functions two by two that make up all the others' rows.
+        waves: ``[num_waves, 128, 2]`` int16, 32767 for 1: cosine and sine of the fast pairs, then these functions.
         mixing: ``[2, P - num_fast, 16]`` float32, how they make up the slow pairs' cosines and sines.
     """
 
@@ -314,8 +318,8 @@ class _Tables(NamedTuple):
     cosines: Tensor
     sines: Tensor
     num_fast: int
-    num_smooth: int
-    smooth: Tensor
+    num_waves: int
+    waves: Tensor
     mixing: Tensor
 
 
@@ -331,11 +335,14 @@ def _tables(steps: bytes) -> _Tables:
     slow = within[:, num_fast:]
     left, values, right = torch.linalg.svd(slow.flatten(0, 1), full_matrices=False)
     num_smooth = min(_MOST_SMOOTH, int((values > _NEGLIGIBLE * TILE_TOKENS**0.5).sum()))
+    peaks = right[:num_smooth].abs().amax(-1)
     mixing = torch.zeros(*slow.shape[:2], _MOST_SMOOTH)
-    mixing[..., :num_smooth] = (left * values)[:, :num_smooth].unflatten(0, slow.shape[:2])
+    mixing[..., :num_smooth] = (left * values)[:, :num_smooth].mul(peaks).unflatten(0, slow.shape[:2])
+    smooth = torch.nn.functional.pad(right[:num_smooth] / peaks[:, None], (0, 0, 0, num_smooth % 2))
+    pairs = torch.cat([within[:, :num_fast].transpose(0, 1), smooth.unflatten(0, (-1, 2))]).mT
+    waves = (pairs * _FULL_WAVE).round().to(torch.int16).contiguous()
     cosines, sines = (table.float().contiguous() for table in within)
-    smooth = right[:num_smooth].float().contiguous()
-    return _Tables(order, step, tile_turn, cosines, sines, num_fast, num_smooth, smooth, mixing)
+    return _Tables(order, step, tile_turn, cosines, sines, num_fast, len(waves), waves, mixing)
 
 
 @lru_cache
@@ -356,6 +363,8 @@ def _additive(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if tensor.shape == shape and (dtype is None or tensor.dtype == dtype) and tensor.is_cpu:
+        return  # the usual case, at every step
     _require(tuple(tensor.shape) == shape, f"shape of {name}", tuple(tensor.shape), shape)
     _require(dtype is None or tensor.dtype == dtype, f"dtype of {name}", tensor.dtype, dtype)
     _require(tensor.device.type == "cpu", f"device of {name}", tensor.device, "cpu")

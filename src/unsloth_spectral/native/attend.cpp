@@ -20,6 +20,7 @@ namespace {
 
 constexpr int RUN = 4 * TILE;  // tokens between two looks at the running maximum
 constexpr int SMOOTH = 16;     // functions that `Block.mixing` has room for
+constexpr float FULL_WAVE = 32767.0f;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODED = 3 };
@@ -53,10 +54,11 @@ struct Block {
     const double* tile_turn;    // [2, pair] cosine and sine of the angle from a tile to the next
     const float* cosines;       // [pair, 128] of the first tile's angles, relative to its first token
     const float* sines;
-    // Pairs from num_fast on turn so little within a tile that a few smooth functions make up all their cosines and sines.
-    int64_t num_fast, num_smooth;
-    const float* smooth;        // [num_smooth, 128]
-    const float* mixing;        // [2, pair - num_fast, SMOOTH]
+    // The same as integers, FULL_WAVE for 1, two to a lane: cosine and sine of a fast pair; and of the slow pairs, which
+    // turn little within a tile, a few smooth functions that make up all their cosines and sines.
+    int64_t num_fast, num_waves;
+    const int16_t* waves;       // [num_waves, 128, 2], the fast pairs first
+    const float* mixing;        // [2, pair - num_fast, SMOOTH] slow pairs in smooth functions
     // Coded values.
     const uint8_t* value_planes;  // [batch, tile, head, dim, bit, 16 bytes]
     const uint8_t* value_scales;  // [batch, head, tile * 128]
@@ -112,7 +114,8 @@ struct Worker {
     std::vector<float> short_turn; // the same
     std::vector<float> cosine, sine;  // [row, rotary pair]: the mean's term, or the queries, seen from block start
     std::vector<float> tile_cosine, tile_sine;  // [row, rotary pair] seen from the tile's first token
-    std::vector<float> smooth;     // [row of a chunk, SMOOTH]
+    std::vector<float> amplitudes; // [row of a chunk, wave, 2] what the mean's term has of each wave
+    std::vector<int16_t> heights;  // the same as integers
     std::vector<float> mean;       // [key dim]
     std::vector<float> fixed;      // [row]: the mean's term of dimensions that do not rotate
     // Where keys are rebuilt: pairs of dimensions, also of those that do not rotate; key_dim stands for none.
@@ -129,7 +132,6 @@ struct Worker {
         scores.assign(4 * RUN, 0.0f);
         for (auto& each : shares) each.assign(RUN, 0);
         token_scales.assign(RUN, 0.0f);
-        smooth.assign(4 * SMOOTH, 0.0f);
     }
 };
 
@@ -138,15 +140,11 @@ struct Weighed {
     float sum;    // of the integers, each times its offset
 };
 
-// n floats as weights, the largest magnitude as FULL; n is a multiple of LANES. Without offsets each is 1.
+// n floats, none above `most` in magnitude, as weights, that one as FULL; n is a multiple of LANES. Without offsets each
+// is 1.
 template <bool OFFSETS>
-INLINE Weighed to_weights(const float* from, const float* offsets, int32_t* first, int32_t* second, int n) {
-    Floats peak = {}, sums = {};
-    for (int i = 0; i < n; i += LANES) {
-        const Floats value = load<Floats>(from + i);
-        peak = larger(peak, larger(value, -value));
-    }
-    const float most = largest(peak);
+INLINE Weighed to_weights(const float* from, float most, const float* offsets, int32_t* first, int32_t* second, int n) {
+    Floats sums = {};
     // Below this the quotient is infinite, and zeros times it are not numbers.
     const float factor = most > 1e-33f ? FULL / most : 0.0f;
     for (int i = 0; i < n; i += LANES) {
@@ -161,6 +159,35 @@ INLINE Weighed to_weights(const float* from, const float* offsets, int32_t* firs
         store_weights(whole, first + i / 4, second + i / 4);
     }
     return {most / FULL, sum(sums)};
+}
+
+// Floats as integers of which sums of products with waves do not overflow; returns what one of the integers is worth.
+INLINE float to_heights(const float* from, int16_t* to, int n) {
+    Floats peak = {}, total = {};
+    for (int i = 0; i < n; i += LANES) {
+        const Floats value = load<Floats>(from + i), magnitude = larger(value, -value);
+        peak = larger(peak, magnitude);
+        total += magnitude;
+    }
+    const float most = std::max(largest(peak), 0.5f * sum(total));
+    const float factor = most > 1e-33f ? 32766.0f / most : 0.0f;
+    for (int i = 0; i < n; i += LANES) {
+        const Floats value = load<Floats>(from + i) * factor + 32768.5f;
+        const Words whole = bits<Words>(__builtin_convertvector(value, Ints)) - 32768u;
+        store(to + i, __builtin_convertvector(bits<Ints>(whole), HalfShorts));
+    }
+    return most / 32766.0f;
+}
+
+// to = a * b, and the largest magnitude.
+INLINE float multiply(const float* a, const float* b, float* to, int n) {
+    Floats peak = {};
+    for (int i = 0; i < n; i += LANES) {
+        const Floats value = load<Floats>(a + i) * load<Floats>(b + i);
+        peak = larger(peak, larger(value, -value));
+        store(to + i, value);
+    }
+    return largest(peak);
 }
 
 INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
@@ -316,6 +343,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     }
     w.tile_cosine = w.cosine;
     w.tile_sine = w.sine;
+    w.amplitudes.assign(4 * (2 * pairs + SMOOTH + LANES), 0.0f);
+    w.heights.assign(4 * (2 * pairs + SMOOTH + LANES), 0);
     w.next_tile = -1;
 }
 
@@ -418,27 +447,37 @@ template <int ROWS>
 void score_tile(Worker& w, const Block& block, int64_t row, int length, float* scores) {
     const int pairs = static_cast<int>(block.num_pairs), fast = static_cast<int>(block.num_fast);
     const int vectors = round_up(length, BYTES) / LANES, lanes = w.width / 4;
-    float worth[ROWS], constant[ROWS];
+    const int waves = static_cast<int>(block.num_waves), room = round_up(2 * waves, LANES);
+    float worth[ROWS], constant[ROWS], height[ROWS] = {};
     for (int r = 0; r < ROWS; ++r) {
-        const float* projected = w.projected.data() + (row + r) * w.width;
-        for (int i = 0; i < w.width; i += LANES)
-            store(&w.scaled[i], load<Floats>(projected + i) * load<Floats>(w.scales.data() + i));
-        const Weighed found = to_weights<true>(w.scaled.data(), w.offsets.data(), w.weights[0].data() + r * lanes,
-                                               w.weights[1].data() + r * lanes, w.width);
+        const float most = multiply(&w.projected[(row + r) * w.width], w.scales.data(), w.scaled.data(), w.width);
+        const Weighed found = to_weights<true>(w.scaled.data(), most, w.offsets.data(), &w.weights[0][r * lanes],
+                                               &w.weights[1][r * lanes], w.width);
         worth[r] = found.worth;
         constant[r] = w.fixed[row + r] - found.worth * found.sum;
-        // What slow pairs' cosines and sines come to in the smooth functions.
-        const float* cosine = w.tile_cosine.data() + (row + r) * pairs;
-        const float* sine = w.tile_sine.data() + (row + r) * pairs;
-        Floats smooth[SMOOTH / LANES] = {};
-        for (int p = fast; p < pairs; ++p) {
-            const float* mixing = block.mixing + (p - fast) * SMOOTH;
+    }
+    if (waves) {
+        Floats smooth[ROWS][SMOOTH / LANES] = {};
+        for (int p = fast; p < pairs; ++p)
             for (int j = 0; j < SMOOTH / LANES; ++j) {
-                smooth[j] += load<Floats>(mixing + j * LANES) * cosine[p];
-                smooth[j] += load<Floats>(mixing + (pairs - fast) * SMOOTH + j * LANES) * sine[p];
+                const Floats c = load<Floats>(block.mixing + (p - fast) * SMOOTH + j * LANES);
+                const Floats s = load<Floats>(block.mixing + (pairs - fast + p - fast) * SMOOTH + j * LANES);
+                for (int r = 0; r < ROWS; ++r) {
+                    smooth[r][j] += c * w.tile_cosine[(row + r) * pairs + p];
+                    smooth[r][j] += s * w.tile_sine[(row + r) * pairs + p];
+                }
             }
+        for (int r = 0; r < ROWS; ++r) {
+            float* amplitudes = &w.amplitudes[r * (2 * pairs + SMOOTH + LANES)];
+            for (int p = 0; p < fast; ++p) {
+                amplitudes[2 * p] = w.tile_cosine[(row + r) * pairs + p];
+                amplitudes[2 * p + 1] = w.tile_sine[(row + r) * pairs + p];
+            }
+            for (int j = 0; j < SMOOTH / LANES; ++j) store(amplitudes + 2 * fast + j * LANES, smooth[r][j]);
+            // Functions beyond the last wave are zero, so this is all.
+            std::fill(amplitudes + 2 * waves, amplitudes + room, 0.0f);
+            height[r] = to_heights(amplitudes, &w.heights[r * room], room) / FULL_WAVE;
         }
-        for (int j = 0; j < SMOOTH / LANES; ++j) store(w.smooth.data() + r * SMOOTH + j * LANES, smooth[j]);
     }
     Floats found[ROWS][VECTORS];
     constexpr int TOGETHER = 2;
@@ -459,25 +498,18 @@ void score_tile(Worker& w, const Block& block, int64_t row, int length, float* s
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < vectors; v += 4) in_order(&found[r][v], &found[r][v]);
     for (int v = 0; v < vectors; v += TOGETHER) {
-        Floats sums[ROWS][TOGETHER];
-        for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < TOGETHER; ++k) sums[r][k] = found[r][v + k] * worth[r] + constant[r];
-        for (int p = 0; p < fast; ++p)
+        Ints sums[ROWS][TOGETHER] = {};
+        for (int j = 0; j < waves; ++j)
             for (int k = 0; k < TOGETHER; ++k) {
-                const Floats c = load<Floats>(block.cosines + p * TILE + (v + k) * LANES);
-                const Floats s = load<Floats>(block.sines + p * TILE + (v + k) * LANES);
-                for (int r = 0; r < ROWS; ++r) {
-                    sums[r][k] += c * w.tile_cosine[(row + r) * pairs + p];
-                    sums[r][k] += s * w.tile_sine[(row + r) * pairs + p];
-                }
-            }
-        for (int j = 0; j < block.num_smooth; ++j)
-            for (int k = 0; k < TOGETHER; ++k) {
-                const Floats f = load<Floats>(block.smooth + j * TILE + (v + k) * LANES);
-                for (int r = 0; r < ROWS; ++r) sums[r][k] += f * w.smooth[r * SMOOTH + j];
+                const Shorts wave = load<Shorts>(block.waves + 2 * (j * TILE + (v + k) * LANES));
+                for (int r = 0; r < ROWS; ++r)
+                    sums[r][k] =
+                        add_products(sums[r][k], wave, bits<Shorts>(broadcast(load<int32_t>(&w.heights[r * room + 2 * j]))));
             }
         for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < TOGETHER; ++k) store(scores + r * RUN + (v + k) * LANES, sums[r][k]);
+            for (int k = 0; k < TOGETHER; ++k)
+                store(scores + r * RUN + (v + k) * LANES,
+                      found[r][v + k] * worth[r] + (to_floats(sums[r][k]) * height[r] + constant[r]));
     }
 }
 
@@ -485,9 +517,8 @@ void score_tile(Worker& w, const Block& block, int64_t row, int length, float* s
 void scale_basis(Worker& w) {
     for (int64_t d = 0; d < w.call.key_dim; ++d) {
         const float* column = w.columns.data() + d * w.width;
-        for (int i = 0; i < w.width; i += LANES)
-            store(&w.scaled[i], load<Floats>(column + i) * load<Floats>(w.scales.data() + i));
-        const Weighed found = to_weights<true>(w.scaled.data(), w.offsets.data(), &w.rows[0][d * w.width / 4],
+        const float most = multiply(column, w.scales.data(), w.scaled.data(), w.width);
+        const Weighed found = to_weights<true>(w.scaled.data(), most, w.offsets.data(), &w.rows[0][d * w.width / 4],
                                                &w.rows[1][d * w.width / 4], w.width);
         w.worths[d] = found.worth;
         w.constants[d] = w.mean[d] - found.worth * found.sum;
@@ -541,12 +572,14 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
     const int parts = round_up(length, BYTES) / BYTES;
     const int64_t dims = w.call.value_dim;
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
-        Floats found[ROWS][LANES] = {};
+        Floats found[ROWS][LANES];
         const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
+        for (int k = count; k < LANES; ++k)
+            for (int r = 0; r < ROWS; ++r) found[r][k] = Floats{};
         for (int k = 0; k < count; k += TOGETHER) {
             Sums sums[ROWS][TOGETHER] = {};
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
-            const int next = k + 1 < count ? NBITS * PLANE : 0;  // the last one again, and not stored
+            const int next = k + 1 < count ? NBITS * PLANE : 0;  // the last one again, for lanes that are not read
             for (int part = 0; part < parts; ++part) {
                 const uint8_t* place = from + part / PARTS * tile_stride;
                 const Codes one = Codes::of(expand<NBITS>(place, part % PARTS));
@@ -560,7 +593,7 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
             }
             for (int r = 0; r < ROWS; ++r)
                 for (int i = 0; i < TOGETHER; ++i)
-                    if (k + i < count) found[r][k + i] = Sums::total(sums[r][i]);
+                    found[r][k + i] = Sums::total(sums[r][i]);
         }
         constexpr float OFFSET = 0.5f * static_cast<float>((1 << NBITS) - 1);
         for (int r = 0; r < ROWS; ++r) {
@@ -571,8 +604,10 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
 }
 
 // Softmax bookkeeping of a run: scores become exp(score - maximum) in place. False where there is nothing to add.
+// With factors, each is then multiplied with its own.
+template <bool SCALED>
 bool exponentiate(const Call& call, float* scores, int length, int64_t b, int64_t row, int64_t column,
-                  Partial& partial, int value_dim) {
+                  Partial& partial, int value_dim, const float* factors, float& most_scaled) {
     const int padded = round_up(length, TILE);
     if (call.softcap > 0.0f)
         for (int t = 0; t < padded; t += LANES) {
@@ -605,13 +640,18 @@ bool exponentiate(const Call& call, float* scores, int length, int64_t b, int64_
         }
         partial.maximum = reference;
     }
-    Floats total = {};
+    Floats total = {}, top = {};
     for (int t = 0; t < padded; t += LANES) {
-        const Floats share = exponential(load<Floats>(scores + t) - reference);
-        store(scores + t, share);
+        Floats share = exponential(load<Floats>(scores + t) - reference);
         total += share;
+        if constexpr (SCALED) {
+            share *= load<Floats>(factors + t);
+            top = larger(share, top);
+        }
+        store(scores + t, share);
     }
     partial.total += sum(total);
+    if constexpr (SCALED) most_scaled = largest(top);
     return true;
 }
 
@@ -638,20 +678,26 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     const uint8_t* scale_codes = block.value_scales + (b * call.num_heads + h) * tiles * TILE + token;
     const float top = block.largest[b * call.num_heads + h];
     const int padded = round_up(length, TILE);
-    for (int t = 0; t < padded; ++t) w.token_scales[t] = top * call.value_levels[scale_codes[t]];
+    // Levels fall by a constant ratio, but for the last, which is zero.
+    const float octave = std::log(call.value_levels[1]);
+    for (int t = 0; t < padded; t += LANES) {
+        const Ints level = __builtin_convertvector(load<QuarterLevels>(scale_codes + t), Ints);
+        const Floats scale = exponential(to_floats(level) * octave) * top;
+        store(w.token_scales.data() + t, choose(level == 255, Floats{}, scale));
+    }
     for (int r = 0; r < ROWS; ++r) {
         float* scores = w.scores.data() + r * RUN;
         weighed[r] = {};
         int32_t *first = &w.shares[0][r * RUN / 4], *second = &w.shares[1][r * RUN / 4];
-        if (!exponentiate(call, scores, length, b, row + r, column, partials[r], w.value_dim)) {
+        float most = 0.0f;
+        if (!exponentiate<true>(call, scores, length, b, row + r, column, partials[r], w.value_dim,
+                                w.token_scales.data(), most)) {
             std::fill(first, first + padded / 4, 0);
             std::fill(second, second + padded / 4, 0);
             continue;
         }
         any = true;
-        for (int t = 0; t < padded; t += LANES)
-            store(scores + t, load<Floats>(scores + t) * load<Floats>(w.token_scales.data() + t));
-        weighed[r] = to_weights<false>(scores, nullptr, first, second, padded);
+        weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
     }
     if (!any) return;
     const int64_t row_bytes = call.value_dim * block.value_nbits * PLANE;
@@ -687,8 +733,8 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     }
     bool any = false;
     for (int r = 0; r < ROWS; ++r) {
-        float* scores = w.scores.data() + r * RUN;
-        if (exponentiate(call, scores, length, b, row + r, column, partials[r], w.value_dim))
+        float *scores = w.scores.data() + r * RUN, unused;
+        if (exponentiate<false>(call, scores, length, b, row + r, column, partials[r], w.value_dim, nullptr, unused))
             any = true;
         else
             std::fill(scores, scores + length, 0.0f);

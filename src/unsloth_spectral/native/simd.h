@@ -28,6 +28,7 @@ typedef int16_t Shorts __attribute__((vector_size(BYTES)));
 typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
 typedef int16_t HalfShorts __attribute__((vector_size(BYTES / 2)));
 typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+typedef uint8_t QuarterLevels __attribute__((vector_size(BYTES / 4)));
 typedef int8_t QuarterBytes __attribute__((vector_size(BYTES / 4)));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -154,6 +155,19 @@ constexpr int PLANE = TILE / 8;       // bytes
 constexpr int PARTS = TILE / BYTES;   // of a tile, expanded one by one, a byte a token
 constexpr int VECTORS = TILE / LANES; // of a tile, a number a token
 
+#if defined(__AVX512BW__)
+// COUNT planes, 1 to 4, and anything or zeros behind.
+template <int COUNT>
+INLINE __m512i load_planes(const uint8_t* planes) {
+    if constexpr (COUNT == 1) return _mm512_zextsi128_si512(load<__m128i>(planes));
+    if constexpr (COUNT == 2) return _mm512_zextsi256_si512(load<__m256i>(planes));
+    if constexpr (COUNT == 3)
+        return _mm512_inserti64x4(_mm512_zextsi256_si512(load<__m256i>(planes)),
+                                  _mm256_zextsi128_si256(load<__m128i>(planes + 2 * PLANE)), 1);
+    return load<__m512i>(planes);
+}
+#endif
+
 // Codes of one component's tokens BYTES * part to BYTES * (part + 1), from its planes, 16 bytes each.
 template <int NBITS>
 INLINE Bytes expand(const uint8_t* planes, int part) {
@@ -166,14 +180,12 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
         _mm512_set_epi64(FIRST + 7 * EACH, FIRST + 6 * EACH, FIRST + 5 * EACH, FIRST + 4 * EACH, FIRST + 3 * EACH,
                          FIRST + 2 * EACH, FIRST + EACH, FIRST),
         _mm512_set1_epi8(static_cast<char>(8 * part)));
-    constexpr int REST = NBITS > 4 ? NBITS - 4 : NBITS;
-    constexpr uint64_t LAST = ~uint64_t{0} >> (64 - 16 * REST);
     __m512i gathered;
     if constexpr (NBITS <= 4)
-        gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, _mm512_maskz_loadu_epi8(LAST, planes));
+        gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, load_planes<NBITS>(planes));
     else
-        gathered = _mm512_maskz_permutex2var_epi8(PRESENT, _mm512_loadu_si512(planes), index,
-                                                  _mm512_maskz_loadu_epi8(LAST, planes + 64));
+        gathered = _mm512_maskz_permutex2var_epi8(PRESENT, load_planes<4>(planes), index,
+                                                  load_planes<NBITS - 4>(planes + 4 * PLANE));
     return bits<Bytes>(
         _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), gathered, 0));
 #else
@@ -289,9 +301,11 @@ struct Codes {
 #endif
 };
 
-#if !defined(__AVX512VNNI__)
+// total + a[2i] * b[2i] + a[2i+1] * b[2i+1]
 INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+    return bits<Ints>(_mm512_dpwssd_epi32(bits<__m512i>(total), bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
     return total + bits<Ints>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #elif defined(__SSE2__)
     return total + bits<Ints>(_mm_madd_epi16(bits<__m128i>(a), bits<__m128i>(b)));
@@ -300,7 +314,6 @@ INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
     return total + (left >> 16) * (right >> 16) + ((left << 16) >> 16) * ((right << 16) >> 16);
 #endif
 }
-#endif
 
 // Sums of products of codes with weights, lane by lane.
 struct Sums {
