@@ -233,11 +233,11 @@ def draw(steps: list[dict[str, Any]]) -> None:
             points = [(r["context"], r["ms"]) for r in steps if (r["shape"], r["contender"]) == (name, contender)]
             x, y = zip(*points, strict=True)
             slope = 1e6 * (y[-1] - y[0]) / (x[-1] - x[0])
-            axes.plot(x, y, marker="o", label=f"{contender}: {slope:.3g} ns a token")
+            axes.plot(x, y, marker="o", label=f"{contender}: {slope:,.0f} ns a token")
         axes.set(title=name, xlabel="context, tokens", ylabel="attention step of a layer, ms")
         axes.legend(frameon=False)
         tidy(axes)
-    save_figure(figure, RESULTS / "decode.png")
+    save_figure(figure, RESULTS.parents[1] / "docs" / "decode.png")
 
 
 def main() -> None:

@@ -13,12 +13,7 @@
 #endif
 
 #include "attend.cpp"
-// Both sources have these to themselves when they are compiled one by one.
-#define TILE ENCODER_TILE
-#define PLANE ENCODER_PLANE
 #include "encode.cpp"
-#undef TILE
-#undef PLANE
 
 // The scalar code's inner loop is most of the time, and is not what is looked at.
 #define UNCHECKED __attribute__((no_sanitize("address", "undefined")))
@@ -144,7 +139,8 @@ struct Tokens {
     Exact<uint16_t> halves[2];
     Exact<uint8_t> key_planes, key_scales, value_planes, value_scales;
     Exact<int8_t> vectors;
-    Exact<float> vector_scales, start, cosines, sines, largest;
+    Exact<float> vector_scales, start, cosines, sines, mixing, largest;
+    Exact<int16_t> waves;
     Exact<uint16_t> mean;
     Exact<int32_t> counts, first, second;
     Exact<double> step, tile_turn;
@@ -222,17 +218,27 @@ void add_rotation(Tokens& made, const Shape& shape) {
     made.tile_turn = Exact<double>(pairs * 2);
     made.cosines = Exact<float>(pairs * TILE);
     made.sines = Exact<float>(pairs * TILE);
+    // Slow pairs made up of waves that are just their own.
+    const int64_t slow = rng.from(0, std::min<int64_t>(8, pairs));
+    made.waves = Exact<int16_t>(pairs * TILE * 2);
+    made.mixing = Exact<float>(2 * slow * 16, 0.0f);
+    for (int64_t i = 0; i < slow; ++i) {
+        made.mixing[i * 16 + 2 * i] = 1.0f;
+        made.mixing[(slow + i) * 16 + 2 * i + 1] = 1.0f;
+    }
     const int64_t gap = interleaved ? 0 : shape.key_dim - 2 * pairs;
     const int64_t lowest = rng.chance(0.3) ? rng.from(0, gap) : 0;  // dimensions that stay may come first
     for (int64_t p = 0; p < pairs; ++p) {
         made.first[p] = static_cast<int32_t>(lowest + (interleaved ? 2 * p : p));
         made.second[p] = static_cast<int32_t>(lowest + (interleaved ? 2 * p + 1 : p + pairs));
         const double step = made.step[p] = std::pow(1e-4, static_cast<double>(p) / static_cast<double>(pairs));
-        made.tile_turn[2 * p] = std::cos(TILE * step);
-        made.tile_turn[2 * p + 1] = std::sin(TILE * step);
+        made.tile_turn[p] = std::cos(TILE * step);
+        made.tile_turn[pairs + p] = std::sin(TILE * step);
         for (int64_t t = 0; t < TILE; ++t) {
             made.cosines[p * TILE + t] = static_cast<float>(std::cos(static_cast<double>(t) * step));
             made.sines[p * TILE + t] = static_cast<float>(std::sin(static_cast<double>(t) * step));
+            made.waves[(p * TILE + t) * 2] = static_cast<int16_t>(std::lround(32767 * made.cosines[p * TILE + t]));
+            made.waves[(p * TILE + t) * 2 + 1] = static_cast<int16_t>(std::lround(32767 * made.sines[p * TILE + t]));
         }
         for (int64_t b = 0; b < starts; ++b) {
             const double angle = 6.2831853 * rng.uniform();
@@ -249,6 +255,10 @@ void add_rotation(Tokens& made, const Shape& shape) {
     block.tile_turn = made.tile_turn.data();
     block.cosines = made.cosines.data();
     block.sines = made.sines.data();
+    block.num_fast = pairs - slow;
+    block.num_waves = pairs;
+    block.waves = made.waves.data();
+    block.mixing = made.mixing.data();
 }
 
 void rotate(const Tokens& made, int64_t b, int64_t token, double* x) {

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parent
 REASON = FOLDER / "not_built.txt"
 # Best first.
 VARIANTS = ("avx512", "avx2", "portable")
+# Beyond what torch asks of a processor before it uses AVX-512: Intel since Ice Lake, AMD since Zen 4.
+_AVX512 = {"avx512_vnni", "avx512vbmi", "gfni"}
 
 
 def path_of(variant: str) -> Path:
@@ -24,7 +26,7 @@ def runs_here(variant: str) -> bool:
     """Whether this processor has the instructions that a variant was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
     if variant == "avx512":
-        return capability == "AVX512" and "avx512_vnni" in _cpu_flags()
+        return capability == "AVX512" and _AVX512 <= _cpu_flags()
     return variant == "portable" or capability in ("AVX2", "AVX512")
 
 
