@@ -277,7 +277,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
             w.offsets.push_back(0.5f * static_cast<float>((1 << nbits) - 1));
             plane += nbits;
         }
-    const int count = static_cast<int>(w.nbits.size()), width = round_up(count, LANES);
+    // A block may have no component at all; there is room for some all the same.
+    const int count = static_cast<int>(w.nbits.size()), width = std::max(LANES, round_up(count, LANES));
     w.count = count;
     w.width = width;
     w.components_before = component;

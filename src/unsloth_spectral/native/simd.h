@@ -200,7 +200,8 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
         typedef uint64_t Pair __attribute__((vector_size(16)));
         const Bytes word = bits<Bytes>(Pair{from[0] * 0x0101010101010101u, from[1] * 0x0101010101010101u});
 #endif
-        value |= bits<Bytes>((word & select) == select) & static_cast<uint8_t>(1 << plane);
+        const uint8_t worth = static_cast<uint8_t>(1 << plane);
+        value |= bits<Bytes>((word & select) == select) & worth;
     }
     return value;
 #endif
