@@ -16,7 +16,17 @@ _FOLDER = Path("src/unsloth_spectral/native")
 _SOURCES = ("attend.cpp", "encode.cpp")
 _COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi")
 _VARIANTS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mgfni", "-mfma", "-mf16c"),
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mavx512vbmi",
+        "-mgfni",
+        "-mfma",
+        "-mf16c",
+    ),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }

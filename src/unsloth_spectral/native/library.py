@@ -26,7 +26,7 @@ def runs_here(variant: str) -> bool:
     """Whether this processor has the instructions that a variant was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
     if variant == "avx512":
-        return capability == "AVX512" and _AVX512 <= _cpu_flags()
+        return capability == "AVX512" and _cpu_flags() >= _AVX512
     return variant == "portable" or capability in ("AVX2", "AVX512")
 
 
