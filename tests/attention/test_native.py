@@ -238,6 +238,7 @@ def test_what_the_kernel_leaves_to_others() -> None:
     assert native.obstacle(query, [block]) is None
     assert "float64" in (native.obstacle(query.double(), [block]) or "")
     assert "no tokens" in (native.obstacle(query, [exact(1, 2, 0, 64)]) or "")
+    assert "head_dim" in (native.obstacle(torch.randn(1, 4, 1, 320), [exact(1, 2, 5, 320)]) or "")
     assert "gradients" in (native.obstacle(query.clone().requires_grad_(), [block]) or "")
     uneven = dataclasses.replace(block.keys.rotation, step=None)
     other = dataclasses.replace(block, keys=dataclasses.replace(block.keys, rotation=uneven))

@@ -28,6 +28,7 @@ _SLOW_ANGLE = 4.0
 _MOST_SMOOTH = 16
 _NEGLIGIBLE = 1e-6
 _FULL_WAVE = 32767
+_MOST_DIMS = 256  # of codes of 8 bits times weights of 15, in 31
 
 
 class _Block(ctypes.Structure):
@@ -102,6 +103,8 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
         return "inside a compiled graph"
     if query.device.type != "cpu" or query.dtype not in _DTYPES:
         return f"queries in {query.dtype} on {query.device.type}"
+    if query.shape[-1] > _MOST_DIMS:
+        return f"a head_dim of {query.shape[-1]}: sums of more than {_MOST_DIMS} products may overflow"
     if query.requires_grad and torch.is_grad_enabled():
         return "gradients are wanted"
     if not any(block.num_tokens for block in blocks):
