@@ -33,7 +33,7 @@ HEAD_DIM = 64
 # sealings, and what the kernel found out about a block, in its memo.
 NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_queries._positions", "_padding", "budget._seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
-# The kernel's tables, shared by all blocks of equal steps of positions; of each pair: cosines and sines within a tile as
+# The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
 # numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
 TABLE_BYTES = (2 * 4 * 128 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
 # Counted by each that holds it: layers share what they are told of positions, and blocks in one basis that do not join
