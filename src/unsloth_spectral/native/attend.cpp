@@ -140,6 +140,13 @@ struct Weighed {
     float sum;    // of the integers, each times its offset
 };
 
+// The nearest integers of numbers between -32768 and 32767.
+INLINE Ints rounded(Floats x) {
+    // Shifted to be positive, where cutting off the fraction rounds down. Unsigned: what is not a number becomes the
+    // lowest integer.
+    return bits<Ints>(bits<Words>(__builtin_convertvector(x + 32768.5f, Ints)) - 32768u);
+}
+
 // n floats, none above `most` in magnitude, as weights, that one as FULL; n is a multiple of LANES. Without offsets each
 // is 1.
 template <bool OFFSETS>
@@ -148,10 +155,7 @@ INLINE Weighed to_weights(const float* from, float most, const float* offsets, i
     // Below this the quotient is infinite, and zeros times it are not numbers.
     const float factor = most > 1e-33f ? FULL / most : 0.0f;
     for (int i = 0; i < n; i += LANES) {
-        // Shifted to be positive, where cutting off the fraction rounds down.
-        const Floats value = load<Floats>(from + i) * factor + 32768.5f;
-        // Unsigned: what is not a number becomes the lowest integer.
-        const Ints whole = bits<Ints>(bits<Words>(__builtin_convertvector(value, Ints)) - 32768u);
+        const Ints whole = rounded(load<Floats>(from + i) * factor);
         if constexpr (OFFSETS)
             sums += to_floats(whole) * load<Floats>(offsets + i);
         else
@@ -172,9 +176,7 @@ INLINE float to_heights(const float* from, int16_t* to, int n) {
     const float most = std::max(largest(peak), 0.5f * sum(total));
     const float factor = most > 1e-33f ? 32766.0f / most : 0.0f;
     for (int i = 0; i < n; i += LANES) {
-        const Floats value = load<Floats>(from + i) * factor + 32768.5f;
-        const Words whole = bits<Words>(__builtin_convertvector(value, Ints)) - 32768u;
-        store(to + i, __builtin_convertvector(bits<Ints>(whole), HalfShorts));
+        store(to + i, __builtin_convertvector(rounded(load<Floats>(from + i) * factor), HalfShorts));
     }
     return most / 32766.0f;
 }

@@ -207,41 +207,58 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
 #endif
 }
 
+// Bytes, or pairs of bytes, of a and b in turn: the first and the second half of each 16 bytes.
+INLINE Bytes bytes_low(Bytes a, Bytes b) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_unpacklo_epi8(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_unpacklo_epi8(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    typedef int8_t Places __attribute__((vector_size(16)));
+    return SHUFFLE(Bytes, Places, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#endif
+}
+
+INLINE Bytes bytes_high(Bytes a, Bytes b) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_unpackhi_epi8(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_unpackhi_epi8(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    typedef int8_t Places __attribute__((vector_size(16)));
+    return SHUFFLE(Bytes, Places, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#endif
+}
+
+INLINE Bytes pairs_low(Bytes a, Bytes b) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_unpacklo_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_unpacklo_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    return bits<Bytes>(SHUFFLE(Shorts, Shorts, bits<Shorts>(a), bits<Shorts>(b), 0, 8, 1, 9, 2, 10, 3, 11));
+#endif
+}
+
+INLINE Bytes pairs_high(Bytes a, Bytes b) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_unpackhi_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_unpackhi_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    return bits<Bytes>(SHUFFLE(Shorts, Shorts, bits<Shorts>(a), bits<Shorts>(b), 4, 12, 5, 13, 6, 14, 7, 15));
+#endif
+}
+
 // Four components' codes, BYTES tokens each, as vectors with the four codes of a token in a lane, in the order that
 // `in_order` undoes.
 INLINE void interleave(const Bytes (&from)[4], Bytes* to) {
-#if defined(__AVX512BW__)
-    const __m512i a = bits<__m512i>(from[0]), b = bits<__m512i>(from[1]);
-    const __m512i c = bits<__m512i>(from[2]), d = bits<__m512i>(from[3]);
-    const __m512i ab0 = _mm512_unpacklo_epi8(a, b), ab1 = _mm512_unpackhi_epi8(a, b);
-    const __m512i cd0 = _mm512_unpacklo_epi8(c, d), cd1 = _mm512_unpackhi_epi8(c, d);
-    to[0] = bits<Bytes>(_mm512_unpacklo_epi16(ab0, cd0));
-    to[1] = bits<Bytes>(_mm512_unpackhi_epi16(ab0, cd0));
-    to[2] = bits<Bytes>(_mm512_unpacklo_epi16(ab1, cd1));
-    to[3] = bits<Bytes>(_mm512_unpackhi_epi16(ab1, cd1));
-#elif defined(__AVX2__)
-    const __m256i a = bits<__m256i>(from[0]), b = bits<__m256i>(from[1]);
-    const __m256i c = bits<__m256i>(from[2]), d = bits<__m256i>(from[3]);
-    const __m256i ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
-    const __m256i cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
-    to[0] = bits<Bytes>(_mm256_unpacklo_epi16(ab0, cd0));
-    to[1] = bits<Bytes>(_mm256_unpackhi_epi16(ab0, cd0));
-    to[2] = bits<Bytes>(_mm256_unpacklo_epi16(ab1, cd1));
-    to[3] = bits<Bytes>(_mm256_unpackhi_epi16(ab1, cd1));
-#else
-    typedef int8_t Places __attribute__((vector_size(16)));
-    const Bytes &a = from[0], &b = from[1], &c = from[2], &d = from[3];
-    const Shorts ab0 = bits<Shorts>(SHUFFLE(Bytes, Places, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-    const Shorts ab1 =
-        bits<Shorts>(SHUFFLE(Bytes, Places, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-    const Shorts cd0 = bits<Shorts>(SHUFFLE(Bytes, Places, c, d, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-    const Shorts cd1 =
-        bits<Shorts>(SHUFFLE(Bytes, Places, c, d, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-    to[0] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab0, cd0, 0, 8, 1, 9, 2, 10, 3, 11));
-    to[1] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab0, cd0, 4, 12, 5, 13, 6, 14, 7, 15));
-    to[2] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab1, cd1, 0, 8, 1, 9, 2, 10, 3, 11));
-    to[3] = bits<Bytes>(SHUFFLE(Shorts, Shorts, ab1, cd1, 4, 12, 5, 13, 6, 14, 7, 15));
-#endif
+    const Bytes ab0 = bytes_low(from[0], from[1]), ab1 = bytes_high(from[0], from[1]);
+    const Bytes cd0 = bytes_low(from[2], from[3]), cd1 = bytes_high(from[2], from[3]);
+    to[0] = pairs_low(ab0, cd0);
+    to[1] = pairs_high(ab0, cd0);
+    to[2] = pairs_low(ab1, cd1);
+    to[3] = pairs_high(ab1, cd1);
 }
 
 // What was found of `interleave`'s four vectors, as the tokens follow each other.
