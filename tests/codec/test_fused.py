@@ -1,12 +1,14 @@
 """Every build of the encoding kernel against torch's passes."""
 
+from itertools import chain
+
 import pytest
 import torch
 
 from unsloth_spectral.codec import fused
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
-from unsloth_spectral.codec.packing import pack, unpack
+from unsloth_spectral.codec.packing import pack, pack_quads, unpack, unpack_quads
 from unsloth_spectral.native import library
 
 VARIANTS = [name for name in library.VARIANTS if library.load(name) is not None]
@@ -24,13 +26,14 @@ def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
 @every_variant
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 63), (1, 128), (3, 500)])
 def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
-    widths = (8, 7, 6, 5, 4, 3, 2, 1, 1, 5, 2)
+    heads = ((8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1), (3, 3, 3, 3, 2, 2, 2, 2, 1))
+    widths = tuple(chain.from_iterable(heads))
     coefficients = heavy(batch, len(widths), tokens) * torch.logspace(-3, 3, len(widths))[:, None]
     coefficients[:, 3] = 0
     nbits = torch.tensor(widths)
     codes, scales = key_codec.quantize(coefficients, nbits)
-    planes, found, values = fused.encode_keys(coefficients, widths, key_codec.CLIPS, variant)
-    stored = unpack(planes, widths)[..., :tokens]
+    planes, found, values = fused.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
+    stored = unpack_quads(planes, heads)[..., :tokens]
     # Products in another order: a coefficient on the edge of two codes may fall to either side.
     different = (stored != codes[..., :tokens]).float().mean()
     assert different < 0.005
@@ -64,8 +67,11 @@ def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: i
 
 
 @every_variant
-def test_each_bit_lands_where_pack_puts_it(variant: str) -> None:
-    codes = torch.randint(0, 256, (1, 4, 128), generator=torch.Generator().manual_seed(0))
-    codes[..., 0], codes[..., 1] = 0, 255  # the whole range, so that no clipping point is better than none
-    planes, _, values = fused.encode_keys(codes.float() - 127.5, (8,) * 4, (1.0,), variant)
-    assert torch.equal(planes, pack((values + 127.5).to(torch.uint8), (8,) * 4))
+@pytest.mark.parametrize("heads", [((8,) * 4,), ((8,) * 5, (8,) * 3), ((8,) * 12, (8,) * 8)])
+def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int, ...], ...]) -> None:
+    count = sum(map(len, heads))
+    codes = torch.randint(0, 256, (2, count, 256), generator=torch.Generator().manual_seed(0))
+    # The whole range in each tile, so that no clipping point is better than none.
+    codes[..., 0::128], codes[..., 1::128] = 0, 255
+    planes, _, values = fused.encode_keys(codes.float() - 127.5, heads, (1.0,), variant)
+    assert torch.equal(planes, pack_quads((values + 127.5).to(torch.uint8), heads))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unsloth_spectral.codec.packing import MAX_NBITS, pack, unpack
+from unsloth_spectral.codec.packing import MAX_NBITS, pack, pack_quads, unpack, unpack_quads
 
 
 def random_codes(widths: list[int], batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +44,62 @@ def check(widths: list[int], batch: int, tokens: int, seed: int = 0) -> None:
     assert planes.tolist() == naive_pack(codes, widths)
     assert torch.equal(unpack(planes, widths)[..., :tokens], codes)
     assert not unpack(planes, widths)[..., tokens:].any()
+
+
+def naive_pack_quads(codes: torch.Tensor, heads: list[list[int]]) -> list[list[list[int]]]:
+    """``[batch, tile, byte]``, one bit after another."""
+    rows = []
+    for row in codes.tolist():
+        tiles = []
+        for start in range(0, codes.shape[-1], 128):
+            tile = [[*component[start : start + 128], *[0] * 128][:128] for component in row]
+            bits, first = [], 0
+            for own in heads:
+                for at in range(0, len(own), 4):
+                    widths = own[at : at + 4]
+                    members = tile[first + at : first + at + len(widths)]
+                    shared = widths[-1] if len(widths) == 4 else 0
+                    places = [(t, member) for t in range(128) for member in members]
+                    for run in range(0, 512, 64):
+                        bits += [m[t] >> bit & 1 for bit in range(shared) for t, m in places[run : run + 64]]
+                    for nbits, member in zip(widths, members, strict=True):
+                        bits += [code >> bit & 1 for bit in range(shared, nbits) for code in member]
+                first += len(own)
+            tiles.append([sum(b << i for i, b in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)])
+        rows.append(tiles)
+    return rows
+
+
+def check_quads(heads: list[list[int]], batch: int, tokens: int, seed: int = 0) -> None:
+    widths = [nbits for own in heads for nbits in own]
+    codes = random_codes(widths, batch, tokens, seed)
+    planes = pack_quads(codes, heads)
+    assert planes.dtype == torch.uint8
+    assert planes.shape == (batch, -(-tokens // 128), sum(widths), 16)
+    assert planes.flatten(2).tolist() == naive_pack_quads(codes, heads)
+    assert torch.equal(unpack_quads(planes, heads)[..., :tokens], codes)
+    assert not unpack_quads(planes, heads)[..., tokens:].any()
+
+
+def test_quads_of_several_widths_and_parts_of_quads() -> None:
+    check_quads([[8, 6, 6, 5, 4, 4, 4, 4, 3, 2, 2, 2, 1], [], [3, 3, 3, 3], [7, 1, 1]], 2, 300)
+
+
+@pytest.mark.parametrize("nbits", range(1, MAX_NBITS + 1))
+@pytest.mark.parametrize(("components", "batch", "tokens"), [(4, 1, 8), (9, 2, 136), (60, 1, 24), (4, 1, 1)])
+def test_quads_of_one_width(nbits: int, components: int, batch: int, tokens: int) -> None:
+    check_quads([[nbits] * components] * 2, batch, tokens)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    heads=st.lists(st.lists(st.integers(1, MAX_NBITS), max_size=16).map(lambda w: sorted(w, reverse=True)), max_size=4),
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_random_quads(heads: list[list[int]], batch: int, tokens: int, seed: int) -> None:
+    check_quads(heads, batch, tokens, seed)
 
 
 @pytest.mark.parametrize("nbits", range(1, MAX_NBITS + 1))

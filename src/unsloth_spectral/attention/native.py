@@ -63,6 +63,7 @@ class _Block(ctypes.Structure):
         ("num_waves", c_int64),
         ("waves", c_void_p),
         ("mixing", c_void_p),
+        ("reach", c_void_p),
         ("value_planes", c_void_p),
         ("value_scales", c_void_p),
         ("largest", c_void_p),
@@ -254,7 +255,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
     coded_tensors = [tensor.contiguous() for tensor in (coded.planes, coded.scales, coded.largest)]
     rotation = () if own.rotation is None else _rotation(own.rotation, batch, key_dim)
     pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in rotation]
-    pointers = pointers or [0, None, None, None, 0, None, None, None, None, 0, 0, None, None]
+    pointers = pointers or [0, None, None, None, 0, None, None, None, None, 0, 0, None, None, None]
     nothing = _Strides()
     prepared = _Block(
         block.num_tokens,
@@ -275,7 +276,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
 
 
 def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
-    """The structure's fields from ``num_pairs`` to ``mixing``, fast pairs first."""
+    """The structure's fields from ``num_pairs`` to ``reach``, fast pairs first."""
     assert rotation.step is not None
     first, second = (_dims(dims, key_dim) for dims in (rotation.first, rotation.second))
     count = len(rotation.step)
@@ -313,6 +314,7 @@ class _Tables(NamedTuple):
         num_waves: these, and functions two by two that make up all the others' rows.
         waves: ``[num_waves, 128, 2]`` int16, 32767 for 1: cosine and sine of the fast pairs, then these functions.
         mixing: ``[2, P - num_fast, 16]`` float32, how they make up the slow pairs' cosines and sines.
+        reach: ``[P - num_fast, 16]`` float32, the most that a pair of length 1 has of each of them.
     """
 
     order: Tensor
@@ -324,6 +326,7 @@ class _Tables(NamedTuple):
     num_waves: int
     waves: Tensor
     mixing: Tensor
+    reach: Tensor
 
 
 @lru_cache(maxsize=8)
@@ -345,7 +348,7 @@ def _tables(steps: bytes) -> _Tables:
     pairs = torch.cat([within[:, :num_fast].transpose(0, 1), smooth.unflatten(0, (-1, 2))]).mT
     waves = (pairs * _FULL_WAVE).round().to(torch.int16).contiguous()
     cosines, sines = (table.float().contiguous() for table in within)
-    return _Tables(order, step, tile_turn, cosines, sines, num_fast, len(waves), waves, mixing)
+    return _Tables(order, step, tile_turn, cosines, sines, num_fast, len(waves), waves, mixing, mixing.norm(dim=0))
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ class _KeyEncoding(ctypes.Structure):
         ("scales", c_void_p),
         ("values", c_void_p),
         ("clips", c_void_p),
+        ("counts", c_void_p),
         ("batch", c_int64),
         ("num_components", c_int64),
         ("num_tokens", c_int64),
         ("num_planes", c_int64),
         ("num_clips", c_int64),
+        ("num_heads", c_int64),
         ("num_threads", c_int64),
     ]
 
@@ -53,16 +55,21 @@ def serves(tensor: Tensor) -> bool:
 
 
 def encode_keys(
-    coefficients: Tensor, widths: Sequence[int], clips: Sequence[float], variant: str | None = None
+    coefficients: Tensor, widths: Sequence[Sequence[int]], clips: Sequence[float], variant: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes, scales ``[B, C, tiles]`` and codes around zero ``[B, C, n]`` of ``coefficients [B, C, n]`` float32."""
+    """Planes, scales ``[B, C, tiles]`` and codes around zero ``[B, C, n]`` of ``coefficients [B, C, n]`` float32.
+
+    ``widths`` are those of each head's components; planes are as ``packing.pack_quads`` makes them.
+    """
     batch, count, num_tokens = coefficients.shape
     coefficients = coefficients.contiguous()
-    assert len(widths) == count
-    tiles, total = num_tiles(num_tokens), sum(widths)
+    flat = tuple(chain.from_iterable(widths))
+    assert len(flat) == count
+    tiles, total = num_tiles(num_tokens), sum(flat)
     planes = torch.empty(batch, tiles, total, PLANE_BYTES, dtype=torch.uint8)
     scales = torch.empty(batch, count, tiles)
-    numbers = torch.tensor([*widths, *accumulate(widths, initial=0)], dtype=torch.int32)
+    heads = [len(own) for own in widths]
+    numbers = torch.tensor([*flat, *accumulate(flat, initial=0), *heads], dtype=torch.int32)
     ratios, values = torch.tensor(clips), torch.empty_like(coefficients)
     call = _KeyEncoding(
         coefficients.data_ptr(),
@@ -72,11 +79,13 @@ def encode_keys(
         scales.data_ptr(),
         values.data_ptr(),
         ratios.data_ptr(),
+        numbers[2 * count + 1 :].data_ptr(),
         batch,
         count,
         num_tokens,
         total,
         len(clips),
+        len(heads),
         torch.get_num_threads(),
     )
     library.function("spectral_encode_keys", variant)(ctypes.byref(call))

@@ -13,7 +13,7 @@ from unsloth_spectral.codec.allocate import DISTORTION
 from unsloth_spectral.codec.basis import Basis, projection
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
-from unsloth_spectral.codec.packing import num_tiles, pack, unpack
+from unsloth_spectral.codec.packing import num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
 from unsloth_spectral.rope import Rotation, rotate, unrotate
 
@@ -79,7 +79,7 @@ class KeyCodes:
         """
         flat = flat_widths(self.widths)
         scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
-        coefficients = dequantize(unpack(self.planes, flat), _as_tensor(flat, self.planes.device), scales)
+        coefficients = dequantize(unpack_quads(self.planes, self.widths), _as_tensor(flat, self.planes.device), scales)
         basis = self.vectors.float() * self.vector_scales
         return _by_head(coefficients, self.widths)[..., : self.num_tokens], _by_head(basis, self.widths)
 
@@ -234,11 +234,11 @@ def encode(
     coefficients = (x @ project).mT
     coefficients = torch.cat([coefficients[:, head, : len(own)] for head, own in enumerate(plan.widths)], 1)
     if fused.serves(coefficients):
-        planes, scales, values = fused.encode_keys(coefficients, flat, CLIPS)
+        planes, scales, values = fused.encode_keys(coefficients, plan.widths, CLIPS)
     else:
         nbits = _as_tensor(flat, x.device)
         codes, scales = quantize(coefficients, nbits)
-        planes, values = pack(codes, flat), _around_zero(codes, nbits)[..., :num_tokens]
+        planes, values = pack_quads(codes, plan.widths), _around_zero(codes, nbits)[..., :num_tokens]
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]

@@ -2,6 +2,10 @@
 
 Tokens come in tiles of 128; within a tile component follows component, a component of width ``b`` as ``b`` planes of
 16 bytes, the lowest bit first. So what attention reads at a time lies together, and grows at its end.
+
+Keys' components are read four at a time, a quad: of a head the first four, the next four, and so on. The planes that
+all four have lie together: for every 16 tokens plane by plane 8 bytes, in which the four bits of one token follow those
+of another. Behind them come the further planes of those of its components that have any.
 """
 
 from collections.abc import Sequence
@@ -16,20 +20,8 @@ from unsloth_spectral.codec.config import GROUP_SIZE
 TILE_TOKENS = GROUP_SIZE  # a tile's tokens share scales too
 PLANE_BYTES = TILE_TOKENS // 8
 MAX_NBITS = 8
-
-
-class _Group(NamedTuple):
-    """Components of one width.
-
-    Attributes:
-        nbits: the width.
-        components: ``[n]`` int64, their places.
-        rows: ``[n * nbits]`` int64, the places of their planes.
-    """
-
-    nbits: int
-    components: Tensor
-    rows: Tensor
+QUAD = 4
+_QUAD_TOKENS = 16  # of which a quad's planes lie together
 
 
 def num_tiles(num_tokens: int) -> int:
@@ -38,46 +30,124 @@ def num_tiles(num_tokens: int) -> int:
 
 
 def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
-    """Pack ``codes [B, C, T]`` uint8 into planes ``[B, tiles, sum of widths, 16]`` uint8.
+    """Pack ``codes [B, C, T]`` uint8 into planes ``[B, tiles, sum of widths, 16]`` uint8, without quads.
 
     ``widths [C]`` are 1 to 8; a code of width ``b`` is below ``2 ** b``. Tokens that fill up the last tile get code 0.
     """
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TILE_TOKENS)).unflatten(-1, (-1, PLANE_BYTES, 8))
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    planes = codes.new_empty(codes.shape[0], codes.shape[2], sum(widths), PLANE_BYTES)
-    for nbits, components, rows in _groups(tuple(widths), codes.device):
-        shifts = torch.arange(nbits, dtype=torch.uint8, device=codes.device).view(-1, 1, 1, 1)
-        packed = ((codes[:, components, None] >> shifts & 1) * weights).sum(-1, dtype=torch.uint8)
-        planes[:, :, rows] = packed.flatten(1, 2).transpose(1, 2)
-    return planes
+    return _pack(codes, _Layout.of(tuple(widths), codes.device))
 
 
 def unpack(planes: Tensor, widths: Sequence[int]) -> Tensor:
     """The inverse of ``pack``: ``[B, C, T]`` uint8, ``T`` a multiple of 128."""
+    return _unpack(planes, _Layout.of(tuple(widths), planes.device))
+
+
+def pack_quads(codes: Tensor, widths: Sequence[Sequence[int]]) -> Tensor:
+    """``pack`` in quads; the widths of a head's components are ``widths[head]``, falling."""
+    return _pack(codes, _Layout.of_quads(tuple(map(tuple, widths)), codes.device))
+
+
+def unpack_quads(planes: Tensor, widths: Sequence[Sequence[int]]) -> Tensor:
+    """The inverse of ``pack_quads``: ``[B, C, T]`` uint8, ``T`` a multiple of 128."""
+    return _unpack(planes, _Layout.of_quads(tuple(map(tuple, widths)), planes.device))
+
+
+class _Layout(NamedTuple):
+    """Where planes lie; components and planes are counted over all heads.
+
+    Attributes:
+        num_components: all of them.
+        num_planes: all of them.
+        shared: for each number of planes that a quad shares its components, ``[n, 4]``, and the rows of these planes,
+            ``[n * 4 * number]``.
+        single: for each plane that a component has for itself its place in the codes, 0 the lowest, the components that
+            have it, ``[n]``, and its rows, ``[n]``.
+    """
+
+    num_components: int
+    num_planes: int
+    shared: dict[int, tuple[Tensor, Tensor]]
+    single: dict[int, tuple[Tensor, Tensor]]
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(widths: tuple[int, ...], device: torch.device) -> "_Layout":
+        return _Layout._found([[nbits] for nbits in widths], device)
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of_quads(widths: tuple[tuple[int, ...], ...], device: torch.device) -> "_Layout":
+        return _Layout._found([own[at : at + QUAD] for own in widths for at in range(0, len(own), QUAD)], device)
+
+    @staticmethod
+    def _found(runs: Sequence[Sequence[int]], device: torch.device) -> "_Layout":
+        shared: dict[int, tuple[list[int], list[int]]] = {}
+        single: dict[int, tuple[list[int], list[int]]] = {}
+        component, row = 0, 0
+        for run in runs:
+            least = min(run) if len(run) == QUAD else 0
+            if least:
+                components, rows = shared.setdefault(least, ([], []))
+                components.append(component)
+                rows.extend(range(row, row + QUAD * least))
+                row += QUAD * least
+            for nbits in run:
+                for plane in range(least, nbits):
+                    components, rows = single.setdefault(plane, ([], []))
+                    components.append(component)
+                    rows.append(row)
+                    row += 1
+                component += 1
+        tensors = [
+            {
+                key: (torch.tensor(first, device=device), torch.tensor(rows, device=device))
+                for key, (first, rows) in found.items()
+            }
+            for found in (shared, single)
+        ]
+        quads = {
+            key: (first[:, None] + torch.arange(QUAD, device=device), rows) for key, (first, rows) in tensors[0].items()
+        }
+        return _Layout(component, row, quads, tensors[1])
+
+
+def _pack(codes: Tensor, layout: _Layout) -> Tensor:
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TILE_TOKENS)).unflatten(-1, (-1, TILE_TOKENS))
+    batch, tiles = codes.shape[0], codes.shape[2]
+    planes = codes.new_empty(batch, tiles, layout.num_planes, PLANE_BYTES)
+    for count, (components, rows) in layout.shared.items():
+        # [B, quad, tile, 16 tokens, plane, token and component]
+        runs = codes[:, components].movedim(2, -1).unflatten(3, (-1, _QUAD_TOKENS)).flatten(-2)
+        shifts = torch.arange(count, dtype=torch.uint8, device=codes.device)[:, None]
+        packed = _bytes(runs[..., None, :] >> shifts & 1)
+        planes[:, :, rows] = packed.transpose(1, 2).reshape(batch, tiles, len(rows), PLANE_BYTES)
+    for plane, (components, rows) in layout.single.items():
+        planes[:, :, rows] = _bytes(codes[:, components] >> plane & 1).transpose(1, 2)
+    return planes
+
+
+def _unpack(planes: Tensor, layout: _Layout) -> Tensor:
     spread = _spread(planes.device)
     batch, tiles = planes.shape[:2]
-    lanes = torch.empty(batch, len(widths), tiles, PLANE_BYTES, dtype=torch.int64, device=planes.device)
-    for nbits, components, rows in _groups(tuple(widths), planes.device):
-        # Eight tokens lie in one int64, a byte each, so that one shift or sum serves all eight.
-        part = spread[planes[:, :, rows].transpose(1, 2).unflatten(1, (-1, nbits)).int()]
-        found = part[:, :, 0]
-        for plane in range(1, nbits):
-            found = found | (part[:, :, plane] << plane)
-        lanes[:, components] = found
+    # Eight bits become one int64, a byte each, so that one shift or sum serves all eight.
+    lanes = torch.zeros(batch, layout.num_components, tiles, PLANE_BYTES, dtype=torch.int64, device=planes.device)
+    for count, (components, rows) in layout.shared.items():
+        own = planes[:, :, rows].reshape(batch, tiles, len(components), -1, count, PLANE_BYTES // 2)
+        parts = spread[own.int()]
+        found = parts[..., 0, :]
+        for plane in range(1, count):
+            found = found | (parts[..., plane, :] << plane)
+        apart = found.flatten(3).view(torch.uint8).unflatten(-1, (-1, QUAD)).movedim(-1, 3).contiguous()
+        lanes[:, components] = apart.view(torch.int64).permute(0, 2, 3, 1, 4)
+    for plane, (components, rows) in layout.single.items():
+        lanes[:, components] |= spread[planes[:, :, rows].transpose(1, 2).int()] << plane
     return lanes.flatten(2).view(torch.uint8)
 
 
-@lru_cache(maxsize=256)
-def _groups(widths: tuple[int, ...], device: torch.device) -> list[_Group]:
-    """The components by width, falling."""
-    nbits = torch.tensor(widths, dtype=torch.int64)
-    starts = nbits.cumsum(0) - nbits
-    groups = []
-    for width in sorted(set(widths), reverse=True):
-        components = (nbits == width).nonzero()[:, 0]
-        rows = (starts[components, None] + torch.arange(width)).flatten()
-        groups.append(_Group(width, components.to(device), rows.to(device)))
-    return groups
+def _bytes(bits: Tensor) -> Tensor:
+    """Bits, uint8, as bytes, the lowest first, along the last dimension."""
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
 @lru_cache

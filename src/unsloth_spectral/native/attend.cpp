@@ -2,12 +2,14 @@
 //
 // One pass per key-value head and run of tokens: scores from the packed codes for all query rows of the head, a running
 // softmax, values summed in code space. Threads take heads and runs; what they find is merged by log-sum-exp. Weights
-// (queries in component space, probabilities) have 15 bits and a sign, products and sums of them with codes are exact
-// integers. Codes are counted from 0 here; what half of their range adds is taken off the sums. attention/native.py
-// fills in the structures below and checks everything: nothing is checked here.
+// (queries in component space, probabilities) have 15 bits and a sign, or one byte for codes of few bits where the
+// processor multiplies bytes; products and sums of them with codes are exact integers. Codes are counted from 0 here;
+// what half of their range adds is taken off the sums. attention/native.py fills in the structures below and checks
+// everything: nothing is checked here.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -59,6 +61,7 @@ struct Block {
     int64_t num_fast, num_waves;
     const int16_t* waves;       // [num_waves, 128, 2], the fast pairs first
     const float* mixing;        // [2, pair - num_fast, SMOOTH] slow pairs in smooth functions
+    const float* reach;         // [pair - num_fast, SMOOTH] the most a pair of length 1 has of each
     // Coded values.
     const uint8_t* value_planes;  // [batch, tile, head, dim, bit, 16 bytes]
     const uint8_t* value_scales;  // [batch, head, tile * 128]
@@ -83,6 +86,9 @@ struct Call {
 
 namespace {
 
+// Of a row, with room for whole vectors behind.
+INLINE int64_t heights_per_row(const Block& block) { return block.num_waves + 2 * LANES; }
+
 INLINE int round_up(int64_t n, int64_t unit) { return static_cast<int>((n + unit - 1) / unit * unit); }
 
 // Attention over some tokens before the division by the softmax's denominator, one query row.
@@ -90,6 +96,12 @@ struct Partial {
     float maximum, total;
     float* turned;  // [value dim, padded] in the coded values' frame
     float* plain;   // [value dim, padded]
+};
+
+// A plane of one component of a quad.
+struct Plane {
+    int place;      // bytes from the quad's first plane
+    int32_t worth;  // of its bits in a lane of four components
 };
 
 struct Worker {
@@ -101,26 +113,31 @@ struct Worker {
     std::vector<float> token_scales;  // [RUN]
     // Of the coded block at hand; components are filled up to whole vectors.
     int count = 0, width = 0, num_quads = 0;
+    int num_fine = 0;              // quads, the first ones, whose weights are not rounded to bytes
     int64_t components_before = 0;
     std::vector<uint8_t> nbits;    // [component] 0 behind the last
-    std::vector<int> places;       // [component] its first plane
+    std::vector<int> places;       // [quad] its first plane, counted from the head's first
+    std::vector<Plane> further;    // planes that not all components of a quad have
+    std::vector<int> first_further;  // [quad + 1] in these
+    int64_t planes_before = 0;
     std::vector<float> offsets;    // [component] half of the codes' range
+    std::vector<int32_t> is_fine;  // [component] all bits or none
     std::vector<float> projected;  // [row, component]
     std::vector<float> scales;     // [component] of the tile at hand
-    std::vector<float> scaled;     // [component] at work
+    std::vector<float> scaled;     // [row of a chunk, component] at work
     std::vector<int32_t> weights[2];  // [row of a chunk, component / 4]
     std::vector<Bytes> codes;      // [quad, VECTORS] of a tile, four components a lane
     std::vector<double> turn;      // [2, rotary pair] of the tile at hand's first token
     std::vector<float> short_turn; // the same
     std::vector<float> cosine, sine;  // [row, rotary pair]: the mean's term, or the queries, seen from block start
     std::vector<float> tile_cosine, tile_sine;  // [row, rotary pair] seen from the tile's first token
-    std::vector<float> amplitudes; // [row of a chunk, wave, 2] what the mean's term has of each wave
-    std::vector<int16_t> heights;  // the same as integers
+    std::vector<float> height;     // [row] what one of the integers is worth in which `cosine` and `sine` count then
+    std::vector<int32_t> heights;  // [row of a chunk, wave] what the mean's term has of each, two integers of 16 bits
     std::vector<float> mean;       // [key dim]
     std::vector<float> fixed;      // [row]: the mean's term of dimensions that do not rotate
     // Where keys are rebuilt: pairs of dimensions, also of those that do not rotate; key_dim stands for none.
     std::vector<int> first, second;
-    std::vector<float> cosines, sines;  // [pair, 128] in the order of `codes`
+    std::vector<float> cosines, sines;  // [pair, 128]
     std::vector<float> columns;    // [key dim + 1, component] the basis
     std::vector<int32_t> rows[2];  // [key dim + 1, component / 4] the basis under the tile's scales
     std::vector<float> worths, constants;  // [key dim + 1]
@@ -140,13 +157,6 @@ struct Weighed {
     float sum;    // of the integers, each times its offset
 };
 
-// The nearest integers of numbers between -32768 and 32767.
-INLINE Ints rounded(Floats x) {
-    // Shifted to be positive, where cutting off the fraction rounds down. Unsigned: what is not a number becomes the
-    // lowest integer.
-    return bits<Ints>(bits<Words>(__builtin_convertvector(x + 32768.5f, Ints)) - 32768u);
-}
-
 // n floats, none above `most` in magnitude, as weights, that one as FULL; n is a multiple of LANES. Without offsets each
 // is 1.
 template <bool OFFSETS>
@@ -165,20 +175,22 @@ INLINE Weighed to_weights(const float* from, float most, const float* offsets, i
     return {most / FULL, sum(sums)};
 }
 
-// Floats as integers of which sums of products with waves do not overflow; returns what one of the integers is worth.
-INLINE float to_heights(const float* from, int16_t* to, int n) {
-    Floats peak = {}, total = {};
-    for (int i = 0; i < n; i += LANES) {
-        const Floats value = load<Floats>(from + i), magnitude = larger(value, -value);
-        peak = larger(peak, magnitude);
-        total += magnitude;
-    }
-    const float most = std::max(largest(peak), 0.5f * sum(total));
-    const float factor = most > 1e-33f ? 32766.0f / most : 0.0f;
-    for (int i = 0; i < n; i += LANES) {
-        store(to + i, __builtin_convertvector(rounded(load<Floats>(from + i) * factor), HalfShorts));
-    }
-    return most / 32766.0f;
+// n shares of tokens as weights of a byte. What rounding takes from one token is given to one behind it, so that
+// the many whose share is less than one weight keep what they have together.
+INLINE Weighed to_byte_weights(const float* from, float most, int32_t* to, int n) {
+    const float factor = most > 1e-33f ? FULL_BYTE / most : 0.0f;
+    constexpr int TOGETHER = 4;  // each waits for the one before it in its own place only
+    Floats rest[TOGETHER] = {}, sums = {};
+    for (int t = 0; t < n; t += TOGETHER * LANES)
+        for (int k = 0; k < TOGETHER; ++k) {
+            const Floats exact = load<Floats>(from + t + k * LANES) * factor + rest[k];
+            const Ints whole = rounded(exact);
+            const Floats kept = to_floats(whole);
+            rest[k] = exact - kept;
+            sums += kept;
+            store_byte_weights(whole, to + (t + k * LANES) / 4);
+        }
+    return {most / FULL_BYTE, sum(sums)};
 }
 
 // to = a * b, and the largest magnitude.
@@ -186,7 +198,7 @@ INLINE float multiply(const float* a, const float* b, float* to, int n) {
     Floats peak = {};
     for (int i = 0; i < n; i += LANES) {
         const Floats value = load<Floats>(a + i) * load<Floats>(b + i);
-        peak = larger(peak, larger(value, -value));
+        peak = larger(peak, magnitude(value));
         store(to + i, value);
     }
     return largest(peak);
@@ -219,6 +231,19 @@ INLINE Floats numbers(const void* from, int64_t place, int count) {
     }
 }
 
+// What n scales' bytes stand for, times a factor. There is room for whole vectors.
+INLINE void scales_of(const uint8_t* levels, int n, const float* meanings, float factor, float* to) {
+    // Levels fall by a constant ratio, but for the last, which is zero.
+    const float step = std::log(meanings[1]);
+    uint8_t rest[LANES] = {};
+    for (int i = 0; i < n; i += LANES) {
+        const bool is_whole = n - i >= LANES;
+        if (!is_whole) std::copy(levels + i, levels + n, rest);
+        const Ints level = widen(is_whole ? levels + i : rest);
+        store(to + i, choose(level == 255, Floats{}, exponential(to_floats(level) * step) * factor));
+    }
+}
+
 void read_mean(Worker& w, const Block& block, int64_t b, int64_t h) {
     w.mean.resize(w.key_dim);
     const int64_t place = (b * w.call.num_heads + h) * w.call.key_dim;
@@ -235,7 +260,7 @@ void start_head(Worker& w, int64_t b, int64_t h) {
     w.next_tile = -1;
 }
 
-// A basis to rebuild keys with, and the tables of their rotation in the order of `codes`.
+// A basis to rebuild keys with, and the tables of their rotation.
 void start_rebuilding(Worker& w, const Block& block, const int8_t* vectors, const float* vector_scales) {
     const int dims = static_cast<int>(w.call.key_dim), pairs = static_cast<int>(block.num_pairs);
     w.columns.assign(static_cast<size_t>(dims + 1) * w.width, 0.0f);
@@ -245,19 +270,38 @@ void start_rebuilding(Worker& w, const Block& block, const int8_t* vectors, cons
     for (auto& each : w.rows) each.assign(static_cast<size_t>(dims + 1) * w.width / 4, 0);
     w.worths.assign(dims + 1, 0.0f);
     w.constants.assign(dims + 1, 0.0f);
-    Floats places[4], ordered[4];
-    for (int k = 0; k < 4; ++k)
-        for (int lane = 0; lane < LANES; ++lane) places[k][lane] = static_cast<float>(k * LANES + lane);
-    in_order(places, ordered);
+    // Dimensions that do not rotate are turned by nothing.
     w.cosines.assign(w.first.size() * TILE, 1.0f);
     w.sines.assign(w.first.size() * TILE, 0.0f);
-    for (int p = 0; p < pairs; ++p)
-        for (int t = 0; t < TILE; ++t) {
-            const int within = t % BYTES;
-            const int place = p * TILE + t - within + static_cast<int>(ordered[within / LANES][within % LANES]);
-            w.cosines[place] = block.cosines[p * TILE + t];
-            w.sines[place] = block.sines[p * TILE + t];
+    std::copy(block.cosines, block.cosines + pairs * TILE, w.cosines.begin());
+    std::copy(block.sines, block.sines + pairs * TILE, w.sines.begin());
+}
+
+// The unit in which the mean's term becomes integers. A pair turns from tile to tile but keeps its length, so lengths
+// bound all that comes: each integer has 16 bits, and every whole sum of products with waves 32. Sums on the way there
+// may wrap around.
+void start_waves(Worker& w, const Block& block, int64_t b) {
+    const int pairs = static_cast<int>(block.num_pairs), fast = static_cast<int>(block.num_fast), slow = pairs - fast;
+    w.heights.assign(4 * heights_per_row(block), 0);
+    for (int64_t row = 0; row < w.call.num_rows; ++row) {
+        float *cosine = &w.cosine[row * pairs], *sine = &w.sine[row * pairs];
+        float total = 0.0f, most = 0.0f, smooth[SMOOTH] = {};
+        for (int p = 0; p < pairs; ++p) {
+            // Some models' rotations stretch.
+            const float *start = block.start + b * block.start_stride + 2 * p;
+            const float length = std::sqrt((cosine[p] * cosine[p] + sine[p] * sine[p]) *
+                                           (start[0] * start[0] + start[1] * start[1]));
+            total += length;
+            if (p < fast) most = std::max(most, length);
+            for (int j = 0; j < SMOOTH && p >= fast; ++j) smooth[j] += length * block.reach[(p - fast) * SMOOTH + j];
         }
+        for (int j = 0; j < SMOOTH && slow; ++j) most = std::max(most, smooth[j]);
+        // A little room for what rounding adds.
+        most = std::max(most, 0.5f * total) * 1.002f;
+        const float factor = most > 1e-33f ? FULL_WAVE / most : 0.0f;
+        for (int p = 0; p < pairs; ++p) cosine[p] *= factor, sine[p] *= factor;
+        w.height[row] = most / (FULL_WAVE * FULL_WAVE);
+    }
 }
 
 // Everything of a coded block that does not depend on the tokens.
@@ -270,26 +314,42 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
             plane += nbits * block.counts[9 * before + nbits];
         }
     w.nbits.clear();
-    w.places.clear();
     w.offsets.clear();
     for (int nbits = 8; nbits >= 1; --nbits)
         for (int i = 0; i < block.counts[9 * h + nbits]; ++i) {
             w.nbits.push_back(static_cast<uint8_t>(nbits));
-            w.places.push_back(plane);
             w.offsets.push_back(0.5f * static_cast<float>((1 << nbits) - 1));
-            plane += nbits;
         }
     // A block may have no component at all; there is room for some all the same.
     const int count = static_cast<int>(w.nbits.size()), width = std::max(LANES, round_up(count, LANES));
     w.count = count;
     w.width = width;
     w.components_before = component;
+    w.planes_before = plane;
     w.num_quads = (count + 3) / 4;
     w.nbits.resize(width, 0);
-    w.places.resize(width, 0);
+    w.places.assign(w.num_quads, 0);
+    for (int quad = 1; quad < w.num_quads; ++quad) {
+        const uint8_t* before = &w.nbits[4 * quad - 4];
+        w.places[quad] = w.places[quad - 1] + before[0] + before[1] + before[2] + before[3];
+    }
+    w.further.clear();
+    w.first_further.assign(1, 0);
+    for (int quad = 0; quad < w.num_quads; ++quad) {
+        const uint8_t* nbits = &w.nbits[4 * quad];
+        int place = 4 * nbits[3] * PLANE;
+        for (int k = 0; k < 4; ++k)
+            for (int bit = nbits[3]; bit < nbits[k]; ++bit, place += PLANE)
+                w.further.push_back({place, static_cast<int32_t>(1u << (8 * k + bit))});
+        w.first_further.push_back(static_cast<int>(w.further.size()));
+    }
+    w.num_fine = 0;
+    while (w.num_fine < w.num_quads && w.nbits[4 * w.num_fine] > ROUGH_NBITS) ++w.num_fine;
+    w.is_fine.assign(width, 0);
+    std::fill(w.is_fine.begin(), w.is_fine.begin() + 4 * w.num_fine, -1);
     w.offsets.resize(width, 0.0f);
     w.scales.assign(width, 0.0f);
-    w.scaled.assign(width, 0.0f);
+    w.scaled.assign(4 * width, 0.0f);
     w.codes.resize(static_cast<size_t>(w.num_quads) * VECTORS);
     for (auto& each : w.weights) each.assign(width, 0);
     read_mean(w, block, b, h);
@@ -329,7 +389,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
         }
     }
     const int held = turns ? static_cast<int>(w.first.size()) : pairs;
-    for (auto* each : {&w.cosine, &w.sine, &w.tile_cosine, &w.tile_sine}) each->assign(call.num_rows * held, 0.0f);
+    for (auto* each : {&w.cosine, &w.sine}) each->assign(call.num_rows * held + LANES, 0.0f);  // read in whole vectors
     for (int64_t row = 0; row < call.num_rows; ++row) {
         const float* q = w.query.data() + row * w.key_dim;
         for (int p = 0; p < held; ++p) {
@@ -346,8 +406,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     }
     w.tile_cosine = w.cosine;
     w.tile_sine = w.sine;
-    w.amplitudes.assign(4 * (2 * pairs + SMOOTH + LANES), 0.0f);
-    w.heights.assign(4 * (2 * pairs + SMOOTH + LANES), 0);
+    w.height.assign(call.num_rows, 0.0f);
+    if (!turns && pairs) start_waves(w, block, b);
     w.next_tile = -1;
 }
 
@@ -363,7 +423,7 @@ INLINE void turn_back(const float* a, const float* b, const float* c, const floa
 // The rotation of the tile's first token, what the rows look like from there, and the tile's scales.
 void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     const int pairs = static_cast<int>(block.num_pairs);
-    const int64_t held = static_cast<int64_t>(w.cosine.size()) / w.call.num_rows;
+    const int64_t held = static_cast<int64_t>(w.cosine.size() - LANES) / w.call.num_rows;
     if (pairs) {
         double* real = w.turn.data();
         double* imaginary = real + pairs;
@@ -394,99 +454,167 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     w.next_tile = tile + 1;
     const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
     const uint8_t* levels = block.key_scales + (b * tiles + tile) * block.num_components + w.components_before;
-    for (int i = 0; i < w.count; ++i) w.scales[i] = w.call.key_levels[levels[i]];
+    scales_of(levels, w.count, w.call.key_levels, 1.0f, w.scales.data());
 }
 
-template <int NBITS>
-INLINE void expand_component(const uint8_t* planes, Bytes* to) {
-    for (int part = 0; part < PARTS; ++part) to[4 * part] = expand<NBITS>(planes, part);
-}
-
-template <int NBITS>
-INLINE void expand_quad(const uint8_t* planes, Bytes* to) {
-    for (int part = 0; part < PARTS; ++part) {
-        Bytes found[4];
-        for (int k = 0; k < 4; ++k) found[k] = expand<NBITS>(planes + k * NBITS * PLANE, part);
-        interleave(found, to + 4 * part);
+// Calls function(constant) with nbits, 1 to 8, as a constant of the compiler's.
+template <typename Function>
+INLINE void with_nbits(int nbits, const Function& function) {
+    switch (nbits) {
+        case 1: return function(std::integral_constant<int, 1>());
+        case 2: return function(std::integral_constant<int, 2>());
+        case 3: return function(std::integral_constant<int, 3>());
+        case 4: return function(std::integral_constant<int, 4>());
+        case 5: return function(std::integral_constant<int, 5>());
+        case 6: return function(std::integral_constant<int, 6>());
+        case 7: return function(std::integral_constant<int, 7>());
+        default: return function(std::integral_constant<int, 8>());
     }
 }
 
-// All components of a head in one tile, whose planes these are.
-void expand_tile(Worker& w, const uint8_t* planes) {
+// Components of a head in one tile, whose planes these are (codec/packing.py has their order): all of them, or without
+// those quads that `add_rough` expands by itself.
+void expand_tile(Worker& w, const uint8_t* planes, bool all) {
     for (int quad = 0; quad < w.num_quads; ++quad) {
         const uint8_t* nbits = &w.nbits[4 * quad];
-        const uint8_t* from = planes + w.places[4 * quad] * PLANE;
+        if (!all && quad >= w.num_fine && nbits[0] == nbits[3]) continue;
+        const uint8_t* from = planes + w.places[quad] * PLANE;
+        const int shared = nbits[3];  // they fall
         Bytes* to = &w.codes[quad * VECTORS];
-        // They fall, so the first and the last tell; most are alike.
-        switch (nbits[0] == nbits[3] ? nbits[0] : 0) {
-            case 1: expand_quad<1>(from, to); continue;
-            case 2: expand_quad<2>(from, to); continue;
-            case 3: expand_quad<3>(from, to); continue;
-            case 4: expand_quad<4>(from, to); continue;
-            case 5: expand_quad<5>(from, to); continue;
-            case 6: expand_quad<6>(from, to); continue;
-            case 7: expand_quad<7>(from, to); continue;
-            case 8: expand_quad<8>(from, to); continue;
-            default: break;
-        }
-        Bytes found[PARTS][4] = {};
-        for (int k = 0; k < 4; from += nbits[k++] * PLANE) switch (nbits[k]) {
-                case 1: expand_component<1>(from, &found[0][k]); break;
-                case 2: expand_component<2>(from, &found[0][k]); break;
-                case 3: expand_component<3>(from, &found[0][k]); break;
-                case 4: expand_component<4>(from, &found[0][k]); break;
-                case 5: expand_component<5>(from, &found[0][k]); break;
-                case 6: expand_component<6>(from, &found[0][k]); break;
-                case 7: expand_component<7>(from, &found[0][k]); break;
-                case 8: expand_component<8>(from, &found[0][k]); break;
-                default: break;
+        const Plane* further = w.further.data() + w.first_further[quad];
+        const int count = w.first_further[quad + 1] - w.first_further[quad];
+        const auto expand_all = [from, to, further, count](auto constant) {
+            constexpr int NBITS = decltype(constant)::value, PER_RUN = QUAD_TOKENS / LANES;
+            for (int v = 0; v < VECTORS; ++v) {
+                Bytes codes = {};
+                if constexpr (NBITS > 0)
+                    codes = expand<NBITS, QUAD_PLANE>(from + v / PER_RUN * NBITS * QUAD_PLANE, v % PER_RUN);
+                for (int i = 0; i < count; ++i) codes = with_plane(codes, from + further[i].place, v, further[i].worth);
+                to[v] = codes;
             }
-        for (int part = 0; part < PARTS; ++part) interleave(found[part], to + 4 * part);
+        };
+        if (shared)
+            with_nbits(shared, expand_all);
+        else
+            expand_all(std::integral_constant<int, 0>());
+    }
+}
+
+// Weights of the components under the tile's scales for ROWS rows, what one of them is worth, and what belongs to the
+// score beside them.
+template <int ROWS>
+INLINE void weigh_components(Worker& w, int64_t row, float* worth, float* constant) {
+    const int lanes = w.width / 4;
+    Floats peaks[ROWS] = {}, sums[ROWS] = {};
+    float factor[ROWS];
+    for (int i = 0; i < w.width; i += LANES) {
+        const Floats scale = load<Floats>(&w.scales[i]);
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats value = load<Floats>(&w.projected[(row + r) * w.width + i]) * scale;
+            peaks[r] = larger(peaks[r], magnitude(value));
+            store(&w.scaled[r * w.width + i], value);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        const float most = largest(peaks[r]);
+        // Below this the quotient is infinite, and zeros times it are not numbers.
+        factor[r] = most > 1e-33f ? FULL / most : 0.0f;
+        worth[r] = most / FULL;
+    }
+    for (int i = 0; i < w.width; i += LANES) {
+        const Floats offset = load<Floats>(&w.offsets[i]);
+        const Ints is_fine = load<Ints>(&w.is_fine[i]);
+        for (int r = 0; r < ROWS; ++r) {
+            const Ints whole = rounded(load<Floats>(&w.scaled[r * w.width + i]) * factor[r]);
+            store_weights(whole, &w.weights[0][r * lanes + i / 4], &w.weights[1][r * lanes + i / 4]);
+            sums[r] += to_floats(ROUGH_NBITS ? keep_low(whole, is_fine) : whole) * offset;
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) constant[r] = w.fixed[row + r] - worth[r] * sum(sums[r]);
+}
+
+// What the mean's term of ROWS rows has of each wave in the tile at hand.
+template <int ROWS>
+INLINE void weigh_waves(Worker& w, const Block& block, int64_t row) {
+    const int pairs = static_cast<int>(block.num_pairs), fast = static_cast<int>(block.num_fast);
+    const float *cosine = &w.tile_cosine[row * pairs], *sine = &w.tile_sine[row * pairs];
+    Floats smooth[ROWS][SMOOTH / LANES] = {}, other[ROWS][SMOOTH / LANES] = {};
+    for (int p = fast; p < pairs; ++p)
+        for (int j = 0; j < SMOOTH / LANES; ++j) {
+            const Floats c = load<Floats>(block.mixing + (p - fast) * SMOOTH + j * LANES);
+            const Floats s = load<Floats>(block.mixing + (pairs - fast + p - fast) * SMOOTH + j * LANES);
+            for (int r = 0; r < ROWS; ++r) {
+                smooth[r][j] += c * cosine[r * pairs + p];
+                other[r][j] += s * sine[r * pairs + p];
+            }
+        }
+    for (int r = 0; r < ROWS; ++r) {
+        int32_t* heights = &w.heights[r * heights_per_row(block)];
+        for (int p = 0; p < fast; p += LANES) {
+            const Ints c = rounded(load<Floats>(cosine + r * pairs + p)), s = rounded(load<Floats>(sine + r * pairs + p));
+            store(heights + p, (c & 0xffff) | bits<Ints>(bits<Words>(s) << 16));
+        }
+        // Behind the fast pairs, over what whole vectors left there.
+        for (int j = 0; j < SMOOTH / LANES; ++j)
+            store(heights + fast + j * LANES / 2,
+                  __builtin_convertvector(rounded(smooth[r][j] + other[r][j]), HalfShorts));
+    }
+}
+
+// Adds the products of the quads behind the fine ones with their weights' high bytes. Codes go from planes into products
+// without a detour through memory.
+template <int ROWS>
+INLINE void add_rough(const Worker& w, const uint8_t* planes, Floats (&found)[ROWS][VECTORS]) {
+    constexpr int TOGETHER = ROWS == 4 ? VECTORS / 2 : VECTORS;  // as many sums as there are registers for
+    constexpr int PER_RUN = QUAD_TOKENS / LANES;
+    const int lanes = w.width / 4;
+    for (int v0 = 0; v0 < VECTORS; v0 += TOGETHER) {
+        Ints sums[ROWS][TOGETHER] = {};
+        for (int quad = w.num_fine; quad < w.num_quads; ++quad) {
+            Ints weights[ROWS];
+            for (int r = 0; r < ROWS; ++r) weights[r] = broadcast(w.weights[0][r * lanes + quad]);
+            const auto add = [&](auto codes_of) {
+                for (int v = 0; v < TOGETHER; ++v) {
+                    const Bytes codes = codes_of(v0 + v);
+                    for (int r = 0; r < ROWS; ++r) sums[r][v] = add_byte_products(sums[r][v], weights[r], codes);
+                }
+            };
+            const uint8_t* own = planes + w.places[quad] * PLANE;
+            const uint8_t* nbits = &w.nbits[4 * quad];
+            const auto add_planes = [&](auto constant) {
+                constexpr int NBITS = decltype(constant)::value;
+                add([own](int v) {
+                    return expand<NBITS, QUAD_PLANE>(own + v / PER_RUN * NBITS * QUAD_PLANE, v % PER_RUN);
+                });
+            };
+            if (nbits[0] != nbits[3])
+                add([&](int v) { return w.codes[quad * VECTORS + v]; });
+            else if (nbits[0] == 1)
+                add_planes(std::integral_constant<int, 1>());
+            else if (nbits[0] == 2)
+                add_planes(std::integral_constant<int, 2>());
+            else
+                add_planes(std::integral_constant<int, 3>());
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < TOGETHER; ++v) found[r][v0 + v] += 256.0f * to_floats(sums[r][v]);
     }
 }
 
 // Scores of the tile at hand for ROWS rows from `row` on, keys in the rotated frame or without rotation.
 template <int ROWS>
-void score_tile(Worker& w, const Block& block, int64_t row, int length, float* scores) {
-    const int pairs = static_cast<int>(block.num_pairs), fast = static_cast<int>(block.num_fast);
+void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t row, int length, float* scores) {
     const int vectors = round_up(length, BYTES) / LANES, lanes = w.width / 4;
-    const int waves = static_cast<int>(block.num_waves), room = round_up(2 * waves, LANES);
-    float worth[ROWS], constant[ROWS], height[ROWS] = {};
-    for (int r = 0; r < ROWS; ++r) {
-        const float most = multiply(&w.projected[(row + r) * w.width], w.scales.data(), w.scaled.data(), w.width);
-        const Weighed found = to_weights<true>(w.scaled.data(), most, w.offsets.data(), &w.weights[0][r * lanes],
-                                               &w.weights[1][r * lanes], w.width);
-        worth[r] = found.worth;
-        constant[r] = w.fixed[row + r] - found.worth * found.sum;
-    }
-    if (waves) {
-        Floats smooth[ROWS][SMOOTH / LANES] = {};
-        for (int p = fast; p < pairs; ++p)
-            for (int j = 0; j < SMOOTH / LANES; ++j) {
-                const Floats c = load<Floats>(block.mixing + (p - fast) * SMOOTH + j * LANES);
-                const Floats s = load<Floats>(block.mixing + (pairs - fast + p - fast) * SMOOTH + j * LANES);
-                for (int r = 0; r < ROWS; ++r) {
-                    smooth[r][j] += c * w.tile_cosine[(row + r) * pairs + p];
-                    smooth[r][j] += s * w.tile_sine[(row + r) * pairs + p];
-                }
-            }
-        for (int r = 0; r < ROWS; ++r) {
-            float* amplitudes = &w.amplitudes[r * (2 * pairs + SMOOTH + LANES)];
-            for (int p = 0; p < fast; ++p) {
-                amplitudes[2 * p] = w.tile_cosine[(row + r) * pairs + p];
-                amplitudes[2 * p + 1] = w.tile_sine[(row + r) * pairs + p];
-            }
-            for (int j = 0; j < SMOOTH / LANES; ++j) store(amplitudes + 2 * fast + j * LANES, smooth[r][j]);
-            // Functions beyond the last wave are zero, so this is all.
-            std::fill(amplitudes + 2 * waves, amplitudes + room, 0.0f);
-            height[r] = to_heights(amplitudes, &w.heights[r * room], room) / FULL_WAVE;
-        }
-    }
+    const int waves = static_cast<int>(block.num_waves);
+    const int64_t room = heights_per_row(block);
+    float worth[ROWS], constant[ROWS];
+    weigh_components<ROWS>(w, row, worth, constant);
+    if (waves) weigh_waves<ROWS>(w, block, row);
     Floats found[ROWS][VECTORS];
     constexpr int TOGETHER = 2;
     for (int v = 0; v < vectors; v += TOGETHER) {
         Sums sums[ROWS][TOGETHER] = {};
-        for (int quad = 0; quad < w.num_quads; ++quad) {
+        for (int quad = 0; quad < w.num_fine; ++quad) {
             Codes codes[TOGETHER];
             for (int k = 0; k < TOGETHER; ++k) codes[k] = Codes::of(w.codes[quad * VECTORS + v + k]);
             for (int r = 0; r < ROWS; ++r) {
@@ -498,8 +626,7 @@ void score_tile(Worker& w, const Block& block, int64_t row, int length, float* s
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < TOGETHER; ++k) found[r][v + k] = Sums::total(sums[r][k]);
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < vectors; v += 4) in_order(&found[r][v], &found[r][v]);
+    if constexpr (ROUGH_NBITS > 0) add_rough<ROWS>(w, planes, found);
     for (int v = 0; v < vectors; v += TOGETHER) {
         Ints sums[ROWS][TOGETHER] = {};
         for (int j = 0; j < waves; ++j)
@@ -507,12 +634,12 @@ void score_tile(Worker& w, const Block& block, int64_t row, int length, float* s
                 const Shorts wave = load<Shorts>(block.waves + 2 * (j * TILE + (v + k) * LANES));
                 for (int r = 0; r < ROWS; ++r)
                     sums[r][k] =
-                        add_products(sums[r][k], wave, bits<Shorts>(broadcast(load<int32_t>(&w.heights[r * room + 2 * j]))));
+                        add_products(sums[r][k], wave, bits<Shorts>(broadcast(w.heights[r * room + j])));
             }
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < TOGETHER; ++k)
                 store(scores + r * RUN + (v + k) * LANES,
-                      found[r][v + k] * worth[r] + (to_floats(sums[r][k]) * height[r] + constant[r]));
+                      found[r][v + k] * worth[r] + (to_floats(sums[r][k]) * w.height[row + r] + constant[r]));
     }
 }
 
@@ -561,7 +688,6 @@ void score_rebuilt(Worker& w, int64_t row, int length, float* scores) {
             }
         }
         for (int r = 0; r < ROWS; ++r) {
-            in_order(found[r], found[r]);
             for (int k = 0; k < 4; ++k) store(scores + r * RUN + part * BYTES + k * LANES, found[r][k]);
         }
     }
@@ -571,8 +697,9 @@ void score_rebuilt(Worker& w, int64_t row, int length, float* scores) {
 template <int NBITS, int ROWS>
 void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int length, const Weighed* weighed,
                 const Partial* partials) {
-    constexpr int TOGETHER = 2;  // dimensions, so that shares are read half as often
-    const int parts = round_up(length, BYTES) / BYTES;
+    constexpr bool ROUGH = NBITS <= ROUGH_NBITS;
+    constexpr int TOGETHER = ROUGH ? 4 : 2;  // dimensions, so that shares are read less often
+    const int tiles = round_up(length, TILE) / TILE;
     const int64_t dims = w.call.value_dim;
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
         Floats found[ROWS][LANES];
@@ -580,28 +707,39 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
         for (int k = count; k < LANES; ++k)
             for (int r = 0; r < ROWS; ++r) found[r][k] = Floats{};
         for (int k = 0; k < count; k += TOGETHER) {
-            Sums sums[ROWS][TOGETHER] = {};
+            std::conditional_t<ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
-            const int next = k + 1 < count ? NBITS * PLANE : 0;  // the last one again, for lanes that are not read
-            for (int part = 0; part < parts; ++part) {
-                const uint8_t* place = from + part / PARTS * tile_stride;
-                const Codes one = Codes::of(expand<NBITS>(place, part % PARTS));
-                const Codes other = Codes::of(expand<NBITS>(place + next, part % PARTS));
-                for (int r = 0; r < ROWS; ++r) {
-                    const Ints first = load<Ints>(&w.shares[0][(r * RUN + part * BYTES) / 4]);
-                    const Ints second = load<Ints>(&w.shares[1][(r * RUN + part * BYTES) / 4]);
-                    Sums::add(sums[r][0], one, first, second);
-                    Sums::add(sums[r][1], other, first, second);
+            int next[TOGETHER];  // the last one again, for lanes that are not read
+            for (int i = 0; i < TOGETHER; ++i) next[i] = std::min(i, count - 1 - k) * NBITS * PLANE;
+            for (int tile = 0; tile < tiles; ++tile, from += tile_stride)
+                for (int part = 0; part < PARTS; ++part) {
+                    const int share = (tile * TILE + part * BYTES) / 4;
+                    Bytes codes[TOGETHER];
+                    for (int i = 0; i < TOGETHER; ++i) codes[i] = expand<NBITS, PLANE>(from + next[i], part);
+                    for (int r = 0; r < ROWS; ++r) {
+                        const Ints first = load<Ints>(&w.shares[0][r * RUN / 4 + share]);
+                        if constexpr (ROUGH) {
+                            for (int i = 0; i < TOGETHER; ++i)
+                                sums[r][i] = add_byte_products(sums[r][i], bits<Ints>(codes[i]), bits<Bytes>(first));
+                        } else {
+                            const Ints second = load<Ints>(&w.shares[1][r * RUN / 4 + share]);
+                            for (int i = 0; i < TOGETHER; ++i)
+                                Sums::add(sums[r][i], Codes::of(codes[i]), first, second);
+                        }
+                    }
                 }
-            }
             for (int r = 0; r < ROWS; ++r)
-                for (int i = 0; i < TOGETHER; ++i)
-                    found[r][k + i] = Sums::total(sums[r][i]);
+                for (int i = 0; i < TOGETHER; ++i) {
+                    if constexpr (ROUGH)
+                        found[r][k + i] = to_floats(sums[r][i]);
+                    else
+                        found[r][k + i] = Sums::total(sums[r][i]);
+                }
         }
         constexpr float OFFSET = 0.5f * static_cast<float>((1 << NBITS) - 1);
         for (int r = 0; r < ROWS; ++r) {
             float* to = partials[r].turned + d0;
-            store(to, load<Floats>(to) + (sums(found[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
+            store(to, load<Floats>(to) + (spectral::sums(found[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
         }
     }
 }
@@ -670,24 +808,18 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     for (int done = 0; done < length; done += TILE) {
         const int64_t tile = first_tile + done / TILE;
         start_tile(w, block, b, tile);
-        expand_tile(w, block.key_planes + (b * tiles + tile) * block.num_planes * PLANE);
+        const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
+        expand_tile(w, planes, turns);
         if (turns) {
             scale_basis(w);
             score_rebuilt<ROWS>(w, row, std::min(TILE, length - done), w.scores.data() + done);
         } else {
-            score_tile<ROWS>(w, block, row, std::min(TILE, length - done), w.scores.data() + done);
+            score_tile<ROWS>(w, block, planes, row, std::min(TILE, length - done), w.scores.data() + done);
         }
     }
     const uint8_t* scale_codes = block.value_scales + (b * call.num_heads + h) * tiles * TILE + token;
-    const float top = block.largest[b * call.num_heads + h];
     const int padded = round_up(length, TILE);
-    // Levels fall by a constant ratio, but for the last, which is zero.
-    const float octave = std::log(call.value_levels[1]);
-    for (int t = 0; t < padded; t += LANES) {
-        const Ints level = __builtin_convertvector(load<QuarterLevels>(scale_codes + t), Ints);
-        const Floats scale = exponential(to_floats(level) * octave) * top;
-        store(w.token_scales.data() + t, choose(level == 255, Floats{}, scale));
-    }
+    scales_of(scale_codes, padded, call.value_levels, block.largest[b * call.num_heads + h], w.token_scales.data());
     for (int r = 0; r < ROWS; ++r) {
         float* scores = w.scores.data() + r * RUN;
         weighed[r] = {};
@@ -700,22 +832,18 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
             continue;
         }
         any = true;
-        weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
+        if (block.value_nbits <= ROUGH_NBITS)
+            weighed[r] = to_byte_weights(scores, most, first, padded);
+        else
+            weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
     }
     if (!any) return;
     const int64_t row_bytes = call.value_dim * block.value_nbits * PLANE;
     const int64_t stride = call.num_heads * row_bytes;
     const uint8_t* planes = block.value_planes + (b * tiles + first_tile) * stride + h * row_bytes;
-    switch (block.value_nbits) {
-        case 1: return add_values<1, ROWS>(w, planes, stride, length, weighed, partials);
-        case 2: return add_values<2, ROWS>(w, planes, stride, length, weighed, partials);
-        case 3: return add_values<3, ROWS>(w, planes, stride, length, weighed, partials);
-        case 4: return add_values<4, ROWS>(w, planes, stride, length, weighed, partials);
-        case 5: return add_values<5, ROWS>(w, planes, stride, length, weighed, partials);
-        case 6: return add_values<6, ROWS>(w, planes, stride, length, weighed, partials);
-        case 7: return add_values<7, ROWS>(w, planes, stride, length, weighed, partials);
-        default: return add_values<8, ROWS>(w, planes, stride, length, weighed, partials);
-    }
+    with_nbits(static_cast<int>(block.value_nbits), [&](auto constant) {
+        add_values<decltype(constant)::value, ROWS>(w, planes, stride, length, weighed, partials);
+    });
 }
 
 template <int KIND, int ROWS>
@@ -724,14 +852,18 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     const Call& call = w.call;
     const int64_t key_place = b * block.key_strides[0] + h * block.key_strides[1] + token * block.key_strides[2];
     const int64_t value_place = b * block.value_strides[0] + h * block.value_strides[1] + token * block.value_strides[2];
+    const float* query = w.query.data() + row * w.key_dim;
+    const int key_dim = static_cast<int>(call.key_dim), value_dim = static_cast<int>(call.value_dim);
     for (int t0 = 0; t0 < length; t0 += LANES) {
         Floats found[ROWS][LANES] = {};
-        for (int k = 0; k < std::min(LANES, length - t0); ++k)
-            for (int d = 0; d < call.key_dim; d += LANES) {
-                const Floats key = numbers<KIND>(block.keys, key_place + (t0 + k) * block.key_strides[2] + d,
-                                                 static_cast<int>(call.key_dim) - d);
-                for (int r = 0; r < ROWS; ++r) found[r][k] += key * load<Floats>(w.query.data() + (row + r) * w.key_dim + d);
+        for (int k = 0; k < std::min(LANES, length - t0); ++k) {
+            Floats product[ROWS] = {};
+            for (int d = 0; d < key_dim; d += LANES) {
+                const Floats key = numbers<KIND>(block.keys, key_place + (t0 + k) * block.key_strides[2] + d, key_dim - d);
+                for (int r = 0; r < ROWS; ++r) product[r] += key * load<Floats>(query + r * w.key_dim + d);
             }
+            for (int r = 0; r < ROWS; ++r) found[r][k] = product[r];
+        }
         for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(found[r]));
     }
     bool any = false;
@@ -743,15 +875,28 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
             std::fill(scores, scores + length, 0.0f);
     }
     if (!any) return;
-    for (int d = 0; d < call.value_dim; d += LANES) {
-        Floats found[ROWS] = {};
-        for (int t = 0; t < length; ++t) {
-            const Floats value = numbers<KIND>(block.values, value_place + t * block.value_strides[2] + d,
-                                               static_cast<int>(call.value_dim) - d);
-            for (int r = 0; r < ROWS; ++r) found[r] += value * w.scores[r * RUN + t];
-        }
+    constexpr int TOGETHER = 4;  // vectors of a token, so that sums do not wait for each other
+    for (int d0 = 0; d0 < value_dim; d0 += TOGETHER * LANES) {
+        const int vectors = std::min(TOGETHER, round_up(value_dim - d0, LANES) / LANES);
+        Floats found[ROWS][TOGETHER] = {};
+        const auto add = [&](auto count) {
+            for (int t = 0; t < length; ++t)
+                for (int i = 0; i < count; ++i) {
+                    const int d = d0 + i * LANES;
+                    const Floats value = numbers<KIND>(block.values, value_place + t * block.value_strides[2] + d, value_dim - d);
+                    for (int r = 0; r < ROWS; ++r) found[r][i] += value * w.scores[r * RUN + t];
+                }
+        };
+        // With a number that the compiler knows the sums stay in registers.
+        if (vectors == TOGETHER)
+            add(std::integral_constant<int, TOGETHER>());
+        else
+            add(vectors);
         for (int r = 0; r < ROWS; ++r)
-            store(partials[r].plain + d, load<Floats>(partials[r].plain + d) + found[r]);
+            for (int i = 0; i < vectors; ++i) {
+                float* to = partials[r].plain + d0 + i * LANES;
+                store(to, load<Floats>(to) + found[r][i]);
+            }
     }
 }
 

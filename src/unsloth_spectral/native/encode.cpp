@@ -35,6 +35,34 @@ void pack(const uint8_t* codes, int nbits, uint8_t* planes) {
         }
 }
 
+// Of 16 bits, bit i as bit 4 i.
+INLINE uint64_t every_fourth(uint64_t bits) {
+    bits = (bits | bits << 24) & 0x000000ff000000ffu;
+    bits = (bits | bits << 12) & 0x000f000f000f000fu;
+    bits = (bits | bits << 6) & 0x0303030303030303u;
+    return (bits | bits << 3) & 0x1111111111111111u;
+}
+
+// Four components' planes in place: those that all have together, for every QUAD_TOKENS tokens plane by plane, the four
+// bits of a token side by side; then the others.
+void join_quad(uint8_t* planes, const int32_t* widths) {
+    const int shared = std::min({widths[0], widths[1], widths[2], widths[3]});
+    uint8_t apart[4 * 8 * PLANE];
+    const uint8_t* own[4];
+    for (int k = 0, place = 0; k < 4; place += widths[k++]) {
+        own[k] = apart + place * PLANE;
+        std::memcpy(apart + place * PLANE, planes + place * PLANE, static_cast<size_t>(widths[k]) * PLANE);
+    }
+    for (int run = 0; run < TILE / QUAD_TOKENS; ++run)
+        for (int plane = 0; plane < shared; ++plane, planes += QUAD_PLANE) {
+            uint64_t joined = 0;
+            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(own[k] + plane * PLANE + 2 * run)) << k;
+            store(planes, joined);
+        }
+    for (int k = 0; k < 4; planes += (widths[k++] - shared) * PLANE)
+        std::memcpy(planes, own[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
+}
+
 // A tile of one component: the clipping point of least error, the unbiased scale, the codes and what they stand for.
 float quantize(const float* from, int nbits, const float* clips, int num_clips, uint8_t* codes, float* values) {
     const float half = static_cast<float>(1 << (nbits - 1)), most = half - 0.5f;
@@ -83,7 +111,8 @@ struct KeyEncoding {
     float* scales;              // [batch, component, tile]
     float* values;              // [batch, component, token] codes around zero
     const float* clips;
-    int64_t batch, num_components, num_tokens, num_planes, num_clips, num_threads;
+    const int32_t* counts;      // [head] components
+    int64_t batch, num_components, num_tokens, num_planes, num_clips, num_heads, num_threads;
 };
 
 extern "C" void spectral_encode_keys(const KeyEncoding* given) {
@@ -110,6 +139,13 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
             pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
         }
     }
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
+#endif
+    for (int64_t tile = 0; tile < call.batch * tiles; ++tile)
+        for (int64_t head = 0, first = 0; head < call.num_heads; first += call.counts[head++])
+            for (int64_t c = first; c + 4 <= first + call.counts[head]; c += 4)
+                join_quad(call.planes + (tile * call.num_planes + call.places[c]) * PLANE, call.widths + c);
 }
 
 struct ValueEncoding {

@@ -133,66 +133,115 @@ INLINE Floats sums(const Floats (&v)[LANES]) {
 #endif
 }
 
-// e^x to about 1e-7, relative; 0 below -87, NaN of NaN.
+// LANES bytes as numbers.
+INLINE Ints widen(const uint8_t* from) {
+#if defined(__AVX512BW__)
+    return bits<Ints>(_mm512_cvtepu8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+    return bits<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    return __builtin_convertvector(load<QuarterLevels>(from), Ints);
+#endif
+}
+
+INLINE Floats magnitude(Floats x) { return bits<Floats>(bits<Words>(x) & 0x7fffffffu); }
+
+// The nearest integers of numbers between -32768 and 32767; some integer of what is not a number.
+INLINE Ints rounded(Floats x) {
+#if defined(__AVX512BW__)
+    return bits<Ints>(_mm512_cvtps_epi32(bits<__m512>(x)));
+#elif defined(__AVX2__)
+    return bits<Ints>(_mm256_cvtps_epi32(bits<__m256>(x)));
+#else
+    // Shifted to be positive, where cutting off the fraction rounds down.
+    return bits<Ints>(bits<Words>(__builtin_convertvector(x + 32768.5f, Ints)) - 32768u);
+#endif
+}
+
+// 2^x of x between -0.5 and 0.5, to 1e-7, relative: the polynomial of least largest error.
+INLINE Floats power_of_two(Floats x) {
+    Floats power = all(1.3276472e-3f);
+    power = power * x + 9.6755415e-3f;
+    power = power * x + 5.5507133e-2f;
+    power = power * x + 2.4022120e-1f;
+    power = power * x + 6.9314697e-1f;
+    return power * x + 1.0000001f;
+}
+
+// e^x to about 1e-7, relative, for x up to 88; 0 far below -87, NaN of NaN.
 INLINE Floats exponential(Floats x) {
-    const Floats bounded = choose(x < all(-87.0f), all(-87.0f), x);
-    const Floats octaves = bounded * 1.44269504088896341f;
+    constexpr float OCTAVES = 1.44269504088896341f;
+#if defined(__AVX512BW__)
+    const __m512 octaves = bits<__m512>(larger(all(-150.0f), x * OCTAVES));
+    const __m512 whole = _mm512_roundscale_ps(octaves, 0);
+    const Floats power = power_of_two(bits<Floats>(_mm512_sub_ps(octaves, whole)));
+    return bits<Floats>(_mm512_scalef_ps(bits<__m512>(power), whole));
+#else
+    const Floats octaves = choose(x < all(-87.0f), all(-87.0f), x) * OCTAVES;
     const Floats shifted = octaves + 12582912.0f;  // 1.5 * 2^23: rounds to an integer that sits in the low bits
-    const Floats part = octaves - (shifted - 12582912.0f);
-    Floats power = all(1.5403530e-4f);
-    power = power * part + 1.3333558e-3f;
-    power = power * part + 9.6181291e-3f;
-    power = power * part + 5.5504109e-2f;
-    power = power * part + 2.4022651e-1f;
-    power = power * part + 6.9314718e-1f;
-    power = power * part + 1.0f;
+    const Floats power = power_of_two(octaves - (shifted - 12582912.0f));
     const Floats scaled = bits<Floats>(bits<Ints>(power) + (bits<Ints>(shifted) << 23));
     return choose(x < all(-87.0f), Floats{}, choose(x == x, scaled, x));
+#endif
 }
 
 constexpr int TILE = 128;             // tokens that share scales and lie together in memory
 constexpr int PLANE = TILE / 8;       // bytes
 constexpr int PARTS = TILE / BYTES;   // of a tile, expanded one by one, a byte a token
 constexpr int VECTORS = TILE / LANES; // of a tile, a number a token
+constexpr int QUAD_TOKENS = 16;       // of which the planes of four components lie together
+constexpr int QUAD_PLANE = QUAD_TOKENS * 4 / 8;  // bytes
 
 #if defined(__AVX512BW__)
-// COUNT planes, 1 to 4, and anything or zeros behind.
+// COUNT bytes, a multiple of 8 up to 64, and zeros behind.
 template <int COUNT>
-INLINE __m512i load_planes(const uint8_t* planes) {
-    if constexpr (COUNT == 1) return _mm512_zextsi128_si512(load<__m128i>(planes));
-    if constexpr (COUNT == 2) return _mm512_zextsi256_si512(load<__m256i>(planes));
-    if constexpr (COUNT == 3)
-        return _mm512_inserti64x4(_mm512_zextsi256_si512(load<__m256i>(planes)),
-                                  _mm256_zextsi128_si256(load<__m128i>(planes + 2 * PLANE)), 1);
-    return load<__m512i>(planes);
+INLINE __m512i load_bytes(const uint8_t* from) {
+    if constexpr (COUNT == 16) return _mm512_zextsi128_si512(load<__m128i>(from));
+    if constexpr (COUNT == 32) return _mm512_zextsi256_si512(load<__m256i>(from));
+    if constexpr (COUNT == 64) return load<__m512i>(from);
+    return _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1 << COUNT / 8) - 1), from);
 }
 #endif
 
-// Codes of one component's tokens BYTES * part to BYTES * (part + 1), from its planes, 16 bytes each.
-template <int NBITS>
+#if defined(__AVX512BW__)
+// For eight codes, the `eight`th eight, the places of their planes' bytes, last plane first; of planes that do not
+// exist the last of 64 bytes.
+template <int NBITS, int EACH>
+constexpr int64_t places(int eight) {
+    uint64_t found = 0;
+    for (int plane = 7; plane >= 0; --plane)
+        found |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
+    return static_cast<int64_t>(found);
+}
+#endif
+
+// BYTES codes, the part'th of those whose planes start here and follow each other EACH bytes apart.
+template <int NBITS, int EACH>
 INLINE Bytes expand(const uint8_t* planes, int part) {
 #if defined(__AVX512BW__)
-    // Eight bytes of eight tokens are the transpose of eight planes' bytes: gathered here, last plane first, and turned
-    // by the multiplication with a matrix of bits.
-    constexpr uint64_t FIRST = 0x0010203040506070u, EACH = 0x0101010101010101u;
-    constexpr uint64_t PRESENT = (((1u << NBITS) - 1u) << (8 - NBITS)) * EACH;
-    const __m512i index = _mm512_add_epi8(
-        _mm512_set_epi64(FIRST + 7 * EACH, FIRST + 6 * EACH, FIRST + 5 * EACH, FIRST + 4 * EACH, FIRST + 3 * EACH,
-                         FIRST + 2 * EACH, FIRST + EACH, FIRST),
-        _mm512_set1_epi8(static_cast<char>(8 * part)));
+    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and turned by the
+    // multiplication with a matrix of bits.
+    const int k = 8 * part;
+    const __m512i index = _mm512_set_epi64(
+        places<NBITS, EACH>(k + 7), places<NBITS, EACH>(k + 6), places<NBITS, EACH>(k + 5), places<NBITS, EACH>(k + 4),
+        places<NBITS, EACH>(k + 3), places<NBITS, EACH>(k + 2), places<NBITS, EACH>(k + 1), places<NBITS, EACH>(k));
     __m512i gathered;
-    if constexpr (NBITS <= 4)
-        gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, load_planes<NBITS>(planes));
-    else
-        gathered = _mm512_maskz_permutex2var_epi8(PRESENT, load_planes<4>(planes), index,
-                                                  load_planes<NBITS - 4>(planes + 4 * PLANE));
-    return bits<Bytes>(
-        _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), gathered, 0));
+    if constexpr (NBITS * EACH < 64 || (NBITS == 8 && EACH == 8)) {
+        gathered = _mm512_permutexvar_epi8(index, load_bytes<NBITS * EACH>(planes));
+    } else {
+        constexpr uint64_t PRESENT = (((1u << NBITS) - 1u) << (8 - NBITS)) * 0x0101010101010101u;
+        if constexpr (NBITS * EACH == 64)
+            gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, load_bytes<64>(planes));
+        else
+            gathered = _mm512_maskz_permutex2var_epi8(PRESENT, load_bytes<64>(planes), index,
+                                                      load_bytes<NBITS * EACH - 64>(planes + 64));
+    }
+    return bits<Bytes>(_mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), gathered, 0));
 #else
     Bytes select, value = {};
     for (int i = 0; i < BYTES; ++i) select[i] = static_cast<uint8_t>(1 << i % 8);
     for (int plane = 0; plane < NBITS; ++plane) {
-        const uint8_t* from = planes + PLANE * plane + BYTES / 8 * part;
+        const uint8_t* from = planes + EACH * plane + BYTES / 8 * part;
 #if defined(__AVX2__)
         const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
         const Bytes word = bits<Bytes>(_mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(from)), spread));
@@ -207,80 +256,16 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
 #endif
 }
 
-// Bytes, or pairs of bytes, of a and b in turn: the first and the second half of each 16 bytes.
-INLINE Bytes bytes_low(Bytes a, Bytes b) {
+// Lanes of the v'th vector of a tile's tokens, with `worth` where the token's bit is set in a plane.
+INLINE Bytes with_plane(Bytes lanes, const uint8_t* plane, int v, int32_t worth) {
 #if defined(__AVX512BW__)
-    return bits<Bytes>(_mm512_unpacklo_epi8(bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
-    return bits<Bytes>(_mm256_unpacklo_epi8(bits<__m256i>(a), bits<__m256i>(b)));
+    const __m512i before = bits<__m512i>(lanes);
+    return bits<Bytes>(_mm512_mask_or_epi32(before, load<uint16_t>(plane + 2 * v), before, _mm512_set1_epi32(worth)));
 #else
-    typedef int8_t Places __attribute__((vector_size(16)));
-    return SHUFFLE(Bytes, Places, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#endif
-}
-
-INLINE Bytes bytes_high(Bytes a, Bytes b) {
-#if defined(__AVX512BW__)
-    return bits<Bytes>(_mm512_unpackhi_epi8(bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
-    return bits<Bytes>(_mm256_unpackhi_epi8(bits<__m256i>(a), bits<__m256i>(b)));
-#else
-    typedef int8_t Places __attribute__((vector_size(16)));
-    return SHUFFLE(Bytes, Places, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#endif
-}
-
-INLINE Bytes pairs_low(Bytes a, Bytes b) {
-#if defined(__AVX512BW__)
-    return bits<Bytes>(_mm512_unpacklo_epi16(bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
-    return bits<Bytes>(_mm256_unpacklo_epi16(bits<__m256i>(a), bits<__m256i>(b)));
-#else
-    return bits<Bytes>(SHUFFLE(Shorts, Shorts, bits<Shorts>(a), bits<Shorts>(b), 0, 8, 1, 9, 2, 10, 3, 11));
-#endif
-}
-
-INLINE Bytes pairs_high(Bytes a, Bytes b) {
-#if defined(__AVX512BW__)
-    return bits<Bytes>(_mm512_unpackhi_epi16(bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
-    return bits<Bytes>(_mm256_unpackhi_epi16(bits<__m256i>(a), bits<__m256i>(b)));
-#else
-    return bits<Bytes>(SHUFFLE(Shorts, Shorts, bits<Shorts>(a), bits<Shorts>(b), 4, 12, 5, 13, 6, 14, 7, 15));
-#endif
-}
-
-// Four components' codes, BYTES tokens each, as vectors with the four codes of a token in a lane, in the order that
-// `in_order` undoes.
-INLINE void interleave(const Bytes (&from)[4], Bytes* to) {
-    const Bytes ab0 = bytes_low(from[0], from[1]), ab1 = bytes_high(from[0], from[1]);
-    const Bytes cd0 = bytes_low(from[2], from[3]), cd1 = bytes_high(from[2], from[3]);
-    to[0] = pairs_low(ab0, cd0);
-    to[1] = pairs_high(ab0, cd0);
-    to[2] = pairs_low(ab1, cd1);
-    to[3] = pairs_high(ab1, cd1);
-}
-
-// What was found of `interleave`'s four vectors, as the tokens follow each other.
-INLINE void in_order(const Floats* from, Floats* to) {
-#if defined(__AVX512BW__)
-    const __m512 a = bits<__m512>(from[0]), b = bits<__m512>(from[1]);
-    const __m512 c = bits<__m512>(from[2]), d = bits<__m512>(from[3]);
-    const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x44), ab1 = _mm512_shuffle_f32x4(a, b, 0xee);
-    const __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x44), cd1 = _mm512_shuffle_f32x4(c, d, 0xee);
-    to[0] = bits<Floats>(_mm512_shuffle_f32x4(ab0, cd0, 0x88));
-    to[1] = bits<Floats>(_mm512_shuffle_f32x4(ab0, cd0, 0xdd));
-    to[2] = bits<Floats>(_mm512_shuffle_f32x4(ab1, cd1, 0x88));
-    to[3] = bits<Floats>(_mm512_shuffle_f32x4(ab1, cd1, 0xdd));
-#elif defined(__AVX2__)
-    const __m256 a = bits<__m256>(from[0]), b = bits<__m256>(from[1]);
-    const __m256 c = bits<__m256>(from[2]), d = bits<__m256>(from[3]);
-    to[0] = bits<Floats>(_mm256_permute2f128_ps(a, b, 0x20));
-    to[1] = bits<Floats>(_mm256_permute2f128_ps(c, d, 0x20));
-    to[2] = bits<Floats>(_mm256_permute2f128_ps(a, b, 0x31));
-    to[3] = bits<Floats>(_mm256_permute2f128_ps(c, d, 0x31));
-#else
-    for (int i = 0; i < 4; ++i) to[i] = from[i];
+    Ints select;
+    for (int lane = 0; lane < LANES; ++lane) select[lane] = 1 << (v * LANES % 8 + lane);
+    const Ints is_set = ((Ints{} + plane[v * LANES / 8]) & select) == select;
+    return lanes | bits<Bytes>(is_set & worth);
 #endif
 }
 
@@ -290,9 +275,9 @@ constexpr float FULL = 32639.0f;  // the largest: 127 * 256 + 127
 
 INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 #if defined(__AVX512VNNI__)
-    const Ints high = (whole + 128) >> 8;
-    store(first, __builtin_convertvector(high, QuarterBytes));
-    store(second, __builtin_convertvector(whole - (high << 8), QuarterBytes));
+    // The low byte counts from -128 on.
+    store(first, __builtin_convertvector((whole + 128) >> 8, QuarterBytes));
+    store(second, __builtin_convertvector(whole, QuarterBytes));
 #else
     const HalfShorts narrow = __builtin_convertvector(whole, HalfShorts);
 #if defined(__AVX2__)
@@ -304,6 +289,17 @@ INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
     std::memcpy(second, reinterpret_cast<const char*>(&split) + BYTES / 4, BYTES / 4);
 #endif
 }
+
+// Codes of few bits carry so much error themselves that the high bytes of their weights serve as well, where bytes are
+// multiplied: half of the work. Elsewhere nothing would be saved.
+#if defined(__AVX512VNNI__)
+constexpr int ROUGH_NBITS = 3;
+#else
+constexpr int ROUGH_NBITS = 0;
+#endif
+
+// What is left of weights where the mask is set, the others being rounded to their high bytes.
+INLINE Ints keep_low(Ints whole, Ints mask) { return (whole & mask) | ((whole + 128) & ~255 & ~mask); }
 
 // Codes ready to be multiplied with weights.
 struct Codes {
@@ -333,13 +329,20 @@ INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
 #endif
 }
 
+#if defined(__AVX512VNNI__)
+// total + products of four bytes each, with a sign or without.
+INLINE Ints add_byte_products(Ints total, Ints with_sign, Bytes without) {
+    return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(total), bits<__m512i>(without), bits<__m512i>(with_sign)));
+}
+#endif
+
 // Sums of products of codes with weights, lane by lane.
 struct Sums {
 #if defined(__AVX512VNNI__)
     Ints high, low;
     INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
-        sums.high = bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums.high), bits<__m512i>(codes.all), bits<__m512i>(first)));
-        sums.low = bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sums.low), bits<__m512i>(codes.all), bits<__m512i>(second)));
+        sums.high = add_byte_products(sums.high, first, codes.all);
+        sums.low = add_byte_products(sums.low, second, codes.all);
     }
     INLINE Floats total(const Sums& sums) { return to_floats(sums.high) * 256.0f + to_floats(sums.low); }
 #else
@@ -350,5 +353,10 @@ struct Sums {
     INLINE Floats total(const Sums& sums) { return to_floats(sums.both); }
 #endif
 };
+
+// Weights of a byte, from 0 to 255. The largest leaves room for what rounding takes from the others.
+constexpr float FULL_BYTE = 254.0f;
+
+INLINE void store_byte_weights(Ints whole, int32_t* to) { store(to, __builtin_convertvector(whole, QuarterBytes)); }
 
 }  // namespace spectral
