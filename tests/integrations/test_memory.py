@@ -31,7 +31,7 @@ HEAD_DIM = 64
 
 # Not the first holder, or of a few bytes: the sealer's share in its blocks, integers and variances between two
 # sealings, and what the kernel found out about a block, in its memo.
-NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_queries._positions", "_padding", "budget._seen")
+NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_held.queries._positions", "_held.padding", "budget._seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
 # The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
 # numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
@@ -81,7 +81,7 @@ def check_bytes(cache: Any) -> None:
         nbytes[storage.data_ptr()] = storage.nbytes()
         if "memo" not in path and not ends_with(path, NOT_COUNTED):
             holders[storage.data_ptr()].add(path)
-        if ends_with(path, ("_cold.keys.rotation.step",)):
+        if ends_with(path, ("_held.cold.keys.rotation.step",)):
             steps.add(tuple(tensor.tolist()))
     for pointer, paths in holders.items():
         assert len(paths) == 1 or not nbytes[pointer] or all(ends_with(path, COUNTED_BY_EACH) for path in paths), paths

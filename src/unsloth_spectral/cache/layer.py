@@ -1,15 +1,15 @@
 """One layer's cache in three tiers: exact sinks, sealed cold blocks, exact residual (DESIGN section 2)."""
 
 import time
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from unsloth_spectral.cache.buffer import TokenBuffer, check_tokens
-from unsloth_spectral.cache.counting import Tally, count
-from unsloth_spectral.cache.positions import PositionLog
+from unsloth_spectral.cache.counting import count
+from unsloth_spectral.cache.held import Held
 from unsloth_spectral.cache.release import released
-from unsloth_spectral.cache.sampler import QuerySampler
 from unsloth_spectral.cache.sealing import Sealing, join_last, without_padding
 from unsloth_spectral.cache.sinks import Sinks
 from unsloth_spectral.cache.stats import LayerStats
@@ -27,28 +27,20 @@ class SpectralLayer:
 
     Tokens arrive by ``append`` and stay exact until ``seal``. Sealing is a call of its own because a prefill is to be
     attended to exactly before it is compressed.
+
+    Whatever interrupts a call leaves the layer as it was: what it will hold is made aside and assigned at once.
     """
 
     def __init__(self, config: SpectralConfig, sealer: Sealer | None = None) -> None:
         self.config = config
         # A layer alone shares its budget with no other.
         self._sealer = make_sealers(config, 1)[0] if sealer is None else sealer
-        self._start()
+        self._held = Held()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._sealer.reset()
-        self._start()
-
-    def _start(self) -> None:
-        self._sinks: Sinks | None = None
-        self._cold: list[Block] = []
-        self._residual: TokenBuffer | None = None
-        self._padding: Tensor | None = None
-        self._positions = PositionLog()
-        self._queries = QuerySampler()
-        self._newest = 0
-        self._tally = Tally()
+        self._held = Held()
 
     @property
     def sealer(self) -> Sealer:
@@ -59,29 +51,29 @@ class SpectralLayer:
 
     @property
     def is_empty(self) -> bool:
-        return self._residual is None
+        return self._held.residual is None
 
     @property
     def is_sealed(self) -> bool:
         """Whether any token has left the exact tail, so that ``blocks`` holds more than one dense piece."""
-        return self._sinks is not None or bool(self._cold)
+        return self._held.sinks is not None or bool(self._held.cold)
 
     @property
     def num_tokens(self) -> int:
-        return 0 if self._residual is None else self._num_before_residual + self._residual.num_tokens
+        return 0 if self._held.residual is None else self._held.num_before_residual + self._held.residual.num_tokens
 
     @property
     def blocks(self) -> list[Block]:
         """All tokens, in the order in which ``arrange_mask`` puts the columns of a mask."""
-        if self._residual is None:
+        if self._held.residual is None:
             return []
-        first: list[Block] = [] if self._sinks is None else [self._sinks.block]
-        last: list[Block] = [self._residual.block] if self._residual.num_tokens else []
-        return [*first, *self._cold, *last]
+        first: list[Block] = [] if self._held.sinks is None else [self._held.sinks.block]
+        last: list[Block] = [self._held.residual.block] if self._held.residual.num_tokens else []
+        return [*first, *self._held.cold, *last]
 
     def arrange_mask(self, mask: Tensor | None) -> Tensor | None:
         """Bring the columns of ``mask [B or 1, 1, Q, num_tokens]`` (bool or additive) into the order of ``blocks``."""
-        return mask if self._sinks is None else self._sinks.arrange_mask(mask, self.num_tokens)
+        return mask if self._held.sinks is None else self._held.sinks.arrange_mask(mask, self.num_tokens)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, num_tokens, head_dim]`` in order of position.
@@ -89,11 +81,11 @@ class SpectralLayer:
         Raises:
             InvalidArgumentError: the layer is empty.
         """
-        if self._residual is None:
+        if self._held.residual is None:
             raise InvalidArgumentError("an empty cache layer has nothing to reconstruct: append tokens first")
-        pairs = [block.reconstruct() for block in [*self._cold, self._residual.block]]
+        pairs = [block.reconstruct() for block in [*self._held.cold, self._held.residual.block]]
         tokens = ExactBlock(torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -2))
-        return (tokens if self._sinks is None else self._sinks.put_back(tokens)).reconstruct()
+        return (tokens if self._held.sinks is None else self._held.sinks.put_back(tokens)).reconstruct()
 
     # Writing
 
@@ -103,18 +95,18 @@ class SpectralLayer:
         Raises:
             InvalidArgumentError: shapes do not fit each other, the tokens held, or the ranks asked for.
         """
-        check_tokens(keys, values, self.config, None if self._residual is None else self._residual.block)
+        check_tokens(keys, values, self.config, None if self._held.residual is None else self._held.residual.block)
         keys, values = keys.detach(), values.detach()
-        self._newest = keys.shape[-2]
-        if self._residual is None:
+        if self._held.residual is None:
             # Kept by reference: a prefill is read once by its own attention and then sealed.
-            self._residual = TokenBuffer(keys, values)
+            self._held.residual = TokenBuffer(keys, values)
         else:
-            self._residual.append(keys, values)
+            self._held.residual.append(keys, values)
+        self._held.newest = keys.shape[-2]
 
     def note_padding(self, padding: Tensor | None) -> None:
         """Remember the padding for a first sealing that comes later, when no mask is at hand."""
-        self._padding = padding
+        self._held.padding = padding
 
     def observe(self, query: Tensor, rotation: Rotation | None) -> None:
         """Note what attention saw of the newest tokens, once they are appended: for the spectral codec.
@@ -122,13 +114,14 @@ class SpectralLayer:
         ``query [B, num_attention_heads, Q, D]`` is scaled as for the scores; ``rotation`` holds the positions of the
         ``Q`` newest tokens, None for a model without rotary embeddings.
         """
-        if self.config.codec != "spectral" or self._residual is None:
+        held = self._held
+        if self.config.codec != "spectral" or held.residual is None:
             return
         new = query.shape[2]
-        self._positions.append(None, self._residual.num_tokens - new - self._positions.num_tokens)
-        self._positions.append(rotation, new)
-        padding = None if self._padding is None or self.is_sealed else self._padding
-        self._queries.note(query, self.num_tokens, self._num_missing, 0 if padding is None else int(padding.max()))
+        held.positions.append(None, held.residual.num_tokens - new - held.positions.num_tokens)
+        held.positions.append(rotation, new)
+        padding = None if held.padding is None or self.is_sealed else held.padding
+        held.queries.note(query, self.num_tokens, self._num_missing, 0 if padding is None else int(padding.max()))
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
@@ -141,12 +134,12 @@ class SpectralLayer:
                 ``note_padding`` was told. Used at the first sealing: rows keep their own first tokens as sinks, and
                 padding is zeroed so that it takes no rank.
         """
-        config, residual = self.config, self._residual
+        config, held, residual = self.config, self._held, self._held.residual
         first_time = not self.is_sealed
         if residual is None or self._num_missing:
             return
-        padding = self._padding if padding is None else padding
-        sinks = self._sinks
+        padding = held.padding if padding is None else padding
+        sinks = held.sinks
         if first_time and config.num_sink_tokens:
             sinks = Sinks.of(residual.block, config.num_sink_tokens, padding)
         start = sinks.num_leading if first_time and sinks is not None else 0
@@ -157,22 +150,21 @@ class SpectralLayer:
         if first_time and padding is not None:
             real = torch.arange(start, stop, device=padding.device) >= padding[:, None]
             old = without_padding(old, real)
-        before = self._num_before_residual + start
+        before = held.num_before_residual + start
 
         def observe(first: int, last: int) -> Observed:
-            rotation = self._positions.range(start + first, start + last)
-            return Observed(rotation, *self._queries.sample(before + first, last - first))
+            rotation = held.positions.range(start + first, start + last)
+            return Observed(rotation, *held.queries.sample(before + first, last - first))
 
-        cold, made = list(self._cold), list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
+        cold, made = list(held.cold), list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
         for block in made:
             join_last(self._sealer, cold, block)
-        # Assigned together, at the end: whatever interrupts the work above leaves the layer as it was.
-        self._sinks, self._cold, self._residual = sinks, cold, residual.copy(stop, residual.num_tokens)
-        self._positions.drop(stop)
+        kept, positions = residual.copy(stop, residual.num_tokens), copy(held.positions)
+        positions.drop(stop)
+        tally = held.tally.add(made, config.block_size, time.perf_counter() - started)
+        # The padding is used up: the sinks hold the positions from now on.
+        self._held = Held(sinks, cold, kept, positions=positions, newest=held.newest, tally=tally)
         released(old.keys.nbytes + old.values.nbytes)
-        self._queries.reset()
-        self._padding = None  # used up: the sinks hold the positions from now on
-        self._tally = self._tally.add(made, config.block_size, time.perf_counter() - started)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` tokens. Sealed blocks are cut, not encoded again.
@@ -182,71 +174,56 @@ class SpectralLayer:
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise InvalidArgumentError(f"crop keeps between 0 and the {self.num_tokens} tokens held, got {num_tokens}")
-        if num_tokens == self.num_tokens or self._residual is None:
+        if num_tokens == self.num_tokens or self._held.residual is None:
             return
         if num_tokens == 0:
             self.reset()
             return
-        if self._sinks is not None and num_tokens < self._sinks.block.num_tokens:
+        if self._held.sinks is not None and num_tokens < self._held.sinks.block.num_tokens:
             keys, values = self.reconstruct()
-            self.reset()
-            self.append(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
+            kept = TokenBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
+            self._sealer.reset()
+            self._held = Held(residual=kept)
             return
-        kept_residual = num_tokens - self._num_before_residual
-        self._positions.crop(max(0, kept_residual))
-        self._queries.crop(num_tokens)
-        self._sinks = None if self._sinks is None else self._sinks.crop(num_tokens)
-        if kept_residual >= 0:
-            self._residual = self._residual.copy(0, kept_residual)
-        else:
+        cropped = self._held.crop(num_tokens)
+        if num_tokens < self._held.num_before_residual:
             self._sealer.forget()
-            cold: list[Block] = []
-            room = num_tokens - (0 if self._sinks is None else self._sinks.num_leading)
-            for block in self._cold:
-                if room > 0:
-                    cold.extend([block] if room >= block.num_tokens else block.first_tokens(room))
-                room -= block.num_tokens
-            self._cold, self._residual = cold, self._residual.copy(0, 0)
+        self._held = cropped
 
     def map_batch(self, function: TensorFunction) -> None:
         """Apply ``function`` (index, repeat, move) along the batch dimension of everything held."""
-        if self._residual is None:
+        if self.is_empty:
             return
         function = _once_each(function)
-        sinks = None if self._sinks is None else self._sinks.map_batch(function)
-        cold = [block.map_batch(function) for block in self._cold]
-        residual = self._residual.map_batch(function)
-        padding = None if self._padding is None else function(self._padding)
-        self._positions.map_batch(function)
-        self._queries.map_batch(function)
-        self._sealer.map_batch(function)
-        self._sinks, self._cold, self._residual, self._padding = sinks, cold, residual, padding
+        mapped = self._held.map_batch(function)
+        try:
+            self._sealer.map_batch(function)
+            self._held = mapped
+        except BaseException:
+            self._sealer.forget()  # it may be of the rows before or of those after
+            raise
 
     # Counting
 
     def stats(self) -> LayerStats:
         """Tokens, bytes, ranks and errors of this layer."""
-        if self._residual is None:
+        held = self._held
+        if held.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
-        log_bytes = self._positions.nbytes + self._queries.nbytes
-        return count(self._sinks, self._cold, self._residual, self._sealer.nbytes, log_bytes, self._tally)
+        log_bytes = held.positions.nbytes + held.queries.nbytes
+        return count(held.sinks, held.cold, held.residual, self._sealer.nbytes, log_bytes, held.tally)
 
     # Inside
 
     @property
-    def _num_before_residual(self) -> int:
-        leading = 0 if self._sinks is None else self._sinks.num_leading
-        return leading + sum(block.num_tokens for block in self._cold)
-
-    @property
     def _num_missing(self) -> int:
         """Tokens still to come before the next sealing; 0 where it is due."""
-        if self._residual is None:
+        if self._held.residual is None:
             return 0
         kept = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
-        old, unit = self._residual.num_tokens - kept, self._sealer.unit(True)
+        old, unit = self._held.residual.num_tokens - kept, self._sealer.unit(True)
         # A prefill is known by coming many tokens at once, in one piece or several.
-        is_prefill = not self.is_sealed and self._newest >= unit
+        is_prefill = not self.is_sealed and self._held.newest >= unit
         return 0 if is_prefill and old >= unit else max(0, self.config.block_size - old)
 
 

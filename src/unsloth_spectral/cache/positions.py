@@ -33,7 +33,8 @@ class PositionLog:
     def append(self, rotation: Rotation | None, num_tokens: int) -> None:
         """Add the newest ``num_tokens`` tokens."""
         if num_tokens > 0:
-            self._pieces.append(_Piece(num_tokens, rotation))
+            # A new list: a copy of the log is its own.
+            self._pieces = [*self._pieces, _Piece(num_tokens, rotation)]
         if len(self._pieces) > _MOST_PIECES:
             self._keep(0, self.num_tokens)
 

@@ -5,26 +5,24 @@ dense tokens they replace: without this a process stays as large as if nothing h
 """
 
 import ctypes
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 
 # Looking through the heap takes some milliseconds, so it waits for enough to have come together.
 _ENOUGH_BYTES = 64 << 20
 
-_lock = threading.Lock()
 _waiting = 0
 
 
 def released(nbytes: int) -> None:
     """Note that ``nbytes`` of dense tensors were let go; now and then all free memory goes back to the system."""
     global _waiting
-    with _lock:
-        _waiting += nbytes
-        is_enough = _waiting >= _ENOUGH_BYTES
-        if is_enough:
-            _waiting = 0
-    trim = _trim() if is_enough else None
+    # No lock: an interruption could leave it held, and threads that miscount cost nothing but a late trim.
+    _waiting += nbytes
+    if _waiting < _ENOUGH_BYTES:
+        return
+    _waiting = 0
+    trim = _trim()
     if trim is not None:
         trim(0)
 

@@ -15,10 +15,6 @@ class QuerySampler:
     """Scaled queries with the positions they were asked at."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all."""
         self._queries: list[Tensor] = []
         self._positions: list[Tensor] = []
 
@@ -48,14 +44,16 @@ class QuerySampler:
         if not len(places):
             return
         picked = query[:, :, places.to(query.device)]
-        self._queries.append(picked.half() if missing > 0 else picked)
-        self._positions.append(first + places)
+        picked = picked.half() if missing > 0 else picked
+        # New lists, assigned together: an interruption leaves both or neither, and a copy of the sampler is its own.
+        self._queries, self._positions = [*self._queries, picked], [*self._positions, first + places]
 
     def crop(self, num_tokens: int) -> None:
         """Forget the queries of all but the first ``num_tokens`` tokens."""
         kept = [positions < num_tokens for positions in self._positions]
-        self._queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, kept, strict=True)]
-        self._positions = [positions[keep] for positions, keep in zip(self._positions, kept, strict=True)]
+        queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, kept, strict=True)]
+        positions = [positions[keep] for positions, keep in zip(self._positions, kept, strict=True)]
+        self._queries, self._positions = queries, positions
 
     def map_batch(self, function: TensorFunction) -> None:
         """Apply ``function`` along the batch dimension."""

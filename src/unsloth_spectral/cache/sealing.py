@@ -62,7 +62,7 @@ class Sealing:
             sealed = self.sealer.seal(self.tokens.slice(start, stop), real, self.observe(start, stop))
         except InvalidArgumentError:
             raise
-        except RuntimeError as error:  # a LinAlgError, or no memory for the factorization
+        except (RuntimeError, MemoryError) as error:  # a LinAlgError, or no memory for the factorization
             logger.warning("%d tokens could not be factorized together: %s", stop - start, error)
             return None
         if sealed is not None and not sealed.is_finite:  # finite tokens whose squares overflow

@@ -1,0 +1,228 @@
+"""Random histories of a cache layer, by either codec, against a dense model of it: plain tensors and plain counting.
+
+A failure prints the shortest history that shows it, a ``@reproduce_failure`` line which, put above ``histories``, runs
+that history again, and a seed: ``HISTORIES_SEED=N pytest ...`` repeats the whole run.
+"""
+
+import copy
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.integrations.huggingface.cache import SpectralCacheLayer
+from unsloth_spectral.rope import Rotation, rotate
+
+HEAD_DIM, QUERY_HEADS, BLOCK, RESIDUAL, UNIT = 8, 2, 128, 16, 128
+LONGEST, MOST_ROWS, ROOM = 700, 3, 4096
+# At eight bits, and at full rank in int8: a wrong, lost or moved token is an error of about 1.
+NEAR, WORST = 0.05, 0.25
+FIRST = torch.arange(HEAD_DIM // 2)
+GENERATOR = torch.Generator().manual_seed(0)
+# Drawing numbers is most of what a sequence would cost: all take theirs from one pool, from a place of their own.
+POOL = torch.randn(3, 2 * ROOM, HEAD_DIM, generator=GENERATOR)
+ANGLES = torch.arange(ROOM)[:, None] * 100.0 ** (-FIRST / len(FIRST))
+TABLE = torch.polar(torch.ones_like(ANGLES), ANGLES)[None]
+
+CONFIGS = {
+    "rotated": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
+    "unrotated": SpectralConfig(
+        block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8, num_sink_tokens=0, key_frame="unrotated"
+    ),
+    "rank": SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, 3, RESIDUAL),
+}
+
+# What lies just below, at and just past the sizes at which tokens are sealed, and anything else.
+EDGES = sorted(
+    {edge + more for edge in (UNIT, BLOCK + RESIDUAL, BLOCK + RESIDUAL + 4, 2 * BLOCK) for more in (-1, 0, 1)}
+)
+lengths = st.one_of(st.integers(1, 5), st.sampled_from(EDGES), st.integers(1, LONGEST))
+fed = st.tuples(st.just("feed"), lengths)  # appended and sealed, as attention does it
+operations = st.one_of(
+    fed,
+    fed,
+    fed,
+    fed,
+    st.tuples(st.just("append"), lengths),
+    st.tuples(st.just("decode"), st.integers(1, 9)),
+    st.tuples(st.just("seal"), st.none()),
+    st.tuples(st.just("crop"), st.integers(0, 20)),
+    st.tuples(st.just("crop"), lengths),
+    st.tuples(st.just("reorder"), st.permutations(range(MOST_ROWS))),
+    st.tuples(st.just("select"), st.lists(st.integers(0, MOST_ROWS - 1), min_size=1, max_size=MOST_ROWS)),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("deepcopy"), st.none()),
+    st.tuples(st.just("reset"), st.none()),
+)
+
+
+def rotation_of(start: int, count: int) -> Rotation:
+    return Rotation.of(TABLE[:, start : start + count], FIRST, FIRST + len(FIRST))
+
+
+@dataclass
+class Dense:
+    """The cache as it should be: all tokens, and how many of them are in which tier."""
+
+    config: SpectralConfig
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
+    values: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
+    num_sinks: int = 0
+    num_cold: int = 0
+    newest: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def rows(self) -> int:
+        return len(self.keys)
+
+    def seal(self) -> None:
+        """Whole blocks older than the residual; at first also what a prefill of many tokens has of whole units."""
+        sealed = self.num_sinks + self.num_cold > 0
+        sinks = self.num_sinks if sealed else self.config.num_sink_tokens
+        old = self.num_tokens - sinks - self.num_cold - self.config.residual_length
+        unit = BLOCK if self.config.codec == "rank" else UNIT
+        is_due = old >= BLOCK or (not sealed and self.newest >= unit and old >= unit)
+        if is_due:
+            self.num_sinks = sinks
+            self.num_cold += old // (BLOCK if sealed else unit) * (BLOCK if sealed else unit)
+
+    def crop(self, num_tokens: int) -> None:
+        self.keys, self.values = self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens]
+        if num_tokens < self.num_sinks or num_tokens == 0:
+            self.num_sinks = self.num_cold = 0
+        self.num_cold = min(self.num_cold, num_tokens - self.num_sinks)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Pair:
+    """A layer and its dense model, which take the same operations."""
+
+    def __init__(self, config: SpectralConfig) -> None:
+        self.layer, self.dense, self.place = SpectralCacheLayer(config, make_sealers(config, 1)[0]), Dense(config), 0
+
+    def run(self, kind: str, amount: Any) -> None:
+        if kind in ("append", "feed"):
+            self.append(amount)
+        elif kind == "decode":
+            for _ in range(amount):
+                self.run("feed", 1)
+        if kind in ("feed", "seal"):
+            self.layer.spectral.seal()
+            self.dense.seal()
+        elif kind == "crop":
+            kept = max(0, self.dense.num_tokens - amount)
+            self.layer.crop(-amount)
+            if kept < self.dense.num_tokens:
+                self.dense.crop(kept)
+            self.dense.seal()  # as `crop` does, for assisted decoding
+        elif kind == "reset":
+            self.layer.reset()
+            self.dense = Dense(self.dense.config)
+        elif kind == "deepcopy":
+            self.layer = copy.deepcopy(self.layer)
+        elif kind in ("reorder", "select", "repeat") and self.dense.num_tokens:
+            self.map_batch(kind, amount)
+
+    def append(self, count: int) -> None:
+        count = min(count, ROOM - self.dense.num_tokens)
+        if not count:
+            return
+        start, rows = self.dense.num_tokens, self.dense.rows
+        self.place = (self.place + 997) % (ROOM - rows)
+        x, values, query = (
+            torch.stack([pool[self.place + row : self.place + row + count] for row in range(rows)])[:, None]
+            for pool in POOL
+        )
+        rotation = rotation_of(start, count)
+        keys = rotate(x + 2 * POOL[0, 0], TABLE[:, None, start : start + count], rotation)
+        self.layer.update(keys, values.clone())
+        self.layer.spectral.observe(query.expand(-1, QUERY_HEADS, -1, -1) / 4, rotation)
+        self.dense.keys = torch.cat([self.dense.keys, keys], 2)
+        self.dense.values = torch.cat([self.dense.values, values], 2)
+        self.dense.newest = count
+
+    def map_batch(self, kind: str, amount: Any) -> None:
+        rows = self.dense.rows
+        if kind == "repeat":
+            amount = amount if rows * amount <= MOST_ROWS else 1
+            self.layer.batch_repeat_interleave(amount)
+            self.dense.select(torch.arange(rows).repeat_interleave(amount))
+            return
+        picked = torch.tensor(
+            [row for row in amount if row < rows] if kind == "reorder" else [r % rows for r in amount]
+        )
+        (self.layer.reorder_cache if kind == "reorder" else self.layer.batch_select_indices)(picked)
+        self.dense.select(picked)
+
+    def check(self, allocated_bytes: Callable[[Any], int]) -> None:
+        layer, dense = self.layer.spectral, self.dense
+        assert self.layer.get_seq_length() == layer.num_tokens == dense.num_tokens
+        stats = layer.stats()
+        assert stats.num_tokens == dense.num_tokens
+        assert stats.sealed_tokens == dense.num_cold
+        assert stats.exact_blocks == 0
+        assert stats.stored_bytes == stats.sink_bytes + stats.cold_bytes + stats.residual_bytes
+        # All that is held, but for the plan of the basis in no block and the steps of positions that pieces share.
+        assert abs(allocated_bytes(layer) - stats.stored_bytes) <= 0.05 * stats.stored_bytes + 2000
+        if not dense.num_tokens:
+            assert layer.is_empty
+            assert stats.stored_bytes == 0
+            return
+        assert stats.dense_bytes == 4 * stats.elements == 4 * (dense.keys.numel() + dense.values.numel())
+        cold = slice(dense.num_sinks, dense.num_sinks + dense.num_cold)
+        tiers = [block.num_tokens for block in layer.blocks]
+        assert sum(tiers) == dense.num_tokens
+        assert (tiers[0] if isinstance(layer.blocks[0], ExactBlock) else 0) >= dense.num_sinks
+        for found, came in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
+            assert found.shape == came.shape
+            assert torch.equal(found[:, :, : cold.start], came[:, :, : cold.start]), "sinks are exact"
+            assert torch.equal(found[:, :, cold.stop :], came[:, :, cold.stop :]), "the residual is exact"
+            if dense.num_cold:
+                size = came[:, :, cold].norm(dim=-1)
+                error = (found[:, :, cold] - came[:, :, cold]).norm(dim=-1)
+                assert float(error.norm() / size.norm()) < NEAR
+                assert float(error.max() / size.mean()) < WORST, "a token is lost or out of its place"
+        start = 0
+        for block in layer.blocks:
+            if isinstance(block, CodedBlock) and block.keys.rotation is not None:
+                table = block.keys.rotation.table()
+                assert float((table - TABLE[:, start : start + block.num_tokens]).abs().max()) < 1e-2
+            start += block.num_tokens
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_step_of_a_history_is_that_of_a_dense_cache(name: str, allocated_bytes: Callable[[Any], int]) -> None:
+    sealed: list[bool] = []
+    number = int(os.environ.get("HISTORIES_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"HISTORIES_SEED={number}")  # shown with a failure
+
+    @seed(number)
+    @settings(deadline=None, max_examples=700, print_blob=True)
+    @given(prefill=st.sampled_from([3, *EDGES, LONGEST]), history=st.lists(operations, min_size=6, max_size=16))
+    def histories(prefill: int, history: list[tuple[str, Any]]) -> None:
+        pair, most_cold = Pair(CONFIGS[name]), 0
+        for kind, amount in [("feed", prefill), *history]:
+            pair.run(kind, amount)
+            pair.check(allocated_bytes)
+            most_cold = max(most_cold, pair.dense.num_cold)
+        sealed.append(most_cold > 0)
+
+    histories()
+    assert len(sealed) >= 700
+    assert sum(sealed) > len(sealed) / 2, "a history in which nothing is sealed shows little"
