@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow eval bench wheel clean
+.PHONY: help demo test test-slow models eval bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ test: $(STAMP) ## ruff, mypy and the fast tests
 
 test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
+
+models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
+	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \
+	$(BIN)/python tests/families/table.py $(VENV)/models.json > docs/models.md && exit $$status
 
 eval: $(STAMP) ## every method on the fidelity task and the report: about half an hour on 2 cores
 	$(BIN)/pip install -q -c constraints.txt 'optimum-quanto>=0.2.7' 'hqq>=0.2.8'

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from families.lossless import unrounded_encode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from unsloth_spectral.codec import block as block_module
 from unsloth_spectral.integrations.models import EMBEDDED_PACKAGE, LoadedModel, load_model
 
 
@@ -51,6 +53,16 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(LlamaConfig(**{**options, **overrides})).eval()
 
     return build
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full rank only the order of additions is then left between a spectral and a dense cache.
+
+    Rounding to int8 moves logits by some hundredths, which decides between two of 128 random tokens often enough;
+    without it tokens must be equal, and every mistake in order, mask or bookkeeping is seen.
+    """
+    monkeypatch.setattr(block_module.rank_codec, "encode", unrounded_encode)
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BloomConfig,
-    BloomForCausalLM,
     CLIPVisionConfig,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
     DynamicCache,
-    FalconConfig,
-    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -30,7 +22,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -337,32 +333,11 @@ def test_encoders_and_bare_models_are_refused() -> None:
     refused(LlamaModel(LlamaConfig(**SMALL)), "cannot generate")
 
 
-def test_models_outside_the_attention_interface_are_refused() -> None:
-    falcon = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    refused(FalconForCausalLM(falcon), "AttentionInterface")
-    refused(BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)), "AttentionInterface")
-
-
-def test_latent_attention_is_refused() -> None:
-    config = DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4},
-        moe_intermediate_size=16,
-        n_routed_experts=2,
-        num_experts_per_tok=1,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=2,
-    )
-    refused(DeepseekV3ForCausalLM(config), "latent attention")
-
-
-def test_models_that_read_keys_themselves_are_refused() -> None:
-    refused(DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)))
+def test_models_that_take_no_cache_are_refused() -> None:
+    rwkv = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    refused(RwkvForCausalLM(rwkv), "takes no transformers Cache")
+    gpt = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    refused(OpenAIGPTLMHeadModel(gpt), "takes no transformers Cache")
 
 
 def test_models_without_a_full_attention_layer_are_refused() -> None:

@@ -6,60 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from families.models import HEAD_DIM, build
+from transformers import DynamicCache, PreTrainedModel
 
 from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.switch import disable, enable
 from unsloth_spectral.rope import Rotation, unrotate
 
-HEAD_DIM = 16
-COMMON: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
+# With a window as long as the texts all layers keep all keys.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Phi": {},  # rotates a part of each head
+    "GPT-NeoX": {},  # fused, and a part
+    "GLM": {},  # interleaved, and a part
+    "Gemma 2": {"sliding_window": 1000},
+    "StableLM": {},
+    "Cohere": {},  # interleaved
+    "Llama, linear RoPE": {},
+    "Llama, dynamic RoPE": {"max_position_embeddings": 256},
+    "Llama, yarn RoPE": {},
+    "Llama, llama3 RoPE": {},
 }
-
-
-def scaled(kind: str, **options: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
-
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "phi (partial)": ("phi", scaled("default", partial_rotary_factor=0.5)),
-    "gpt_neox (fused, partial)": ("gpt_neox", {}),
-    "glm (interleaved, partial)": ("glm", {}),
-    "gemma2": ("gemma2", {"sliding_window": 1000}),
-    "stablelm (partial)": ("stablelm", {}),
-    "cohere (interleaved)": ("cohere", {}),
-    "llama linear": ("llama", scaled("linear", factor=4.0)),
-    "llama dynamic": ("llama", scaled("dynamic", factor=2.0)),
-    "llama yarn": ("llama", scaled("yarn", factor=4.0, original_max_position_embeddings=64)),
-    "llama llama3": (
-        "llama",
-        scaled(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        ),
-    ),
-}  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-def build(kind: str, options: dict[str, Any], seed: int = 0) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **options})).eval()
 
 
 def attention_of(model: PreTrainedModel) -> list[Any]:
@@ -100,21 +69,21 @@ class Reader:
         return hook
 
 
-def projected(kind: str, output: torch.Tensor) -> torch.Tensor:
+def projected(family: str, output: torch.Tensor) -> torch.Tensor:
     """``[B, H, n, D]`` keys before rotation, from what the projection gave."""
-    if kind == "gpt_neox":  # queries, keys and values of a head lie side by side
+    if family == "GPT-NeoX":  # queries, keys and values of a head lie side by side
         return output.unflatten(-1, (-1, 3 * HEAD_DIM)).transpose(1, 2)[..., HEAD_DIM : 2 * HEAD_DIM]
     return output.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
 
 
-def check(kind: str, reader: Reader, cache: DynamicCache, assert_close: Callable[..., None], count: int) -> None:
+def check(family: str, reader: Reader, cache: DynamicCache, assert_close: Callable[..., None], count: int) -> None:
     """The newest ``count`` keys of every layer."""
-    assert sorted(reader.rotations) == [0, 1]
+    assert sorted(reader.rotations) == list(range(len(cache.layers)))
     for index, rotation in reader.rotations.items():
         assert rotation is not None, "no rotation was read"
         assert rotation.num_tokens == count
         keys = cache.layers[index].keys[..., -count:, :]
-        plain = projected(kind, reader.keys[index])
+        plain = projected(family, reader.keys[index])
         assert_close(unrotate(keys, rotation.table()[:, None], rotation), plain, 1e-3)
         # Nothing to undo would pass, too.
         assert not torch.allclose(keys, plain, atol=0.05)
@@ -127,46 +96,44 @@ def ids(batch: int = 1, length: int = 80) -> torch.Tensor:
 @families
 @torch.no_grad()
 def test_a_prefill_and_a_step(family: str, assert_close: Callable[..., None]) -> None:
-    kind, options = FAMILIES[family]
-    model = build(kind, options)
+    model = build(family, **FAMILIES[family])
     reader, cache = Reader(model), DynamicCache(config=model.config)
     model(ids(), past_key_values=cache)
-    check(kind, reader, cache, assert_close, 80)
+    check(family, reader, cache, assert_close, 80)
     rotation = reader.rotations[0]
     assert rotation is not None
     assert rotation.step is not None, "even positions are kept as a few numbers"
     model(ids(length=1), past_key_values=cache)
-    check(kind, reader, cache, assert_close, 1)
+    check(family, reader, cache, assert_close, 1)
     model(ids(length=37), past_key_values=cache)
-    check(kind, reader, cache, assert_close, 37)
+    check(family, reader, cache, assert_close, 37)
 
 
 @families
 @torch.no_grad()
 def test_left_padding(family: str, assert_close: Callable[..., None]) -> None:
-    kind, options = FAMILIES[family]
-    model, mask = build(kind, options), torch.ones(3, 80, dtype=torch.int64)
+    model, mask = build(family, **FAMILIES[family]), torch.ones(3, 80, dtype=torch.int64)
     mask[1, :30], mask[2, :71] = 0, 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     reader, cache = Reader(model), DynamicCache(config=model.config)
     model(ids(3), attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-    check(kind, reader, cache, assert_close, 80)
+    check(family, reader, cache, assert_close, 80)
     rotation = reader.rotations[0]
     assert rotation is not None
     assert len(rotation.table()) == 3
     mask = torch.cat([mask, mask.new_ones(3, 1)], -1)
     model(ids(3, 1), attention_mask=mask, position_ids=position_ids[:, -1:] + 1, past_key_values=cache)
-    check(kind, reader, cache, assert_close, 1)
+    check(family, reader, cache, assert_close, 1)
 
 
 @torch.no_grad()
 def test_tables_that_change_with_length_are_read_anew(assert_close: Callable[..., None]) -> None:
-    model = build("llama", scaled("dynamic", factor=4.0))
+    model = build("Llama, dynamic RoPE", max_position_embeddings=256)
     reader, cache = Reader(model), DynamicCache(config=model.config)
     model(ids(length=200), past_key_values=cache)
     short = reader.rotations[0]
     model(ids(length=200), past_key_values=cache)
-    check("llama", reader, cache, assert_close, 200)
+    check("Llama", reader, cache, assert_close, 200)
     longer = reader.rotations[0]
     assert short is not None
     assert longer is not None
@@ -177,7 +144,7 @@ def test_tables_that_change_with_length_are_read_anew(assert_close: Callable[...
 
 @torch.no_grad()
 def test_sizes_other_than_one_are_kept() -> None:
-    model = build("llama", FAMILIES["llama yarn"][1])
+    model = build("Llama, yarn RoPE")
     reader = Reader(model)
     model(ids(), use_cache=False)
     rotation = reader.rotations[0]
@@ -187,7 +154,7 @@ def test_sizes_other_than_one_are_kept() -> None:
 
 @torch.no_grad()
 def test_layers_share_one_rotation() -> None:
-    reader = Reader(model := build("llama", {}))
+    reader = Reader(model := build("Llama"))
     model(ids(), use_cache=False)
     assert reader.rotations[0] is reader.rotations[1]
     assert reader.rotations[0] is not None
@@ -195,13 +162,13 @@ def test_layers_share_one_rotation() -> None:
 
 @torch.no_grad()
 def test_none_without_rotary_embeddings() -> None:
-    model = build("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128})
+    model = build("GPT-2")
     found, hooks = [], []
     enable(model)
     for module in attention_of(model):
         hooks.append(module.register_forward_hook(lambda module, _, __: found.append(rotation_of(module, HEAD_DIM))))
     # A model with them, asked before in the same thread, leaves nothing behind.
-    other = build("llama", {})
+    other = build("Llama")
     reader = Reader(other)
     other(ids(), use_cache=False)
     assert reader.rotations[0] is not None
@@ -211,12 +178,12 @@ def test_none_without_rotary_embeddings() -> None:
 
 @torch.no_grad()
 def test_none_outside_a_forward_pass_of_the_module_and_without_hooks() -> None:
-    model = build("llama", {})
+    model = build("Llama")
     first, second = attention_of(model)
     reader = Reader(model)
     model(ids(), use_cache=False)
     assert rotation_of(first, HEAD_DIM) is None, "the last pass was the second layer's"
-    assert rotation_of(build("llama", {}).model.layers[1].self_attn, HEAD_DIM) is None
+    assert rotation_of(build("Llama").model.layers[1].self_attn, HEAD_DIM) is None
     reader.close()
     disable(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -230,7 +197,7 @@ def test_none_outside_a_forward_pass_of_the_module_and_without_hooks() -> None:
 
 @torch.no_grad()
 def test_two_threads_do_not_mix(assert_close: Callable[..., None]) -> None:
-    models = [build("llama", {}), build("llama", scaled("linear", factor=7.0), seed=1)]
+    models = [build("Llama"), build("Llama, linear RoPE", seed=1)]
     readers = [Reader(model) for model in models]
     barrier, errors = threading.Barrier(2), []
     for model in models:
@@ -244,7 +211,7 @@ def test_two_threads_do_not_mix(assert_close: Callable[..., None]) -> None:
                 for length in (50, 61):
                     cache = DynamicCache(config=model.config)
                     model(ids(length=length), past_key_values=cache)
-                    check("llama", reader, cache, assert_close, length)
+                    check("Llama", reader, cache, assert_close, length)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

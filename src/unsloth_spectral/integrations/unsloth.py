@@ -1,78 +1,41 @@
 """The one line: ``patch_unsloth_attention(model)``, for Unsloth and plain Hugging Face models alike."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.integrations.huggingface.cache import SpectralCache
-from unsloth_spectral.integrations.huggingface.support import check_model
-from unsloth_spectral.integrations.huggingface.switch import disable, enable
-
-_WRAPPED = "_prepare_cache_for_generation"
-_STATE = "_unsloth_spectral_patch"
-
-
-@dataclass(slots=True)
-class _Patch:
-    """The options of the last patch, and the instance's own method from before the first, if it had one."""
-
-    config: SpectralConfig
-    previous: Callable[..., Any] | None
+from unsloth_spectral.integrations.options import config_of
+from unsloth_spectral.integrations.patching import patch, restore
 
 
 def patch_unsloth_attention(
-    model: PreTrainedModel, block_size: int = 512, k_rank_keys: int = 16, k_rank_values: int = 32
+    model: PreTrainedModel,
+    block_size: int | None = None,
+    k_rank_keys: int | None = None,
+    k_rank_values: int | None = None,
+    *,
+    preset: str | None = None,
+    config: SpectralConfig | None = None,
 ) -> None:
     """Give every ``model.generate(...)`` call from now on a fresh spectral cache, with no other change of code.
 
     A call that brings its own ``past_key_values``, or ``use_cache=False``, is left alone. Patching again only changes
-    the options.
+    the options. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
 
     Args:
-        model: a decoder-only transformers model that uses the AttentionInterface.
-        block_size: tokens sealed together.
-        k_rank_keys, k_rank_values: singular vectors kept per block and head.
+        model: a decoder-only transformers model.
+        block_size: tokens sealed together, 512 if not given.
+        k_rank_keys, k_rank_values: singular vectors kept per block and head; 16 and 32 if only the other is given.
+        preset: ``"quality"``, ``"balanced"`` or ``"small"``.
+        config: all options, in place of the others.
 
     Raises:
-        InvalidArgumentError: an option is out of its range.
+        InvalidArgumentError: an option is out of its range, or given together with another that excludes it.
         UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
     """
-    config = SpectralConfig(rank_keys=k_rank_keys, rank_values=k_rank_values, block_size=block_size)
-    check_model(model, config)
-    enable(model)
-    if _STATE not in vars(model):
-        setattr(model, _STATE, _Patch(config, vars(model).get(_WRAPPED)))
-    vars(model)[_STATE].config = config
-    # A bound method: a deepcopy of the model gets one bound to itself.
-    setattr(model, _WRAPPED, MethodType(_prepare_cache, model))
+    ranks = {"rank_keys": k_rank_keys, "rank_values": k_rank_values}
+    patch(model, config_of(config, preset=preset, block_size=block_size, **ranks))
 
 
 def unpatch_unsloth_attention(model: PreTrainedModel) -> None:
     """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
-    patch: _Patch | None = vars(model).get(_STATE)
-    if patch is not None:
-        delattr(model, _STATE)
-        delattr(model, _WRAPPED)
-        if patch.previous is not None:
-            setattr(model, _WRAPPED, patch.previous)
-    disable(model)
-
-
-def _prepare_cache(
-    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
-    patch: _Patch = vars(model)[_STATE]
-    own_cache = model_kwargs.get("past_key_values") is not None
-    if own_cache or generation_config.use_cache is False:
-        original = patch.previous or MethodType(getattr(type(model), _WRAPPED), model)
-        return original(generation_config, model_kwargs, *args, **kwargs)
-    enable(model)
-    cache = SpectralCache(model, config=patch.config)
-    if generation_config.is_assistant:
-        cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
-    return None
+    restore(model)

@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from unsloth_spectral.attention import dispatch
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
+from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
@@ -47,17 +48,14 @@ def attend(
     if not isinstance(key, CompressedStates):
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
     layer = key.layer
-    padding = None
-    if not layer.is_sealed:
-        padding = _left_padding(attention_mask)
-        layer.note_padding(padding)
-    if layer.config.codec == "spectral":
-        is_prefill = query.shape[2] == layer.num_tokens
-        rotation = rotation_of(module, query.shape[-1], padding if is_prefill else None)
-        layer.observe(query.detach() * options.scaling, rotation)
+    if not key.was_read:
+        _observe(module, query, attention_mask, options, layer)
+        key.was_read = True
+    query_length = query.shape[2]
+    if attention_mask is None and query_length > 1 and (layer.is_sealed or query_length < layer.num_tokens):
+        # Torch's SDPA takes fewer queries than keys for those of the first tokens, not of the newest.
+        attention_mask = causal_mask(query_length, layer.num_tokens, query.device)
     if layer.is_sealed:
-        if attention_mask is None and query.shape[2] > 1:
-            attention_mask = causal_mask(query.shape[2], layer.num_tokens, query.device)
         output = _attend_blocks(query, layer.blocks, layer.arrange_mask(attention_mask), options)
     else:
         # Everything is exact and in one piece: the model's own arithmetic, so short contexts answer as ever.
@@ -66,6 +64,20 @@ def attend(
     if key.seal_after:
         layer.seal()
     return output, None
+
+
+def _observe(
+    module: nn.Module, query: Tensor, mask: Tensor | None, options: ScoreOptions, layer: SpectralLayer
+) -> None:
+    """Let ``layer`` know the padding, positions and queries of its newest tokens."""
+    padding = None
+    if not layer.is_sealed:
+        padding = _left_padding(mask)
+        layer.note_padding(padding)
+    if layer.config.codec == "spectral":
+        is_prefill = query.shape[2] == layer.num_tokens
+        rotation = rotation_of(module, query.shape[-1], padding if is_prefill else None)
+        layer.observe(query.detach() * options.scaling, rotation)
 
 
 def _attend_dense(

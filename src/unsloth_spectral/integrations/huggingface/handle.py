@@ -14,13 +14,16 @@ class CompressedStates:
     Attributes:
         layer: the layer, the newest tokens already in it.
         seal_after: whether to seal once those tokens have been attended to.
+        was_read: whether attention has read it. In some models several layers share one layer's keys: only the first,
+            which made them, says where they stand.
     """
 
-    __slots__ = ("layer", "seal_after")
+    __slots__ = ("layer", "seal_after", "was_read")
 
     def __init__(self, layer: SpectralLayer, seal_after: bool) -> None:
         self.layer = layer
         self.seal_after = seal_after
+        self.was_read = False
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copy, pickle and torch probe for these and expect an AttributeError

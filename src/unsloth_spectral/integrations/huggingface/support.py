@@ -1,4 +1,7 @@
-"""Which models can carry a spectral cache."""
+"""Which models can carry a spectral cache, and which of them need their keys and values rebuilt."""
+
+import inspect
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
@@ -7,12 +10,12 @@ from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
 
 SUPPORTED = (
-    "supported are decoder-only transformers models that use the AttentionInterface and have full-attention layers, "
-    "for example Llama, Mistral, Qwen2, Qwen3, Gemma 2, Phi-3, SmolLM"
+    "supported are decoder-only transformers models that have full-attention layers, for example Llama, Mistral, "
+    "Qwen2, Qwen3, Gemma 2, Phi-3, SmolLM"
 )
 
-# Their attention modules slice or split what `update` returns.
-_READ_THEIR_KEYS = ("diffllama",)
+# Their attention modules slice, split or repeat what `update` returns.
+_READ_THEIR_KEYS = ("diffllama", "doge", "jetmoe")
 
 
 def check_model(model: object, config: SpectralConfig) -> None:
@@ -28,9 +31,37 @@ def check_model(model: object, config: SpectralConfig) -> None:
     reason = _obstacle(model)
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}; {SUPPORTED}")
-    text_config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    config.check_head_dim(head_dim)
+    for layer in _full_attention_layers(model):
+        if not getattr(layer, "kv_lora_rank", None):  # latents are no heads: the cache checks its first tokens
+            config.check_head_dim(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+
+def why_materialised(model: PreTrainedModel) -> str | None:
+    """What keeps ``model`` from the spectral attention function, so that its keys and values are rebuilt for it, as the
+    end of a sentence; None where that function serves."""
+    if not model._can_set_attn_implementation():
+        return "does not use transformers' AttentionInterface"
+    if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
+        return "uses multi-head latent attention, which expands what it caches"
+    if model.config.get_text_config(decoder=True).model_type in _READ_THEIR_KEYS:
+        return "computes with its keys and values before attention"
+    return None
+
+
+def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The configurations of the layers that are to be spectral: sizes may differ from layer to layer."""
+    config = model.config.get_text_config(decoder=True)
+    layer_types = get_layer_types_and_kwargs(config)[0]
+    return [
+        layer
+        # An early exit makes a model of the first layers; its list of types may go on.
+        for layer, layer_type in zip(config.per_layer_config, layer_types, strict=False)
+        if layer_type == "full_attention"
+    ]
+
+
+def _supports_cache(kind: Any) -> bool:
+    return bool(kind._supports_default_dynamic_cache())
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -39,14 +70,10 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "is an encoder-decoder"
     if not model.can_generate():
         return "cannot generate (it has no language-model head)"
-    if not model._can_set_attn_implementation():
-        return "does not use transformers' AttentionInterface"
-    text_config = model.config.get_text_config(decoder=True)
-    if getattr(text_config, "kv_lora_rank", None):
-        return "uses multi-head latent attention, whose cache is low-rank already"
-    if text_config.model_type in _READ_THEIR_KEYS:
-        return "computes with its keys and values before attention, which a compressed cache does not hand out"
-    layer_types = get_layer_types_and_kwargs(text_config)[0]
+    forward = inspect.signature(type(model).forward)
+    if "past_key_values" not in forward.parameters or not _supports_cache(type(model)):
+        return "takes no transformers Cache"
+    layer_types = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]
     unknown = sorted(set(layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING))
     if unknown:
         return f"has layers of unknown type {', '.join(unknown)}"

@@ -1,23 +1,30 @@
 """Giving a model the spectral attention function, and giving back its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.rotary import note
+from unsloth_spectral.integrations.huggingface.support import why_materialised
 
 ATTENTION_NAME = "unsloth_spectral"
 _STATE = "_unsloth_spectral_switch"
+
+
+# Configuration objects, each with its attention implementation.
+_Implementations: TypeAlias = tuple[tuple[Any, str | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Switched:
     """Every configuration object of a model with the attention implementation it had, and the hooks put on."""
 
-    implementations: tuple[tuple[Any, str | None], ...]
+    implementations: _Implementations
     hooks: tuple[Any, ...]
 
 
@@ -27,15 +34,17 @@ def is_enabled(model: PreTrainedModel) -> bool:
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Let ``model`` attend through ``attend``; harmless where it does already."""
-    if is_enabled(model):
+    """Let ``model`` attend through ``attend``; harmless where it does already.
+
+    A model that is handed rebuilt keys and values keeps its own attention.
+    """
+    if is_enabled(model) or why_materialised(model) is not None:
         return
     AttentionInterface.register(ATTENTION_NAME, attend)
     # Without a mask function of the same name padding would be ignored without a word.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     if _STATE not in vars(model):
-        configs = {id(config): config for config in _configs(model)}
-        before = tuple((config, config._attn_implementation_internal) for config in configs.values())
+        before = _implementations(model)
         attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
         hooks = tuple(module.register_forward_pre_hook(note, with_kwargs=True) for module in attention)
         setattr(model, _STATE, _Switched(before, hooks))
@@ -49,11 +58,33 @@ def disable(model: PreTrainedModel) -> None:
     switched: _Switched | None = vars(model).get(_STATE)
     if switched is None:
         return
-    for config, implementation in switched.implementations:
-        config._attn_implementation_internal = implementation
+    _assign(switched.implementations)
     for hook in switched.hooks:
         hook.remove()
     delattr(model, _STATE)
+
+
+@contextmanager
+def remembered(model: PreTrainedModel) -> Iterator[None]:
+    """Give ``model`` back as it is now: switched as it is, or not at all."""
+    was_switched, before = _STATE in vars(model), _implementations(model)
+    try:
+        yield
+    finally:
+        if was_switched:
+            _assign(before)
+        else:
+            disable(model)
+
+
+def _implementations(model: PreTrainedModel) -> _Implementations:
+    configs = {id(config): config for config in _configs(model)}
+    return tuple((config, config._attn_implementation_internal) for config in configs.values())
+
+
+def _assign(implementations: _Implementations) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

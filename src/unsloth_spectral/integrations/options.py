@@ -1,0 +1,24 @@
+"""The options of a cache, however they are given."""
+
+from typing import Any
+
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.errors import InvalidArgumentError
+
+
+def config_of(config: SpectralConfig | None, **options: Any) -> SpectralConfig:
+    """``config``, or one of those ``options`` that are given (not None).
+
+    Raises:
+        InvalidArgumentError: both are given, or an option is out of its range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is None:
+        return SpectralConfig(**given)
+    if not isinstance(config, SpectralConfig):
+        raise InvalidArgumentError(
+            f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...)"
+        )
+    if given:
+        raise InvalidArgumentError(f"{', '.join(given)} and config both say how to compress: give one of them")
+    return config

@@ -1,0 +1,44 @@
+"""``with spectral(model):``, the patch for a scope."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.integrations.huggingface.support import check_model
+from unsloth_spectral.integrations.huggingface.switch import remembered
+from unsloth_spectral.integrations.options import config_of
+from unsloth_spectral.integrations.patching import patch, patched, unpatch
+
+
+@contextmanager
+def spectral(
+    model: PreTrainedModel, *, preset: str | None = None, config: SpectralConfig | None = None
+) -> Iterator[PreTrainedModel]:
+    """Within the scope every ``model.generate(...)`` gets a fresh spectral cache; afterwards the model is as before.
+
+    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. A cache made in the scope is read by
+    the model's spectral attention function, so it is not for use after it.
+
+    Args:
+        model: a decoder-only transformers model that uses the AttentionInterface; the scope's value.
+        preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
+        config: bits or ranks, block size and exact tiers.
+
+    Raises:
+        InvalidArgumentError: an option is out of its range, or both are given.
+        UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
+    """
+    chosen = config_of(config, preset=preset)
+    check_model(model, chosen)
+    with remembered(model):
+        before = patched(model)
+        patch(model, chosen)
+        try:
+            yield model
+        finally:
+            if before is None:
+                unpatch(model)
+            else:
+                patch(model, before)

@@ -1,0 +1,98 @@
+"""Half precision and lossy presets: as near to the dense cache as the dtype, or the bits, explain."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families.lossless import BLOCK, LOSSLESS, dense_cache, sealed_tokens, token_ids
+from families.models import FAMILIES, build, served
+from transformers import PreTrainedModel
+
+from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.codec.config import PRESETS
+
+Check = Callable[..., None]
+STEPS, PADDING = 8, 40
+
+
+@torch.no_grad()
+def forced_logits(model: PreTrainedModel, past: Any, length: int, unseen: slice | None = None) -> torch.Tensor:
+    """Logits ``[2, STEPS, vocabulary]`` of tokens given one by one after two prompts, in float32.
+
+    One is padded on the left to the ``length`` of the other. Later ones do not see the tokens that are ``unseen``.
+    """
+    ids, mask = token_ids(2, length), torch.ones(2, length, dtype=torch.int64)
+    ids[1, :PADDING], mask[1, :PADDING] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    model(ids, past_key_values=past, attention_mask=mask, position_ids=positions)
+    if unseen is not None:
+        mask[:, unseen] = 0
+    given, found = token_ids(2, STEPS, seed=1), []
+    positions = positions[:, -1:]
+    for step in range(STEPS):
+        mask, positions = torch.cat([mask, mask.new_ones(2, 1)], -1), positions + 1
+        found.append(model(given[:, [step]], past_key_values=past, attention_mask=mask, position_ids=positions).logits)
+    return torch.cat(found, 1).float()
+
+
+def divergence(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """KL of ``found`` from ``exact`` for each token, in nats."""
+    p, q = exact.double().log_softmax(-1), found.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize(("family", "name"), [cell for name in ("bfloat16", "float16") for cell in served(name)])
+@pytest.mark.usefixtures("unrounded")
+def test_half_precision(family: str, name: str, cell: Check) -> None:
+    cell(family, name, "works")
+    dtype, length = getattr(torch, name), 86
+    # All experts at once: two that are nearly as good would be chosen between by a rounding.
+    row = FAMILIES[family]
+    chosen = "num_experts_per_tok" in row.options and not row.is_materialised
+    options = {"num_experts_per_tok": 4} if chosen else {}
+    single = build(family, **options)
+    exact = forced_logits(single, dense_cache(single), length)
+    plain, model = build(family, **options).to(dtype), build(family, **options).to(dtype)
+    dense = forced_logits(plain, dense_cache(plain), length)
+    spectral = SpectralCache(model, config=LOSSLESS)
+    found = forced_logits(model, spectral, length)
+    assert min(sealed_tokens(spectral)) >= 4 * BLOCK
+    assert found.isfinite().all()
+    # What the dtype costs the dense cache, it may cost the spectral one, in the mean and at most.
+    cost, own = (dense - exact).abs(), (found - exact).abs()
+    assert cost.max() > 0, "nothing was computed in half precision"
+    assert own.mean() < 1.25 * cost.mean()
+    assert own.max() < 2 * cost.max()
+    # Where the best token leads by more than both can err, it is chosen.
+    best = exact.topk(2, -1)
+    unique = best.values[..., 0] - best.values[..., 1] > 2 * torch.maximum(cost.max(), own.max())
+    assert torch.equal(found.argmax(-1)[unique], best.indices[..., 0][unique])
+
+
+@pytest.mark.parametrize(
+    ("family", "frame"), [cell for frame in ("rotated", "unrotated") for cell in served(frame, quick=True)]
+)
+def test_a_lossy_preset(family: str, frame: str, cell: Check) -> None:
+    cell(family, "balanced" if frame == "rotated" else "balanced, unrotated keys", "works")
+    length = 4 + 16 + 3 * 128 + 20
+    plain, model = build(family), build(family)
+    exact = forced_logits(plain, dense_cache(plain), length)
+    found = {}
+    for bits in (PRESETS["balanced"], 8):
+        config = SpectralConfig(bits_per_element=bits, block_size=128, residual_length=16, key_frame=frame)
+        spectral = SpectralCache(model, config=config, use_profile=False)
+        found[bits] = forced_logits(model, spectral, length)
+        stats = spectral.stats()
+        assert set(sealed_tokens(spectral)) == {3 * 128}
+        assert stats.exact_blocks == 0
+        assert stats.cold_bits_per_element < bits + 0.1
+        assert found[bits].shape == exact.shape
+        assert found[bits].isfinite().all()
+    lost = forced_logits(plain, dense_cache(plain), length, slice(4 + PADDING, 4 + 3 * 128))
+    cost = divergence(lost, exact).mean()
+    balanced, fine = (divergence(logits, exact).mean() for logits in found.values())
+    # Random weights make white keys and values, the hardest to keep in two bits: measured is up to .44 of what it costs
+    # to lose the sealed tokens, in eight bits 8e-4.
+    assert 1e-7 < balanced < 0.5 * cost
+    assert fine < 2e-3 * cost
