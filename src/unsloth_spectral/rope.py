@@ -128,6 +128,27 @@ def unrotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
     return rotate(x, table.conj() / table.abs().square(), rotation)
 
 
+def unrotated_sum(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``unrotate(x, table, rotation).sum(-2)``, with nothing but sums as long as the tokens."""
+    inverse = table.conj() / table.abs().square()
+    cos, sin = inverse.real.contiguous(), inverse.imag.contiguous()
+    real, imaginary = x[..., rotation.first], x[..., rotation.second]
+    out = x.sum(-2)
+    out[..., rotation.first] = torch.addcmul(real * cos, imaginary, sin, value=-1).sum(-2)
+    out[..., rotation.second] = torch.addcmul(real * sin, imaginary, cos).sum(-2)
+    return out
+
+
+def minus_rotated(x: Tensor, fixed: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``x - rotate(fixed, table, rotation)``, where ``fixed [..., 1, head_dim]`` is the same for all tokens."""
+    cos, sin = table.real.contiguous(), table.imag.contiguous()
+    real, imaginary = fixed[..., rotation.first], fixed[..., rotation.second]
+    out = x - fixed
+    out[..., rotation.first] = torch.addcmul(torch.addcmul(x[..., rotation.first], cos, -real), sin, imaginary)
+    out[..., rotation.second] = torch.addcmul(torch.addcmul(x[..., rotation.second], sin, -real), cos, -imaginary)
+    return out
+
+
 def _angle_step(table: Tensor) -> Tensor:
     """The angle between neighbours, ``[P]`` float64, from ever longer spans, each unwrapped by the last one."""
     wide = table[0].to(torch.complex128)

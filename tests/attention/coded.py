@@ -6,7 +6,7 @@ import torch
 
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
-from unsloth_spectral.codec.basis import principal_basis
+from unsloth_spectral.codec.basis import covariance, principal_basis
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.rope import Rotation
 
@@ -57,6 +57,6 @@ def coded_block(
     metric = torch.eye(head_dim).expand(1, heads, -1, -1)
     if widths is None:
         widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
-    plan = key_codec.plan(principal_basis(x, metric), widths, math.nan)
-    coded, _ = key_codec.encode(x, plan, metric, mean, rotation, is_rotated)
+    plan = key_codec.plan(principal_basis(covariance(x), metric), widths, math.nan)
+    coded, _ = key_codec.encode(x, covariance(x), plan, metric, mean, rotation, is_rotated)
     return CodedBlock(coded, value_codec.encode(values, value_nbits), dtype)

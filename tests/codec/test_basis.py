@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unsloth_spectral.codec import basis as module
-from unsloth_spectral.codec.basis import principal_basis, projection, query_metric
+from unsloth_spectral.codec.basis import covariance, principal_basis, projection, query_metric
 
 BATCH, HEADS, TOKENS = 2, 3, 200
 head_dims = pytest.mark.parametrize("head_dim", [16, 60, 80])
@@ -27,7 +27,7 @@ def keys_and_metric(head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 @head_dims
 def test_coefficients_times_vectors_are_the_keys(head_dim: int, assert_close: Callable[..., None]) -> None:
     x, metric = keys_and_metric(head_dim)
-    basis = principal_basis(x, metric)
+    basis = principal_basis(covariance(x), metric)
     coefficients = x @ torch.linalg.inv(basis.vectors.double()).float()
     assert_close(coefficients @ basis.vectors, x, 1e-4)
     # The projection onto all axes is the same thing.
@@ -39,7 +39,7 @@ def test_axes_are_decorrelated_and_orthonormal_under_the_metric(
     head_dim: int, assert_close: Callable[..., None]
 ) -> None:
     x, metric = keys_and_metric(head_dim)
-    basis = principal_basis(x, metric)
+    basis = principal_basis(covariance(x), metric)
     assert_close(basis.vectors @ metric @ basis.vectors.mT, torch.eye(head_dim).expand_as(metric), 5e-3)
     coefficients = (x.double() @ torch.linalg.inv(basis.vectors.double())).float()
     assert_close(coefficients.mT @ coefficients / TOKENS, torch.diag_embed(basis.variances), 5e-3)
@@ -51,7 +51,7 @@ def test_axes_are_decorrelated_and_orthonormal_under_the_metric(
 
 def test_no_other_axes_hold_more(assert_close: Callable[..., None]) -> None:
     x, metric = keys_and_metric(16)
-    basis = principal_basis(x, metric)
+    basis = principal_basis(covariance(x), metric)
     for count in (1, 4, 9):
         kept = basis.vectors[..., :count, :]
         error = x - x @ projection(kept, metric) @ kept
@@ -93,7 +93,7 @@ def test_the_floor_holds_up_directions_no_query_looked_at() -> None:
     assert float(weights[0]) == pytest.approx(expected, rel=2e-2)
     nothing = query_metric(torch.zeros(1, 1, 4, 8))
     assert nothing.isfinite().all()
-    assert principal_basis(random(1, 1, 20, 8), nothing).vectors.isfinite().all()
+    assert principal_basis(covariance(random(1, 1, 20, 8)), nothing).vectors.isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])
@@ -126,4 +126,4 @@ def test_one_metric_for_all_rows(assert_close: Callable[..., None]) -> None:
     one = metric[:1]
     vectors = random(BATCH, HEADS, 6, 16, seed=3)
     assert_close(projection(vectors, one), projection(vectors, one.expand(BATCH, -1, -1, -1)), 1e-5)
-    assert principal_basis(x, one).vectors.shape == (BATCH, HEADS, 16, 16)
+    assert principal_basis(covariance(x), one).vectors.shape == (BATCH, HEADS, 16, 16)

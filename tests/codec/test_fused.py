@@ -32,7 +32,7 @@ def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
     coefficients[:, 3] = 0
     nbits = torch.tensor(widths)
     codes, scales = key_codec.quantize(coefficients, nbits)
-    planes, found, values = fused.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
+    planes, found, energies, squares = fused.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
     stored = unpack_quads(planes, heads)[..., :tokens]
     # Products in another order: a coefficient on the edge of two codes may fall to either side.
     different = (stored != codes[..., :tokens]).float().mean()
@@ -41,8 +41,10 @@ def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
     hat, expected = (key_codec.dequantize(c, nbits, s) for c, s in ((stored, found), (codes[..., :tokens], scales)))
     lost, least = ((x - coefficients).square().sum(-1) for x in (hat, expected))
     assert (lost <= 1.02 * least + 1e-12).all()
-    # Around zero as stored, and unbiased.
-    assert torch.equal(values, stored.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None])
+    around_zero = stored.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
+    for own, of in ((energies, coefficients), (squares, around_zero)):
+        tiles = torch.nn.functional.pad(of, (0, -tokens % 128)).unflatten(-1, (-1, 128))
+        assert_close(own, tiles.square().sum(-1), 1e-5)
     if tokens == 128:
         overlap, energy = (coefficients * hat).sum(-1), coefficients.square().sum(-1)
         assert_close(overlap[energy > 0] / energy[energy > 0], torch.ones_like(energy[energy > 0]), 1e-4)
@@ -73,5 +75,7 @@ def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int,
     codes = torch.randint(0, 256, (2, count, 256), generator=torch.Generator().manual_seed(0))
     # The whole range in each tile, so that no clipping point is better than none.
     codes[..., 0::128], codes[..., 1::128] = 0, 255
-    planes, _, values = fused.encode_keys(codes.float() - 127.5, heads, (1.0,), variant)
-    assert torch.equal(planes, pack_quads((values + 127.5).to(torch.uint8), heads))
+    planes, scales, *_ = fused.encode_keys(codes.float() - 127.5, heads, (1.0,), variant)
+    # As large as the codes themselves, so the step is one and every number falls to its own code.
+    assert (scales - 1).abs().max() < 0.01
+    assert torch.equal(planes, pack_quads(codes.to(torch.uint8), heads))

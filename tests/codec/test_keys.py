@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unsloth_spectral.codec import keys as codec
-from unsloth_spectral.codec.basis import principal_basis, query_metric
+from unsloth_spectral.codec.basis import covariance, principal_basis, query_metric
 from unsloth_spectral.codec.keys import KeyCodes, KeyPlan
 from unsloth_spectral.rope import Rotation, rotate
 
@@ -59,8 +59,8 @@ def encoded(
     if isinstance(widths, int):
         widths = torch.full((heads, head_dim), widths)
     if plan is None:
-        plan = codec.plan(principal_basis(x, metric), widths, 0.1)
-    found, plan = codec.encode(x, plan, metric, mean, rotation, is_rotated)
+        plan = codec.plan(principal_basis(covariance(x), metric), widths, 0.1)
+    found, plan = codec.encode(x, covariance(x), plan, metric, mean, rotation, is_rotated)
     return found, plan, x, metric
 
 
@@ -302,7 +302,7 @@ def test_zero_keys() -> None:
 def test_the_rounded_basis_costs_hardly_anything() -> None:
     keys, _ = dense_keys(1000, 64, HEADS, "none")
     found, _, x, metric = encoded(keys, None, "none", 4)
-    basis = principal_basis(x, metric)
+    basis = principal_basis(covariance(x), metric)
     exact = (x.double() @ torch.linalg.inv(basis.vectors.double())).float().mT.flatten(1, 2)
     widths = torch.full((HEADS * 64,), 4)
     codes, scales = codec.quantize(exact, widths)

@@ -609,13 +609,15 @@ const char* key_case(int64_t number) {
             coefficients[row * tokens + t] = static_cast<float>(size * heavy());
     }
     Exact<uint8_t> planes(batch * tiles * num_planes * PLANE, 0xa5);
-    Exact<float> scales(batch * count * tiles, NEVER), values(batch * count * tokens, NEVER);
+    Exact<float> scales(batch * count * tiles, NEVER), energies(batch * count * tiles, NEVER);
+    Exact<float> squares(batch * count * tiles, NEVER);
     Exact<int32_t> counts(2);
     counts[0] = static_cast<int32_t>(rng.from(0, count));
     counts[1] = static_cast<int32_t>(count - counts[0]);
-    const spectral::KeyEncoding call = {coefficients.data(), widths.data(), places.data(),  planes.data(), scales.data(),
-                                        values.data(),       ratios.data(), counts.data(),  batch,         count,
-                                        tokens,              num_planes,    num_clips,      2,             rng.from(1, 3)};
+    const spectral::KeyEncoding call = {coefficients.data(), widths.data(),  places.data(), planes.data(),
+                                        scales.data(),       energies.data(), squares.data(), ratios.data(),
+                                        counts.data(),       batch,          count,         tokens,
+                                        num_planes,          num_clips,      2,             rng.from(1, 3)};
     spectral::spectral_encode_keys(&call);
     for (int64_t row = 0; row < batch * count; ++row)
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -625,15 +627,17 @@ const char* key_case(int64_t number) {
             const uint8_t* own = planes.data() + ((b * tiles + tile) * num_planes + first_plane) * PLANE;
             const float* x = coefficients.data() + row * tokens + tile * TILE;
             const double scale = scales[row * tiles + tile], half = 1 << (widths[c] - 1);
-            double energy = 0, overlap = 0, lost = 0, peak = 0;
+            double energy = 0, overlap = 0, square = 0, lost = 0, peak = 0;
             for (int64_t t = 0; t < held; ++t) {
                 const double value = decode_quad(own, widths, first, others, c - first, t);
-                if (values[row * tokens + tile * TILE + t] != value) return "the planes hold other codes than it says";
                 energy += static_cast<double>(x[t]) * x[t];
                 overlap += x[t] * value;
+                square += value * value;
                 lost += (x[t] - scale * value) * (x[t] - scale * value);
                 peak = std::max(peak, std::fabs(static_cast<double>(x[t])));
             }
+            if (!close(squares[row * tiles + tile], square, 1e-5)) return "the codes have another length than it says";
+            if (!close(energies[row * tiles + tile], energy, 1e-5)) return "the coefficients have another length";
             if (peak < 1e-36) {
                 if (scale != 0) return "a scale for nothing";
                 continue;

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -129,11 +130,20 @@ class Budget:
         """Weighted variances that layers still to come are likely to have."""
         if self.profile is None:
             return torch.cat([each.flatten() for each in self.seen.values()])
-        known = [torch.tensor(own) for own in self.profile.key_variances]
+        known = _known(self.profile)
         # This text may be louder or softer than the profile's were, throughout.
-        ratios = [float(own.sum()) / max(float(known[layer].sum()), _TINY) for layer, own in self.seen.items()]
+        ratios = [float(own.sum()) / max(known[layer][1], _TINY) for layer, own in self.seen.items()]
         ratio = math.exp(sum(math.log(max(each, _TINY)) for each in ratios) / len(ratios))
-        return ratio * torch.cat([self.weighted(layer, known[layer]) for layer in layers])
+        return ratio * torch.cat([known[layer][0] for layer in layers])
+
+
+@lru_cache(maxsize=4)
+def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
+    """Of each layer the variances its keys had, weighted, and their sum without weights."""
+    variances = [torch.tensor(own) for own in profile.key_variances]
+    return [
+        (own * weight, float(own.sum())) for own, weight in zip(variances, profile.key_sensitivities, strict=True)
+    ]
 
 
 def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:
@@ -159,19 +169,22 @@ class _Demand:
     """What variances cost at any level: ``cost(widths_at(...))``, by looking up instead of multiplying anew."""
 
     def __init__(self, variances: Tensor, first_bit_cost: float) -> None:
-        self._ordered = variances.cpu().sort().values
-        self._steps = [(self._ordered * gain).numpy() for gain in _gains_per_bit(first_bit_cost)]
+        gains = _gains_per_bit(first_bit_cost)
+        own = variances.cpu().numpy()
+        self._positive = own[own > 0]
+        self._first = np.sort(own * gains[0].numpy())
+        self._all = np.sort(np.outer(gains.numpy(), own), axis=None)
         self._first_bit_cost = first_bit_cost
 
     def at(self, level: float) -> float:
         # In float32, as the products are: rounding must not take a bit here and leave it there.
-        reached = [len(step) - step.searchsorted(np.float32(level)) for step in self._steps]
-        return float(sum(reached) + (self._first_bit_cost - 1) * reached[0])
+        reached = np.float32(level)
+        first = len(self._first) - self._first.searchsorted(reached)
+        return float(len(self._all) - self._all.searchsorted(reached) + (self._first_bit_cost - 1) * first)
 
     def range(self) -> tuple[float, float] | None:
         """The least and the largest positive variance; None where there is none."""
-        positive = self._ordered[self._ordered > 0]
-        return (float(positive[0]), float(positive[-1])) if len(positive) else None
+        return (float(self._positive.min()), float(self._positive.max())) if len(self._positive) else None
 
 
 class _ValueDemand:

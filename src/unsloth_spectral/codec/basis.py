@@ -35,15 +35,21 @@ def query_metric(queries: Tensor, num_distinct: int | None = None) -> Tensor:
     return metric + (_FLOOR + _SCARCITY * (head_dim / count) ** 2) * floor[..., None, None] * eye
 
 
-def principal_basis(x: Tensor, metric: Tensor) -> Basis:
-    """Axes of ``x [..., tokens, D]``, centred, under ``metric [..., D, D]``, by the Gram matrix of ``x W^(1/2)``."""
-    weights, axes = torch.linalg.eigh(metric)
-    root = weights.clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
-    whiten = (axes * root[..., None, :]) @ axes.mT
-    restore = (axes / root[..., None, :]) @ axes.mT
-    gram = whiten @ (x.mT @ x) @ whiten / x.shape[-2]
-    variances, vectors = torch.linalg.eigh(gram)
-    return Basis(vectors.flip(-1).mT @ restore, variances.flip(-1).clamp_min(0))
+def covariance(x: Tensor) -> Tensor:
+    """``E[x x^T]`` of ``x [..., tokens, D]``, centred, ``[..., D, D]``."""
+    return x.mT @ x / x.shape[-2]
+
+
+def principal_basis(covariance: Tensor, metric: Tensor) -> Basis:
+    """Principal axes of what has ``covariance [..., D, D]``, under ``metric [..., D, D]``.
+
+    With ``metric = L L^T`` they are those of ``L^T x``: which root is taken makes no difference to the axes.
+    """
+    tiny = torch.finfo(metric.dtype).tiny * torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    root = torch.linalg.cholesky_ex(metric + tiny).L
+    variances, vectors = torch.linalg.eigh(root.mT @ covariance @ root)
+    axes = torch.linalg.solve_triangular(root, vectors.flip(-1).mT, upper=False, left=False)
+    return Basis(axes, variances.flip(-1).clamp_min(0))
 
 
 def projection(vectors: Tensor, metric: Tensor) -> Tensor:

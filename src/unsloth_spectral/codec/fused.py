@@ -19,7 +19,8 @@ class _KeyEncoding(ctypes.Structure):
         ("places", c_void_p),
         ("planes", c_void_p),
         ("scales", c_void_p),
-        ("values", c_void_p),
+        ("energies", c_void_p),
+        ("squares", c_void_p),
         ("clips", c_void_p),
         ("counts", c_void_p),
         ("batch", c_int64),
@@ -56,8 +57,9 @@ def serves(tensor: Tensor) -> bool:
 
 def encode_keys(
     coefficients: Tensor, widths: Sequence[Sequence[int]], clips: Sequence[float], variant: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes, scales ``[B, C, tiles]`` and codes around zero ``[B, C, n]`` of ``coefficients [B, C, n]`` float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Planes of ``coefficients [B, C, n]`` float32; of each tile the scale, the squared length, and that of the codes
+    around zero, all ``[B, C, tiles]`` float32.
 
     ``widths`` are those of each head's components; planes are as ``packing.pack_quads`` makes them.
     """
@@ -67,17 +69,18 @@ def encode_keys(
     assert len(flat) == count
     tiles, total = num_tiles(num_tokens), sum(flat)
     planes = torch.empty(batch, tiles, total, PLANE_BYTES, dtype=torch.uint8)
-    scales = torch.empty(batch, count, tiles)
+    scales, energies, squares = torch.empty(3, batch, count, tiles).unbind()
     heads = [len(own) for own in widths]
     numbers = torch.tensor([*flat, *accumulate(flat, initial=0), *heads], dtype=torch.int32)
-    ratios, values = torch.tensor(clips), torch.empty_like(coefficients)
+    ratios = torch.tensor(clips)
     call = _KeyEncoding(
         coefficients.data_ptr(),
         numbers.data_ptr(),
         numbers[count:].data_ptr(),
         planes.data_ptr(),
         scales.data_ptr(),
-        values.data_ptr(),
+        energies.data_ptr(),
+        squares.data_ptr(),
         ratios.data_ptr(),
         numbers[2 * count + 1 :].data_ptr(),
         batch,
@@ -89,7 +92,7 @@ def encode_keys(
         torch.get_num_threads(),
     )
     library.function("spectral_encode_keys", variant)(ctypes.byref(call))
-    return planes, scales, values
+    return planes, scales, energies, squares
 
 
 def encode_values(

@@ -15,7 +15,7 @@ from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
 from unsloth_spectral.codec.packing import num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
-from unsloth_spectral.rope import Rotation, rotate, unrotate
+from unsloth_spectral.rope import Rotation, minus_rotated, rotate, unrotate, unrotated_sum
 
 # What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
 SCALE_BITS = 8 / GROUP_SIZE
@@ -175,17 +175,24 @@ def centre(
     ``real [B, n]`` bool leaves out padding, which becomes zero.
     """
     x = keys.float()
-    table = None if rotation is None else rotation.table()[:, None]
-    unrotated = x if table is None or rotation is None else unrotate(x, table, rotation)
     weight = None if real is None else real[:, None, :, None].to(x.dtype)
-    if mean is None:
-        total = unrotated.mean(-2) if weight is None else (unrotated * weight).sum(-2) / weight.sum(-2).clamp_min(1)
-        mean = total.half()
-    if is_rotated and table is not None and rotation is not None:
-        x = x - rotate(mean.float()[:, :, None].expand_as(x), table, rotation)
+    if rotation is not None and is_rotated:
+        table = rotation.table()[:, None]
+        mean = _mean(x, weight, table, rotation).half() if mean is None else mean
+        x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
     else:
-        x = unrotated - mean.float()[:, :, None]
+        x = x if rotation is None else unrotate(x, rotation.table()[:, None], rotation)
+        mean = _mean(x, weight).half() if mean is None else mean
+        x = x - mean.float()[:, :, None]
     return (x if weight is None else x * weight), mean
+
+
+def _mean(x: Tensor, weight: Tensor | None, table: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+    """Mean over the tokens of ``x``, or of what it was before ``rotation``, under ``weight [B, 1, n, 1]``."""
+    count = x.shape[-2] if weight is None else weight.sum(-2).clamp_min(1)
+    x = x if weight is None else x * weight
+    total = x.sum(-2) if table is None or rotation is None else unrotated_sum(x, table, rotation)
+    return total / count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,27 +231,39 @@ def _first_of(widths: Tensor) -> Tensor:
 
 
 def encode(
-    x: Tensor, plan: KeyPlan, metric: Tensor, mean: Tensor, rotation: Rotation | None, is_rotated: bool
+    x: Tensor,
+    covariance: Tensor,
+    plan: KeyPlan,
+    metric: Tensor,
+    mean: Tensor,
+    rotation: Rotation | None,
+    is_rotated: bool,
 ) -> tuple[KeyCodes, KeyPlan]:
-    """Code ``x [B, H, n, D]``, centred, and the plan with its ``tops``."""
+    """Code ``x [B, H, n, D]``, centred, of that covariance, and the plan with its ``tops``."""
     num_tokens = x.shape[-2]
     flat = flat_widths(plan.widths)
     rows = plan.vectors.float() * plan.row_scales
-    project = projection(_by_head(rows, plan.widths), metric)
-    coefficients = (x @ project).mT
-    coefficients = torch.cat([coefficients[:, head, : len(own)] for head, own in enumerate(plan.widths)], 1)
+    basis = _by_head(rows, plan.widths)
+    project = projection(basis, metric)
+    coefficients = torch.cat([project[:, h, :, : len(own)].mT @ x[:, h].mT for h, own in enumerate(plan.widths)], 1)
     if fused.serves(coefficients):
-        planes, scales, values = fused.encode_keys(coefficients, plan.widths, CLIPS)
+        planes, scales, energies, squares = fused.encode_keys(coefficients, plan.widths, CLIPS)
     else:
         nbits = _as_tensor(flat, x.device)
         codes, scales = quantize(coefficients, nbits)
-        planes, values = pack_quads(codes, plan.widths), _around_zero(codes, nbits)[..., :num_tokens]
+        planes = pack_quads(codes, plan.widths)
+        energies, squares = (
+            _groups(numbers).square().sum(-1)
+            for numbers in (coefficients, _around_zero(codes, nbits)[..., :num_tokens])
+        )
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
-    values *= stored.repeat_interleave(GROUP_SIZE, -1)[..., :num_tokens]
-    error = _relative_error(x, _by_head(values, plan.widths), _by_head(rows, plan.widths), metric)
+    # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
+    ratio = stored / scales.clamp_min(torch.finfo(scales.dtype).tiny)
+    lost = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
+    error = _relative_error(_by_head(lost[..., None], plan.widths)[..., 0], basis, project, covariance, metric)
     found = KeyCodes(
         planes,
         scale_codes.mT.contiguous(),
@@ -268,8 +287,7 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
     Per component and group the clipping point of least squared error, then the scale that makes the codes project
     exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
     """
-    count = coefficients.shape[-1]
-    groups = torch.nn.functional.pad(coefficients, (0, -count % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    groups = _groups(coefficients)
     half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]
     peak = groups.abs().amax(-1, keepdim=True)
     best, step = None, torch.ones_like(peak)
@@ -286,6 +304,12 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
     scales = groups.square().sum(-1, keepdim=True) / overlap.clamp_min(torch.finfo(groups.dtype).tiny)
     codes = (value + (half - 0.5)).to(torch.uint8).flatten(-2)
     return codes, scales[..., 0]
+
+
+def _groups(coefficients: Tensor) -> Tensor:
+    """``[..., n]`` as ``[..., groups, 128]``, filled up with zeros."""
+    padded = torch.nn.functional.pad(coefficients, (0, -coefficients.shape[-1] % GROUP_SIZE))
+    return padded.unflatten(-1, (-1, GROUP_SIZE))
 
 
 def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:
@@ -307,12 +331,18 @@ def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
     return (x.floor() + 0.5).clamp(0.5 - half, half - 0.5)
 
 
-def _relative_error(x: Tensor, coefficients: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
-    error = x - coefficients.mT @ basis
-    # tr(W E^T E): a small product instead of one as long as the context.
-    lost = ((error.mT @ error) * metric).sum((-2, -1)).clamp_min(0)
-    whole = ((x.mT @ x) * metric).sum((-2, -1)).clamp_min(torch.finfo(x.dtype).tiny)
-    return (lost / whole).sqrt().half()
+def _relative_error(rounding: Tensor, basis: Tensor, project: Tensor, covariance: Tensor, metric: Tensor) -> Tensor:
+    """Of keys whose coefficients ``x @ project`` in ``basis [B, H, K, D]`` lost ``rounding [B, H, K]`` in variance.
+
+    Under the metric, what the basis leaves out is orthogonal to what rounding does, and the basis' rows are so to each
+    other, but for their own rounding: small products instead of some as long as the context.
+    """
+    weighted = basis @ metric
+    whole = (covariance * metric).sum((-2, -1))
+    left_out = whole - ((covariance @ project) * weighted.mT).sum((-2, -1))
+    rounded = (rounding * (weighted * basis).sum(-1)).sum(-1)
+    lost = left_out.clamp_min(0) + rounded.clamp_min(0)
+    return (lost / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().half()
 
 
 def _rotated_mean_scores(query: Tensor, mean: Tensor, rotation: Rotation) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
 from unsloth_spectral.codec.allocate import Budget, uniform_value_width, widths_at
-from unsloth_spectral.codec.basis import principal_basis
+from unsloth_spectral.codec.basis import covariance, principal_basis
 from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock, seal
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import GROUP_SIZE, SpectralConfig
@@ -143,10 +143,11 @@ class SpectralSealer:
         x, mean = key_codec.centre(tokens.keys, self._mean, observed.rotation, is_rotated, real)
         metric = _in_score_units(observed.metric(x.shape[1], x.shape[-1], is_rotated), observed).to(x.device)
         elements = tokens.values.shape[1] * tokens.values.shape[-1]
-        keys, plan, reused = self._encode_keys(x, mean, metric, observed.rotation, is_rotated, elements)
+        spread = covariance(x)
+        keys, plan, reused = self._encode_keys(x, spread, mean, metric, observed.rotation, is_rotated, elements)
         nbits = self._budget(x).value_nbits_of(self.layer) if self.value_nbits is None else self.value_nbits
         values = value_codec.encode(tokens.values, nbits, self._largest if reused else None)
-        keys, plan, values = self._within_limit(x, metric, tokens.values, keys, plan, values)
+        keys, plan, values = self._within_limit(x, spread, metric, tokens.values, keys, plan, values)
         limit = self.config.error_limit
         if limit is not None and max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
             return None
@@ -182,9 +183,16 @@ class SpectralSealer:
         self.short_budget.reset()
 
     def _encode_keys(
-        self, x: Tensor, mean: Tensor, metric: Tensor, rotation: Rotation | None, is_rotated: bool, value_elements: int
+        self,
+        x: Tensor,
+        spread: Tensor,
+        mean: Tensor,
+        metric: Tensor,
+        rotation: Rotation | None,
+        is_rotated: bool,
+        value_elements: int,
     ) -> tuple[key_codec.KeyCodes, KeyPlan, bool]:
-        own = principal_basis(x, metric)
+        own = principal_basis(spread, metric)
         variances = own.variances.mean(0)
         first_bit_cost = self._first_bit_cost(x)
         if self._plan is None:
@@ -194,17 +202,18 @@ class SpectralSealer:
         else:
             level = self._plan.level
             widths = widths_at(level, self.budget.weighted(self.layer, variances), first_bit_cost)
-            keys, plan = key_codec.encode(x, self._plan, metric, mean, rotation, is_rotated)
+            keys, plan = key_codec.encode(x, spread, self._plan, metric, mean, rotation, is_rotated)
             lost = (keys.relative_error.float().square().mean(0) * variances.sum(-1)).sum()
             if float(lost) <= _WORTH_A_BASIS * float(key_codec.expected_error(variances, widths).sum()):
                 return keys, plan, True
         plan = key_codec.plan(own, widths, level)
-        keys, plan = key_codec.encode(x, plan, metric, mean, rotation, is_rotated)
+        keys, plan = key_codec.encode(x, spread, plan, metric, mean, rotation, is_rotated)
         return keys, plan, False
 
     def _within_limit(
         self,
         x: Tensor,
+        spread: Tensor,
         metric: Tensor,
         values: Tensor,
         keys: key_codec.KeyCodes,
@@ -217,11 +226,11 @@ class SpectralSealer:
             return keys, plan, coded
         own, widths, level = None, None, plan.level
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
-            own = principal_basis(x, metric) if own is None else own
+            own = principal_basis(spread, metric) if own is None else own
             level /= 4
             widths = widths_at(level, self.budget.weighted(self.layer, own.variances.mean(0)), 1.0)
             plan = key_codec.plan(own, widths, level)
-            keys, plan = key_codec.encode(x, plan, metric, keys.mean, keys.rotation, keys.is_rotated)
+            keys, plan = key_codec.encode(x, spread, plan, metric, keys.mean, keys.rotation, keys.is_rotated)
         nbits = coded.nbits
         while float(coded.relative_error.max()) > limit and nbits < MAX_NBITS:
             nbits += 1

@@ -63,8 +63,13 @@ void join_quad(uint8_t* planes, const int32_t* widths) {
         std::memcpy(planes, own[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
 }
 
-// A tile of one component: the clipping point of least error, the unbiased scale, the codes and what they stand for.
-float quantize(const float* from, int nbits, const float* clips, int num_clips, uint8_t* codes, float* values) {
+struct Quantized {
+    float scale, energy, square;
+};
+
+// A tile of one component, of `count` tokens and zeros: the clipping point of least error, the unbiased scale and the
+// codes; the squared lengths of the coefficients and of their codes around zero.
+Quantized quantize(const float* from, int count, int nbits, const float* clips, int num_clips, uint8_t* codes) {
     const float half = static_cast<float>(1 << (nbits - 1)), most = half - 0.5f;
     Floats peaks = {}, squares = {};
     for (int t = 0; t < TILE; t += LANES) {
@@ -89,16 +94,18 @@ float quantize(const float* from, int nbits, const float* clips, int num_clips, 
         if (along > best) best = along, step = trial;
     }
     const float inverse = 1.0f / step;
-    Floats overlap = {};
+    Floats overlap = {}, energy = {};
     for (int t = 0; t < TILE; t += LANES) {
         const Floats x = load<Floats>(from + t);
         const Floats value = bounded(floor(bounded(x * inverse, 2 * half)) + 0.5f, most);
         overlap += x * value;
-        store(values + t, value);
+        energy += value * value;
         const Ints code = __builtin_convertvector(value + most, Ints);
         for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(code[lane]);
     }
-    return sum(squares) / std::max(sum(overlap), TINY);
+    // A zero has the code around zero of one half.
+    const float square = sum(energy) - 0.25f * static_cast<float>(TILE - count);
+    return {sum(squares) / std::max(sum(overlap), TINY), sum(squares), square};
 }
 
 }  // namespace
@@ -109,7 +116,8 @@ struct KeyEncoding {
     const int32_t* places;      // [component] its first plane
     uint8_t* planes;            // [batch, tile, plane, 16]
     float* scales;              // [batch, component, tile]
-    float* values;              // [batch, component, token] codes around zero
+    float* energies;            // [batch, component, tile] squared lengths
+    float* squares;             // [batch, component, tile] squared lengths of the codes around zero
     const float* clips;
     const int32_t* counts;      // [head] components
     int64_t batch, num_components, num_tokens, num_planes, num_clips, num_heads, num_threads;
@@ -124,18 +132,20 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t b = row / call.num_components, c = row % call.num_components;
         const float* from = call.coefficients + row * call.num_tokens;
-        float rest[TILE], values[TILE];
+        float rest[TILE];
         uint8_t codes[TILE];
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const float* place = from + tile * TILE;
-            const int64_t count = std::min<int64_t>(TILE, call.num_tokens - tile * TILE);
+            const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
             if (count < TILE) {
                 std::fill(std::copy(place, place + count, rest), rest + TILE, 0.0f);
                 place = rest;
             }
-            call.scales[row * tiles + tile] =
-                quantize(place, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes, values);
-            std::copy(values, values + count, call.values + row * call.num_tokens + tile * TILE);
+            const Quantized found =
+                quantize(place, count, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes);
+            call.scales[row * tiles + tile] = found.scale;
+            call.energies[row * tiles + tile] = found.energy;
+            call.squares[row * tiles + tile] = found.square;
             pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
         }
     }
