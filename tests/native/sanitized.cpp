@@ -637,11 +637,11 @@ const char* key_case(int64_t number) {
                 peak = std::max(peak, std::fabs(static_cast<double>(x[t])));
             }
             if (!close(squares[row * tiles + tile], square, 1e-5)) return "the codes have another length than it says";
-            if (!close(energies[row * tiles + tile], energy, 1e-5)) return "the coefficients have another length";
             if (peak < 1e-36) {
                 if (scale != 0) return "a scale for nothing";
                 continue;
             }
+            if (!close(energies[row * tiles + tile], energy, 1e-5)) return "the coefficients have another length";
             if (!close(scale, energy / overlap, 1e-4)) return "the scale is not the one without bias";
             double along = -1, least = 0;
             for (int64_t i = 0; i < (widths[c] == 1 ? 1 : num_clips); ++i) {
