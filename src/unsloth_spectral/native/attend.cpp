@@ -125,6 +125,12 @@ struct Ahead {
     }
 };
 
+INLINE void fetch(const uint8_t* from, int64_t bytes) {
+    Ahead ahead;
+    ahead.expect(from, bytes);
+    ahead.fetch_rest();
+}
+
 struct Worker {
     const Call& call;
     const int key_dim, value_dim;  // padded to whole vectors
@@ -443,6 +449,11 @@ INLINE void turn_back(const float* a, const float* b, const float* c, const floa
     }
 }
 
+INLINE const uint8_t* levels_of(const Worker& w, const Block& block, int64_t b, int64_t tile) {
+    const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
+    return block.key_scales + (b * tiles + tile) * block.num_components + w.components_before;
+}
+
 // The rotation of the tile's first token, what the rows look like from there, and the tile's scales.
 void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     const int pairs = static_cast<int>(block.num_pairs);
@@ -475,9 +486,7 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
                       pairs);
     }
     w.next_tile = tile + 1;
-    const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
-    const uint8_t* levels = block.key_scales + (b * tiles + tile) * block.num_components + w.components_before;
-    scales_of(levels, w.count, w.call.key_levels, 1.0f, w.scales.data());
+    scales_of(levels_of(w, block, b, tile), w.count, w.call.key_levels, 1.0f, w.scales.data());
 }
 
 // Calls function(constant) with nbits, 1 to 8, as a constant of the compiler's.
@@ -832,12 +841,18 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     const int64_t first_tile = token / TILE;
     const int64_t value_bytes = call.value_dim * block.value_nbits * PLANE, value_stride = call.num_heads * value_bytes;
     const uint8_t* value_planes = block.value_planes + (b * tiles + first_tile) * value_stride + h * value_bytes;
+    const uint8_t* scale_codes = block.value_scales + (b * call.num_heads + h) * tiles * TILE + token;
+    const int padded = round_up(length, TILE);
+    fetch(scale_codes, padded);
     Weighed weighed[ROWS];
     bool any = false;
     for (int done = 0; done < length; done += TILE) {
         const int64_t tile = first_tile + done / TILE;
         const uint8_t* planes = block.key_planes + ((b * tiles + tile) * block.num_planes + w.planes_before) * PLANE;
-        if (tile + 1 < tiles) w.next_keys.expect(planes + block.num_planes * PLANE, w.num_key_planes * PLANE);
+        if (tile + 1 < tiles) {
+            w.next_keys.expect(planes + block.num_planes * PLANE, w.num_key_planes * PLANE);
+            fetch(levels_of(w, block, b, tile + 1), w.count);
+        }
         w.values.expect(value_planes + done / TILE * value_stride, value_bytes);
         start_tile(w, block, b, tile);
         expand_tile(w, planes, turns);
@@ -850,8 +865,6 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         w.values.fetch_rest();
         if (done + TILE < length) w.next_keys.fetch_rest();
     }
-    const uint8_t* scale_codes = block.value_scales + (b * call.num_heads + h) * tiles * TILE + token;
-    const int padded = round_up(length, TILE);
     scales_of(scale_codes, padded, call.value_levels, block.largest[b * call.num_heads + h], w.token_scales.data());
     for (int r = 0; r < ROWS; ++r) {
         float* scores = w.scores.data() + r * RUN;
