@@ -32,7 +32,7 @@ LENGTHS = (1024, 2048, 4096, 8192)
 PRESET = "balanced"
 TARGET_LENGTH, TARGET_SHARE = 4096, 0.03
 
-GATHERING = ("scale queries", "observe", "metric")
+GATHERING = ("attention function", "observe", "metric")
 SEALING = ("metric", "centre", "basis", "allocation", "encode keys", "encode values", "rest of sealing")
 # Who has which function, and the part it is timed as.
 PARTS = (
@@ -43,6 +43,7 @@ PARTS = (
     (QuerySampler, "sample", "metric"),
     (Observed, "metric", "metric"),
     (keys, "centre", "centre"),
+    (sealer, "covariance", "basis"),
     (sealer, "principal_basis", "basis"),
     (Budget, "allocate", "allocation"),
     (keys, "plan", "encode keys"),
@@ -78,9 +79,9 @@ class Stopwatch:
         with ExitStack() as stack:
             for owner, name, part in PARTS:
                 stack.enter_context(patch.object(owner, name, self.wrap(part, getattr(owner, name))))
-            # What is left of the attention function once its parts are off: a scaled copy of the queries, to observe.
+            # What is left of it once its parts are off.
             stack.callback(AttentionInterface.register, switch.ATTENTION_NAME, attention.attend)
-            AttentionInterface.register(switch.ATTENTION_NAME, self.wrap("scale queries", attention.attend))
+            AttentionInterface.register(switch.ATTENTION_NAME, self.wrap("attention function", attention.attend))
             yield
 
 

@@ -108,11 +108,11 @@ class SpectralLayer:
         """Remember the padding for a first sealing that comes later, when no mask is at hand."""
         self._held.padding = padding
 
-    def observe(self, query: Tensor, rotation: Rotation | None) -> None:
+    def observe(self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0) -> None:
         """Note what attention saw of the newest tokens, once they are appended: for the spectral codec.
 
-        ``query [B, num_attention_heads, Q, D]`` is scaled as for the scores; ``rotation`` holds the positions of the
-        ``Q`` newest tokens, None for a model without rotary embeddings.
+        ``query [B, num_attention_heads, Q, D]`` times ``scaling`` is what scores are made with; ``rotation`` holds the
+        positions of the ``Q`` newest tokens, None for a model without rotary embeddings.
         """
         held = self._held
         if self.config.codec != "spectral" or held.residual is None:
@@ -121,7 +121,8 @@ class SpectralLayer:
         held.positions.append(None, held.residual.num_tokens - new - held.positions.num_tokens)
         held.positions.append(rotation, new)
         padding = None if held.padding is None or self.is_sealed else held.padding
-        held.queries.note(query, self.num_tokens, self._num_missing, 0 if padding is None else int(padding.max()))
+        padded = 0 if padding is None else int(padding.max())
+        held.queries.note(query, self.num_tokens, self._num_missing, padded, scaling)
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:

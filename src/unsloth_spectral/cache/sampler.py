@@ -22,8 +22,8 @@ class QuerySampler:
     def nbytes(self) -> int:
         return storage_bytes(*self._queries)
 
-    def note(self, query: Tensor, num_tokens: int, missing: int, padding: int) -> None:
-        """See ``query [B, num_attention_heads, Q, D]``, of the newest of ``num_tokens`` tokens.
+    def note(self, query: Tensor, num_tokens: int, missing: int, padding: int, scaling: float = 1.0) -> None:
+        """See ``query [B, num_attention_heads, Q, D]``, yet to be scaled, of the newest of ``num_tokens`` tokens.
 
         ``missing`` tokens are still to come before the next sealing; none where it is due now. The first ``padding``
         tokens are not asked.
@@ -43,7 +43,7 @@ class QuerySampler:
             places = torch.linspace(max(0, padding - first), length - 1, min(length, _PREFILL_SAMPLES)).long()
         if not len(places):
             return
-        picked = query[:, :, places.to(query.device)]
+        picked = query[:, :, places.to(query.device)] * scaling
         picked = picked.half() if missing > 0 else picked
         # New lists, assigned together: an interruption leaves both or neither, and a copy of the sampler is its own.
         self._queries, self._positions = [*self._queries, picked], [*self._positions, first + places]

@@ -77,7 +77,7 @@ def _observe(
     if layer.config.codec == "spectral":
         is_prefill = query.shape[2] == layer.num_tokens
         rotation = rotation_of(module, query.shape[-1], padding if is_prefill else None)
-        layer.observe(query.detach() * options.scaling, rotation)
+        layer.observe(query.detach(), rotation, options.scaling)
 
 
 def _attend_dense(
