@@ -77,3 +77,16 @@ def test_kernel_under_sanitizers(variant: str, compile_command: list[str], tmp_p
     )
     assert code == 0, output
     print(output)
+
+
+@pytest.mark.slow
+def test_kernel_on_an_emulated_arm_processor(tmp_path: Path) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
+    program = str(tmp_path / "arm")
+    flags = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-static")
+    code, output = run(compiler, *flags, f"-I{library.FOLDER}", str(SOURCE), "-o", program)
+    assert code == 0, output
+    code, output = run(emulator, program)
+    assert code == 0, output
