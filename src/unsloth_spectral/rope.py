@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from unsloth_spectral.fields import Field, Fields
+
 Dims: TypeAlias = slice | Tensor
 
 # Every model's own table has the rounding of float32 angles, which grows with the position.
@@ -111,6 +113,47 @@ class Rotation:
         rows = max(len(piece.start) for piece in pieces)
         tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
         return cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
+
+    def to_fields(self) -> dict[str, Field]:
+        return {
+            "first": _dims_field(self.first),
+            "second": _dims_field(self.second),
+            "start": self.start,
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields, head_dim: int) -> "Rotation":
+        """Of pairs among ``head_dim`` dimensions.
+
+        Raises:
+            LoadError: the fields do not fit each other.
+        """
+        num_tokens, step = fields.integer("num_tokens", 1), None
+        start = fields.tensor("start", torch.complex64, (None, None, None))
+        pairs = start.shape[-1]
+        if fields.has("step"):
+            step = fields.tensor("step", torch.float64, (pairs,))
+        fields.require(start.shape[1] == (num_tokens if step is None else 1), f"a start for {num_tokens} tokens")
+        first, second = (_dims_of(fields, name, pairs, head_dim) for name in ("first", "second"))
+        return cls(first, second, start, step, num_tokens)
+
+
+def _dims_field(dims: Dims) -> Field:
+    return dims if isinstance(dims, Tensor) else [dims.start, dims.stop, dims.step]
+
+
+def _dims_of(fields: Fields, name: str, pairs: int, head_dim: int) -> Dims:
+    if fields.is_tensor(name):
+        dims = fields.tensor(name, torch.int64, (pairs,))
+        fields.require(bool(((dims >= 0) & (dims < head_dim)).all()), f"dimensions below {head_dim} as {name!r}")
+        return dims
+    evenly = fields.integers(name)
+    fields.require(len(evenly) == 3 and evenly[2] > 0, f"start, stop and step as {name!r}")
+    places = range(*evenly)
+    fields.require(len(places) == pairs and places[-1] < head_dim, f"{pairs} dimensions below {head_dim} as {name!r}")
+    return slice(*evenly)
 
 
 def rotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:

@@ -20,7 +20,7 @@ from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.sealer import make_sealers
-from unsloth_spectral.integrations.huggingface.cache import SpectralCacheLayer
+from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.rope import Rotation, rotate
 
 HEAD_DIM, QUERY_HEADS, BLOCK, RESIDUAL, UNIT = 8, 2, 128, 16, 128

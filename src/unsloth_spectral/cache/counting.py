@@ -1,7 +1,7 @@
 """What one layer's tiers come to in numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.sealer import SealedBlock
+from unsloth_spectral.fields import Field, Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,13 @@ class Tally:
             self.svd_fallbacks + sum(block.num_fallbacks for block in ranked),
             self.seal_seconds + seconds,
         )
+
+    def to_fields(self) -> dict[str, Field]:
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "Tally":
+        return cls(fields.integer("exact_blocks"), fields.integer("svd_fallbacks"), fields.number("seal_seconds"))
 
 
 def count(

@@ -3,6 +3,7 @@
 from copy import copy
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from unsloth_spectral.cache.buffer import TokenBuffer
@@ -10,8 +11,10 @@ from unsloth_spectral.cache.counting import Tally
 from unsloth_spectral.cache.positions import PositionLog
 from unsloth_spectral.cache.sampler import QuerySampler
 from unsloth_spectral.cache.sinks import Sinks
-from unsloth_spectral.codec.block import Block
-from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.codec.stored import block_from_fields, block_to_fields
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
+from unsloth_spectral.fields import Field, Fields
 
 
 @dataclass(slots=True, eq=False)
@@ -71,3 +74,50 @@ class Held:
             positions=positions,
             queries=queries,
         )
+
+    @property
+    def shape(self) -> TokenShape:
+        """Of the tokens held, of which there must be some."""
+        assert self.residual is not None, "an empty layer has no shape"
+        keys, values = self.residual.block.keys, self.residual.block.values
+        return TokenShape(keys.shape[0], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
+
+    def to_fields(self) -> dict[str, Field]:
+        """All of it, of a layer that is not empty."""
+        assert self.residual is not None, "an empty layer is stored as none"
+        shape = self.shape
+        return {
+            "shape": [shape.batch, shape.heads, shape.key_dim, shape.value_dim],
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "sinks": None if self.sinks is None else self.sinks.to_fields(),
+            "cold": [block_to_fields(block) for block in self.cold],
+            "residual": self.residual.block.to_fields(),
+            "padding": self.padding,
+            "positions": self.positions.to_fields(),
+            "queries": self.queries.to_fields(),
+            "newest": self.newest,
+            "tally": self.tally.to_fields(),
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "Held":
+        """What ``to_fields`` named.
+
+        Raises:
+            LoadError: a field is missing, or does not fit the others.
+        """
+        sizes = fields.integers("shape", 1)
+        fields.require(len(sizes) == 4, "a shape of four sizes")
+        shape = TokenShape(sizes[0], sizes[1], sizes[2], sizes[3], fields.dtype("dtype"))
+        residual = ExactBlock.from_fields(fields.sub("residual"), shape)
+        cold = [block_from_fields(block, shape) for block in fields.subs("cold")]
+        held = cls(None, cold, TokenBuffer(residual.keys, residual.values))
+        num_tokens = held.num_before_residual + residual.num_tokens
+        if fields.has("sinks"):
+            held.sinks = Sinks.from_fields(fields.sub("sinks"), shape, num_tokens)
+        if fields.has("padding"):
+            held.padding = fields.tensor("padding", torch.int64, (shape.batch,))
+        held.positions = PositionLog.from_fields(fields.sub("positions"), shape)
+        held.queries = QuerySampler.from_fields(fields.sub("queries"), shape)
+        held.newest, held.tally = fields.integer("newest"), Tally.from_fields(fields.sub("tally"))
+        return held

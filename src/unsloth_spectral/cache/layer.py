@@ -19,6 +19,7 @@ from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.sealer import Sealer, make_sealers
 from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
 
 
@@ -203,6 +204,22 @@ class SpectralLayer:
         except BaseException:
             self._sealer.forget()  # it may be of the rows before or of those after
             raise
+
+    # Storing
+
+    def to_fields(self) -> dict[str, Field]:
+        """All that this layer holds, besides the budget it shares; it must not be empty."""
+        return {"tokens": self._held.to_fields(), "sealer": self._sealer.to_fields()}
+
+    def restore(self, fields: Fields) -> None:
+        """Hold what the layer held whose ``to_fields`` these were, of the same config.
+
+        Raises:
+            LoadError: a field is missing, or does not fit the others.
+        """
+        held = Held.from_fields(fields.sub("tokens"))
+        self._sealer.restore(fields.sub("sealer"), held.shape)
+        self._held = held
 
     # Counting
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
+from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
 
 _MOST_PIECES = 64  # decoding adds one a token; joined they take a few numbers
@@ -66,6 +67,29 @@ class PositionLog:
             piece if piece.rotation is None else replace(piece, rotation=piece.rotation.map_batch(function))
             for piece in self._pieces
         ]
+
+    def to_fields(self) -> dict[str, Field]:
+        return {
+            "pieces": [
+                {
+                    "num_tokens": piece.num_tokens,
+                    "rotation": None if piece.rotation is None else piece.rotation.to_fields(),
+                }
+                for piece in self._pieces
+            ]
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "PositionLog":
+        log = cls()
+        for piece in fields.subs("pieces"):
+            num_tokens, rotation = piece.integer("num_tokens", 1), None
+            if piece.has("rotation"):
+                rotation = Rotation.from_fields(piece.sub("rotation"), shape.key_dim)
+                fits = rotation.num_tokens == num_tokens and len(rotation.start) in (1, shape.batch)
+                piece.require(fits, f"positions of {num_tokens} tokens")
+            log._pieces.append(_Piece(num_tokens, rotation))
+        return log
 
     def _keep(self, start: int, stop: int) -> None:
         kept, begin = [], 0

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 
 _PREFILL_SAMPLES = 256
 # While decoding: every fourth query of the last 128 before a sealing, in half precision, so that little is held and
@@ -70,3 +71,15 @@ class QuerySampler:
         if not bool(seen.any()):
             return None, None
         return queries[:, :, seen.to(queries.device)], distances[seen].clamp(max=num_tokens)
+
+    def to_fields(self) -> dict[str, Field]:
+        return {"queries": self._queries, "positions": self._positions}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "QuerySampler":
+        sampler = cls()
+        queries = fields.tensors("queries", None, (shape.batch, None, None, shape.key_dim))
+        positions = fields.tensors("positions", torch.int64, (None,), on_host=True)
+        fields.require([query.shape[2] for query in queries] == list(map(len, positions)), "a position for each query")
+        sampler._queries, sampler._positions = queries, positions
+        return sampler

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +78,19 @@ class Sinks:
     def map_batch(self, function: TensorFunction) -> "Sinks":
         """The sinks with ``function`` applied along the batch dimension."""
         return Sinks(self.block.map_batch(function), None if self.positions is None else function(self.positions))
+
+    def to_fields(self) -> dict[str, Field]:
+        return {"block": self.block.to_fields(), "positions": self.positions}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape, num_tokens: int) -> "Sinks":
+        """Of a sequence of ``num_tokens``."""
+        block, positions = ExactBlock.from_fields(fields.sub("block"), shape), None
+        if fields.has("positions"):
+            positions = fields.tensor("positions", torch.int64, (shape.batch, block.num_tokens))
+            inside = bool(((positions >= 0) & (positions < num_tokens)).all())
+            fields.require(inside, f"positions below {num_tokens}")
+        return cls(block, positions)
 
 
 def _index(positions: Tensor, tensor: Tensor) -> Tensor:

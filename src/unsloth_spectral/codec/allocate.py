@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.fields import Field, Fields
 
 # Mean squared error of a uniform quantizer with the best step on a unit Gaussian, at 0 to 8 bits.
 DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035, 0.00104, 0.0003, 0.00009)
@@ -125,6 +126,33 @@ class Budget:
         self._levels.clear()
         self._value_nbits.clear()
         self._left = 0.0
+
+    def to_fields(self) -> dict[str, Field]:
+        """What was spent: all that changes."""
+        return {
+            "seen": {str(layer): variances for layer, variances in self.seen.items()},
+            "levels": {str(layer): level for layer, level in self._levels.items()},
+            "value_nbits": {str(layer): nbits for layer, nbits in self._value_nbits.items()},
+            "left": self._left,
+        }
+
+    def restore(self, fields: Fields) -> None:
+        """Have spent what ``to_fields`` says.
+
+        Raises:
+            LoadError: it is not of these layers.
+        """
+        seen, levels, nbits = (fields.sub(name) for name in ("seen", "levels", "value_nbits"))
+        self.reset()
+        for each in range(self.num_layers):
+            name = str(each)
+            if seen.has(name):
+                self.seen[each] = seen.tensor(name, torch.float32, (None, None))
+            if levels.has(name):
+                self._levels[each] = levels.number(name)
+            if nbits.has(name):
+                self._value_nbits[each] = nbits.integer(name, 1)
+        self._left = fields.number("left")
 
     def _expected(self, layers: Sequence[int]) -> Tensor:
         """Weighted variances that layers still to come are likely to have."""

@@ -7,7 +7,7 @@ path, ``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,17 @@ from torch import Tensor
 from unsloth_spectral.codec import rank as rank_codec
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.rank import RankFactors
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 
 
 class Block(Protocol):
-    """A run of consecutive tokens of one layer."""
+    """A run of consecutive tokens of one layer.
+
+    ``kind`` is the name it is stored under, see ``stored``.
+    """
+
+    kind: ClassVar[str]
 
     @property
     def num_key_value_heads(self) -> int: ...
@@ -54,11 +60,14 @@ class Block(Protocol):
         """Blocks that together hold the first ``num_tokens`` tokens, 1 to ``self.num_tokens``."""
         ...
 
+    def to_fields(self) -> dict[str, Field]: ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactBlock:
     """Keys and values as they came, ``[B, H, tokens, head_dim]`` in the model's dtype."""
 
+    kind: ClassVar[str] = "exact"
     keys: Tensor
     values: Tensor
 
@@ -98,6 +107,15 @@ class ExactBlock:
         # Cloned: a view would keep the bytes of the tokens that are gone.
         return [self.slice(0, num_tokens).map_batch(torch.clone)]
 
+    def to_fields(self) -> dict[str, Field]:
+        return {"keys": self.keys, "values": self.values}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "ExactBlock":
+        keys = fields.tensor("keys", shape.dtype, (shape.batch, shape.heads, None, shape.key_dim))
+        size = (shape.batch, shape.heads, keys.shape[-2], shape.value_dim)
+        return cls(keys, fields.tensor("values", shape.dtype, size))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpectralBlock:
@@ -110,6 +128,7 @@ class SpectralBlock:
         dtype: the model's dtype, in which ``reconstruct`` answers.
     """
 
+    kind: ClassVar[str] = "rank"
     keys: RankFactors
     values: RankFactors
     dtype: torch.dtype
@@ -177,6 +196,17 @@ class SpectralBlock:
         return SpectralBlock(
             self.keys.concatenate(other.keys, dim=2), self.values.concatenate(other.values, dim=2), self.dtype
         )
+
+    def to_fields(self) -> dict[str, Field]:
+        return {"keys": self.keys.to_fields(), "values": self.values.to_fields()}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "SpectralBlock":
+        leading = (shape.batch, shape.heads)
+        keys = RankFactors.from_fields(fields.sub("keys"), leading, shape.key_dim)
+        values = RankFactors.from_fields(fields.sub("values"), leading, shape.value_dim)
+        fields.require(keys.codes.shape[2::2] == values.codes.shape[2::2], "keys and values of the same tokens")
+        return cls(keys, values, shape.dtype)
 
     def _blocks(self, start: int, stop: int) -> "SpectralBlock":
         return self.map_batch(lambda tensor: tensor[:, :, start:stop])

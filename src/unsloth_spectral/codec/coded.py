@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from unsloth_spectral.codec.block import Block
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.keys import KeyCodes
-from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.codec.values import ValueCodes
+from unsloth_spectral.fields import Field, Fields
 
 _TILE_TOKENS = 2048  # of a product over un-rotated keys, which have to be rebuilt for it
 
@@ -36,6 +37,7 @@ class CodedBlock:
         memo: room for what an attention path found out about the block, by the path's name; goes with the block.
     """
 
+    kind: ClassVar[str] = "coded"
     keys: KeyCodes
     values: ValueCodes
     dtype: torch.dtype
@@ -83,6 +85,16 @@ class CodedBlock:
     def append(self, other: "CodedBlock") -> "CodedBlock":
         """These tokens followed by ``other``'s, which were coded in the same basis; codes are copied, not made anew."""
         return CodedBlock(self.keys.append(other.keys), self.values.append(other.values), self.dtype)
+
+    def to_fields(self) -> dict[str, Field]:
+        return {"keys": self.keys.to_fields(), "values": self.values.to_fields()}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "CodedBlock":
+        keys = KeyCodes.from_fields(fields.sub("keys"), shape)
+        values = ValueCodes.from_fields(fields.sub("values"), shape)
+        fields.require(keys.num_tokens == values.num_tokens, "as many keys as values")
+        return cls(keys, values, shape.dtype)
 
     def _split(self, num_tokens: int) -> Iterator["CodedBlock"]:
         for start in range(0, self.num_tokens, num_tokens):

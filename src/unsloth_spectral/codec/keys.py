@@ -13,8 +13,9 @@ from unsloth_spectral.codec.allocate import DISTORTION
 from unsloth_spectral.codec.basis import Basis, projection
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.logscale import decode_scales, encode_scales
-from unsloth_spectral.codec.packing import num_tiles, pack_quads, unpack_quads
-from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
+from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, minus_rotated, rotate, unrotate, unrotated_sum
 
 # What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
@@ -137,6 +138,41 @@ class KeyCodes:
             rotation=rotation,
         )
 
+    def to_fields(self) -> dict[str, Field]:
+        names = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error", "widths", "num_tokens")
+        found: dict[str, Field] = {name: getattr(self, name) for name in names}
+        rotation = None if self.rotation is None else self.rotation.to_fields()
+        return {**found, "rotation": rotation, "is_rotated": self.is_rotated}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyCodes":
+        widths, num_tokens = _widths_of(fields, shape), fields.integer("num_tokens", 1)
+        batch, rows, count = shape.batch, (shape.batch, shape.heads), len(flat_widths(widths))
+        tiles, rotation = num_tiles(num_tokens), None
+        if fields.has("rotation"):
+            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim)
+            fits = rotation.num_tokens == num_tokens and len(rotation.start) in (1, batch)
+            fields.require(fits, f"positions of {num_tokens} tokens")
+        return cls(
+            fields.tensor("planes", torch.uint8, (batch, tiles, sum(map(sum, widths)), PLANE_BYTES)),
+            fields.tensor("scales", torch.uint8, (batch, tiles, count)),
+            fields.tensor("vectors", torch.int8, (batch, count, shape.key_dim)),
+            fields.tensor("vector_scales", torch.float32, (batch, count, 1)),
+            fields.tensor("mean", torch.float16, (*rows, shape.key_dim)),
+            fields.tensor("relative_error", torch.float16, rows),
+            widths,
+            num_tokens,
+            rotation,
+            fields.flag("is_rotated"),
+        )
+
+
+def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
+    widths = fields.integer_lists("widths", 1, MAX_NBITS)
+    falling = all(list(own) == sorted(own, reverse=True) and len(own) <= shape.key_dim for own in widths)
+    fields.require(len(widths) == shape.heads and falling, f"falling widths of {shape.heads} heads")
+    return widths
+
 
 def flat_widths(widths: Widths) -> tuple[int, ...]:
     """All heads' widths, one after another."""
@@ -212,6 +248,21 @@ class KeyPlan:
     tops: Tensor | None
     widths: Widths
     level: float
+
+    def to_fields(self) -> dict[str, Field]:
+        return {name: getattr(self, name) for name in ("vectors", "row_scales", "tops", "widths", "level")}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyPlan":
+        widths = _widths_of(fields, shape)
+        size = (shape.batch, len(flat_widths(widths)))
+        return cls(
+            fields.tensor("vectors", torch.int8, (*size, shape.key_dim)),
+            fields.tensor("row_scales", torch.float32, (*size, 1)),
+            fields.tensor("tops", torch.float32, (*size, 1)) if fields.has("tops") else None,
+            widths,
+            fields.number("level"),
+        )
 
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:

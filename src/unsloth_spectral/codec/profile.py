@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from unsloth_spectral.fields import Field, Fields
+
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
@@ -20,3 +24,20 @@ class ModelProfile:
     @property
     def num_layers(self) -> int:
         return len(self.value_sensitivities)
+
+    def to_fields(self) -> dict[str, Field]:
+        # As tensors: the variances are thousands of numbers.
+        return {
+            "value_sensitivities": torch.tensor(self.value_sensitivities, dtype=torch.float64),
+            "key_sensitivities": torch.tensor(self.key_sensitivities, dtype=torch.float64),
+            "key_variances": [torch.tensor(own, dtype=torch.float64) for own in self.key_variances],
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields, num_layers: int) -> "ModelProfile":
+        numbers = (num_layers,)
+        values = fields.tensor("value_sensitivities", torch.float64, numbers, on_host=True)
+        keys = fields.tensor("key_sensitivities", torch.float64, numbers, on_host=True)
+        variances = fields.tensors("key_variances", torch.float64, (None,), on_host=True)
+        fields.require(len(variances) == num_layers, f"variances of {num_layers} layers")
+        return cls(tuple(values.tolist()), tuple(keys.tolist()), tuple(tuple(own.tolist()) for own in variances))

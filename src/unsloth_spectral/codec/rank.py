@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.quantize import dequantize_int8, quantize_int8
 from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rsvd import SVDResult, batched_gram_svd, batched_randomized_svd
 
 _SEED = 0  # Sealing the same tokens twice must give the same block, so the test matrix is always the same.
@@ -85,6 +86,21 @@ class RankFactors:
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         codes, scale, basis, error = (torch.cat(pair, dim) for pair in pairs)
         return RankFactors(codes, scale, basis, error)
+
+    def to_fields(self) -> dict[str, Field]:
+        return dict(zip(("codes", "scale", "basis", "relative_error"), self._tensors(), strict=True))
+
+    @classmethod
+    def from_fields(cls, fields: Fields, leading: tuple[int, ...], head_dim: int) -> "RankFactors":
+        """Of shape ``[*leading, num_blocks, tokens, head_dim]``."""
+        codes = fields.tensor("codes", torch.int8, (*leading, None, None, None))
+        stacked, rank = codes.shape[:-2], codes.shape[-2]
+        return cls(
+            codes,
+            fields.tensor("scale", torch.float32, (*stacked, 1, 1)),
+            fields.tensor("basis", torch.float16, (*stacked, rank, head_dim)),
+            fields.tensor("relative_error", torch.float32, stacked),
+        )
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.codes, self.scale, self.basis, self.relative_error

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from unsloth_spectral.codec import keys as key_codec
@@ -16,7 +17,8 @@ from unsloth_spectral.codec.keys import KeyPlan
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
 
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
@@ -63,6 +65,22 @@ class Sealer(Protocol):
 
     def reset(self) -> None: ...
 
+    def to_fields(self) -> dict[str, Field]:
+        """What later sealings depend on, besides what layers share."""
+        ...
+
+    def restore(self, fields: Fields, shape: TokenShape) -> None:
+        """Go on as the sealer whose ``to_fields`` these were."""
+        ...
+
+    def shared_to_fields(self) -> dict[str, Field]:
+        """What all sealers of a cache share, of any of them."""
+        ...
+
+    def restore_shared(self, fields: Fields) -> None:
+        """Go on with what was shared."""
+        ...
+
 
 class RankSealer:
     """The rank codec: every block on its own."""
@@ -90,6 +108,18 @@ class RankSealer:
         pass
 
     def reset(self) -> None:
+        pass
+
+    def to_fields(self) -> dict[str, Field]:
+        return {}
+
+    def restore(self, fields: Fields, shape: TokenShape) -> None:
+        pass
+
+    def shared_to_fields(self) -> dict[str, Field]:
+        return {}
+
+    def restore_shared(self, fields: Fields) -> None:
         pass
 
 
@@ -181,6 +211,25 @@ class SpectralSealer:
         self.forget()
         self.budget.reset()
         self.short_budget.reset()
+
+    def to_fields(self) -> dict[str, Field]:
+        plan = None if self._plan is None else self._plan.to_fields()
+        return {"plan": plan, "mean": self._mean, "largest": self._largest}
+
+    def restore(self, fields: Fields, shape: TokenShape) -> None:
+        self.forget()
+        if fields.has("plan"):
+            rows = (shape.batch, shape.heads)
+            mean = fields.tensor("mean", torch.float16, (*rows, shape.key_dim))
+            largest = fields.tensor("largest", torch.float32, (*rows, 1))
+            self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
+
+    def shared_to_fields(self) -> dict[str, Field]:
+        return {"budget": self.budget.to_fields(), "short_budget": self.short_budget.to_fields()}
+
+    def restore_shared(self, fields: Fields) -> None:
+        self.budget.restore(fields.sub("budget"))
+        self.short_budget.restore(fields.sub("short_budget"))
 
     def _encode_keys(
         self,

@@ -1,8 +1,10 @@
 """Small helpers that stored things share."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 TensorFunction: TypeAlias = Callable[[Tensor], Tensor]
@@ -12,6 +14,22 @@ def storage_bytes(*tensors: Tensor) -> int:
     """Bytes of the storages behind ``tensors``, each storage once: a view that pins a larger tensor is seen."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, as a flat numpy array that shares them."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShape:
+    """What all tokens of one layer have in common: ``[batch, heads, tokens, key_dim or value_dim]`` of ``dtype``."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
 
 
 class Coded(Protocol):

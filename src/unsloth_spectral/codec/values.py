@@ -10,8 +10,9 @@ from torch import Tensor
 
 from unsloth_spectral.codec import fused
 from unsloth_spectral.codec.logscale import ZERO, decode_scales, encode_scales
-from unsloth_spectral.codec.packing import TILE_TOKENS, num_tiles, pack, unpack
-from unsloth_spectral.codec.tensors import TensorFunction, joint_error, storage_bytes
+from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles, pack, unpack
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.fields import Field, Fields
 
 STEPS_PER_OCTAVE = 20
 # Steps of the uniform quantizer of least squared error on a unit Gaussian, 1 to 8 bits (Max, 1960).
@@ -78,6 +79,25 @@ class ValueCodes:
             scales=torch.cat([self.scales, other.scales], -1),
             relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    def to_fields(self) -> dict[str, Field]:
+        names = ("planes", "scales", "largest", "relative_error", "nbits", "num_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "ValueCodes":
+        nbits, num_tokens, head_dim = fields.integer("nbits", 1), fields.integer("num_tokens", 1), shape.value_dim
+        fields.require(nbits <= MAX_NBITS, f"at most {MAX_NBITS} bits")
+        tiles, rows = num_tiles(num_tokens), (shape.batch, shape.heads)
+        return cls(
+            fields.tensor("planes", torch.uint8, (shape.batch, tiles, shape.heads * head_dim * nbits, PLANE_BYTES)),
+            fields.tensor("scales", torch.uint8, (*rows, tiles * TILE_TOKENS)),
+            fields.tensor("largest", torch.float32, (*rows, 1)),
+            fields.tensor("relative_error", torch.float16, rows),
+            head_dim,
+            nbits,
+            num_tokens,
         )
 
     def _token_scales(self) -> Tensor:

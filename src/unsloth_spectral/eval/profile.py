@@ -14,7 +14,8 @@ from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.progress import OnProgress
-from unsloth_spectral.integrations.huggingface.cache import SpectralCache, SpectralCacheLayer, dense_cache
+from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
+from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 

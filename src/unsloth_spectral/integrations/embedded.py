@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
 from unsloth_spectral.errors import LoadError
+from unsloth_spectral.files import sync
 from unsloth_spectral.integrations.load_errors import one_line
 from unsloth_spectral.integrations.quiet import quiet
 
@@ -168,23 +169,12 @@ def _seal(folder: Path) -> None:
     """Force the files of ``folder`` to disk and write the manifest of their sizes, which marks it as complete."""
     sizes = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         sizes[path.name] = path.stat().st_size
     manifest = folder / _MANIFEST
     manifest.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    # Windows can open neither a folder nor a read-only handle for this; there the manifest alone guards.
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(manifest)
+    sync(folder)
 
 
 def _publish(work: Path, final: Path) -> None:
@@ -198,7 +188,7 @@ def _publish(work: Path, final: Path) -> None:
             if not os.path.lexists(final):
                 raise
         else:
-            _sync(final.parent)
+            sync(final.parent)
             return
         # What is in the way is damaged. It goes aside under a work name, which `_remove_stale` knows, in case this
         # process dies before it is deleted; it may also be gone already, moved by another process.

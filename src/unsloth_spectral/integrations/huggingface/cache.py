@@ -1,114 +1,43 @@
 """A transformers ``Cache`` whose full-attention layers are spectral."""
 
 import logging
+import os
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     get_layer_types_and_kwargs,
 )
 
-from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.cache.stats import CacheStats, LayerStats
+from unsloth_spectral.cache import snapshot
+from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import Sealer, make_sealers
-from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.sealer import make_sealers
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
+from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
-from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
+from unsloth_spectral.integrations.huggingface.layers import (
+    MaterialisingCacheLayer,
+    SpectralCacheLayer,
+    layer_stats,
+    layer_to_fields,
+    restore_layer,
+)
 from unsloth_spectral.integrations.huggingface.support import check_model, why_materialised
 from unsloth_spectral.integrations.huggingface.switch import enable
 from unsloth_spectral.integrations.options import config_of
 
 logger = logging.getLogger("unsloth_spectral")
 _told: WeakSet[PreTrainedModel] = WeakSet()
-
-
-class SpectralCacheLayer(CacheLayerMixin):
-    """A ``SpectralLayer`` in the shape transformers expects of a layer."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-
-    def __init__(self, config: SpectralConfig, sealer: Sealer) -> None:
-        super().__init__()
-        self.spectral = SpectralLayer(config, sealer)
-        self.record_past = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.spectral.append(key_states, value_states)
-        handle = CompressedStates(self.spectral, seal_after=not self.record_past)
-        return handle, handle
-
-    def get_seq_length(self) -> int:
-        return self.spectral.num_tokens
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def reset(self) -> None:
-        self.spectral.reset()
-        self.is_initialized = False
-
-    def activate_past_recording(self) -> None:
-        """Assisted decoding takes tokens back after each step: sealing waits until ``crop`` has said which."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest ``-tokens_to_remove`` tokens.
-
-        Raises:
-            InvalidArgumentError: the number is positive.
-        """
-        if tokens_to_remove > 0:
-            raise InvalidArgumentError(
-                f"crop takes the number of tokens to remove as zero or a negative number, got {tokens_to_remove}"
-            )
-        self.spectral.crop(max(0, self.spectral.num_tokens + tokens_to_remove))
-        self.spectral.seal()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.spectral.map_batch(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.spectral.map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-
-class MaterialisingCacheLayer(SpectralCacheLayer):
-    """For models that compute with their keys and values: stored compressed, handed out dense.
-
-    The attention is the model's own, so nothing is known of its mask, queries and positions: padding is taken for
-    tokens like any other, and keys are compressed as they come.
-    """
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns all, sealed ones rebuilt."""
-        super().update(key_states, value_states)
-        dense = self.spectral.reconstruct()
-        if not self.record_past:
-            self.spectral.seal()
-        return dense
 
 
 class SpectralCache(Cache):
@@ -142,13 +71,17 @@ class SpectralCache(Cache):
         config: SpectralConfig | None = None,
         use_profile: bool = True,
     ) -> None:
-        self.config = config_of(config, preset=preset)
-        check_model(model, self.config)
+        chosen = config_of(config, preset=preset)
+        check_model(model, chosen)
+        wants_profile = use_profile and chosen.codec == "spectral"
+        self._build(model, chosen, profile_of(model, _num_spectral(model)) if wants_profile else None)
+
+    def _build(self, model: PreTrainedModel, config: SpectralConfig, profile: ModelProfile | None) -> None:
         enable(model)
+        # Weak, as a copy of a cache is no copy of the model.
+        self.config, self._profile, self._model = config, profile, ref(model)
         layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        num_layers = layer_types[: len(layer_options)].count("full_attention")
-        profile = profile_of(model, num_layers) if use_profile and self.config.codec == "spectral" else None
-        sealers = iter(make_sealers(self.config, num_layers, profile))
+        sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
         if reason is not None:
             _tell_once(model, reason)
@@ -203,9 +136,99 @@ class SpectralCache(Cache):
         for layer in self._spectral:
             layer.spectral.crop(shortest)
 
+    def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
+        """Write all of this cache to one file, whole or not at all.
+
+        ``load`` makes a cache of it that goes on as this one would, token for token.
+
+        Args:
+            path: ends in ``.safetensors``; a file that is there is replaced.
+            input_ids: ``[B, n]``, what was fed to the model, or more: a hash of the tokens held is written, by which
+                ``load`` can tell whether a prompt begins with them. The cache itself has seen no tokens.
+
+        Raises:
+            InvalidArgumentError: the path cannot be written, the cache is empty, or ``input_ids`` are too few.
+            SpectralError: a layer that the model keeps natively holds something of which there is no stored form; or
+                the model is gone.
+            OSError: the disk is full or the like.
+        """
+        target, model = snapshot.check_path(path), self._model()
+        if model is None:
+            raise SpectralError(
+                "the model of this cache is gone, and a snapshot says which one it is of: keep the model"
+            )
+        if not self._shortest:
+            raise InvalidArgumentError("an empty cache has nothing to save: give it to the model with a prompt first")
+        self._take_back()
+        batch = self._spectral[0].spectral.blocks[0].reconstruct()[0].shape[0]
+        header = make_header(model, self.config, batch, self._shortest, input_ids)
+        snapshot.write(target, header, self._to_fields())
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: PreTrainedModel, input_ids: Tensor | None = None
+    ) -> "SpectralCache":
+        """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
+
+        Then call ``model.generate(prompt, past_key_values=cache)``, with a prompt that begins with the tokens held and
+        has at least one more.
+
+        Args:
+            path: the file; it may be replaced or deleted while the cache lives, but not written into.
+            model: the model that made it, or an equal one, of the same dtype.
+            input_ids: ``[B, n]``, a prompt that must begin with the tokens held.
+
+        Raises:
+            LoadError: there is no such snapshot, it is truncated or altered, of another version, another model or other
+                tokens; the message is one line that says what differs.
+            UnsupportedModelError: the model cannot carry a spectral cache.
+        """
+        found = snapshot.read(path)
+        config = config_in(found.header)
+        check_model(model, config)
+        check_header(found.header, model, input_ids)
+        cache, fields = cls.__new__(cls), found.fields
+        profile = None
+        if fields.has("profile"):
+            profile = ModelProfile.from_fields(fields.sub("profile"), _num_spectral(model))
+        cache._build(model, config, profile)
+        devices, layers = _devices(model), fields.subs("layers")
+        fields.require(len(layers) == len(cache.layers), f"{len(cache.layers)} layers, not {len(layers)}")
+        for number, (layer, stored) in enumerate(zip(cache.layers, layers, strict=True)):
+            restore_layer(layer, stored, devices.get(number, model.device))
+        shared = fields.sub("shared").on(devices.get(cache._first, model.device))
+        cache._spectral[0].spectral.sealer.restore_shared(shared)
+        held = {layer.spectral.num_tokens for layer in cache._spectral}
+        count = found.header.sub("tokens").integer("count", 1)
+        fields.require(held == {count}, f"{count} tokens in every layer")
+        return cache
+
+    def _to_fields(self) -> Field:
+        return {
+            "profile": None if self._profile is None else self._profile.to_fields(),
+            "shared": self._spectral[0].spectral.sealer.shared_to_fields(),
+            "layers": [layer_to_fields(layer) for layer in self.layers],
+        }
+
     def stats(self) -> CacheStats:
         """Bytes stored and bytes a dense cache would take, the factor between them, and the same per layer."""
         return CacheStats.of([layer_stats(layer) for layer in self.layers])
+
+
+def _num_spectral(model: PreTrainedModel) -> int:
+    """How many layers are to be spectral."""
+    layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    return layer_types[: len(layer_options)].count("full_attention")
+
+
+def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Where each layer's keys will come from."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        number, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(number, int) and weight is not None and not weight.is_meta:
+            found.setdefault(number, weight.device)
+    return found
 
 
 def _tell_once(model: PreTrainedModel, reason: str) -> None:
@@ -217,23 +240,6 @@ def _tell_once(model: PreTrainedModel, reason: str) -> None:
             type(model).__name__,
             reason,
         )
-
-
-def layer_stats(layer: Any) -> LayerStats:
-    """Of a spectral layer, or of one that the model keeps natively, whatever its kind."""
-    if isinstance(layer, SpectralCacheLayer):
-        return layer.spectral.stats()
-    # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
-    values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
-    tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
-    nbytes = storage_bytes(*tensors)
-    return LayerStats(
-        kind=type(layer).__name__,
-        num_tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
-        residual_bytes=nbytes,
-        dense_bytes=nbytes,
-        elements=sum(tensor.numel() for tensor in tensors),
-    )
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicL
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.integrations.huggingface.cache import layer_stats
+from unsloth_spectral.integrations.huggingface.layers import layer_stats
 
 # Keys and values ``[B, H, tokens, head_dim]`` to what decoding gives back, of the same shapes, and the bits both took.
 Codec: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]

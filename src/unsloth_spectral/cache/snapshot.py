@@ -1,0 +1,194 @@
+"""A cache in one file: safetensors, with a record of what is in it and a checksum of everything. Knows no models.
+
+The file's metadata holds ``format``, ``version``, ``record`` and ``record_sha256``. The record is JSON: ``header``
+(what the cache is of), ``fields`` (what it holds, tensors by their numbers) and ``tensors`` (dtype, shape, SHA-256 of
+each). docs/snapshots.md describes it for users.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unsloth_spectral.codec.tensors import raw_bytes
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.fields import Field, Fields, flatten
+from unsloth_spectral.files import check_target, replacing
+
+FORMAT = "unsloth-spectral snapshot"
+# Raise this whenever a reader of the old format would misread the new one.
+VERSION = 1
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Attributes:
+    header: what ``write`` was given.
+    fields: the same, its tensors mapped from the file: read when they are used, and private to this process.
+    num_tensors, tensor_bytes: how many there are, and what they take.
+    """
+
+    header: Fields
+    fields: Fields
+    num_tensors: int
+    tensor_bytes: int
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a snapshot to be written.
+
+    Raises:
+        InvalidArgumentError: it does not end in .safetensors, or cannot be written.
+    """
+    return check_target(path, (SUFFIX,))
+
+
+def write(path: Path, header: Field, field: Field) -> None:
+    """Write ``header`` (no tensors in it) and ``field``: the whole file at once, or none of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tree, tensors = flatten(field)
+    plain = _without_aliases([_storable(tensor) for tensor in tensors])
+    described = [{**_kind(tensor), "sha256": _digest(tensor)} for tensor in plain]
+    for entry, tensor in zip(described, tensors, strict=True):
+        entry["is_complex"] = tensor.is_complex()
+    record = json.dumps({"header": header, "fields": tree, "tensors": described})
+    metadata = {"format": FORMAT, "version": str(VERSION), "record": record, "record_sha256": _digest_of(record)}
+    with replacing(path) as temporary:
+        try:
+            save_file({str(number): tensor for number, tensor in enumerate(plain)}, temporary, metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapshot:
+    """Open the snapshot at ``path``.
+
+    Args:
+        path: the file.
+        check_tensors: whether to compare all checksums, which reads the whole file; the record's always is.
+
+    Raises:
+        LoadError: there is no such file, it is no snapshot of this version, or truncated or altered; says which.
+    """
+    title = os.fspath(path)
+    try:
+        file = safe_open(os.path.expanduser(title), framework="pt")
+    except FileNotFoundError:
+        raise LoadError(f"no snapshot at {title!r}: check the path") from None
+    except OSError as error:
+        raise LoadError(f"the snapshot {title!r} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise LoadError(f"{title!r} is truncated, or no safetensors file ({error}): make it anew") from None
+    with file:
+        record = _record_of(title, file.metadata())
+        held = _Tensors(title, file, record["tensors"])
+        for number in range(len(record["tensors"])) if check_tensors else ():
+            held.check(number)
+    name = f"the snapshot {title!r}"
+    header, fields = (Fields(record[part], held, title=name) for part in ("header", "fields"))
+    return Snapshot(header, fields, len(record["tensors"]), held.nbytes)
+
+
+class _Tensors:
+    """The tensors of an open file, each with a storage of its own within the mapping, by number and device."""
+
+    def __init__(self, title: str, file: Any, described: list[dict[str, Any]]) -> None:
+        self._title, self._described = title, described
+        if set(file.keys()) != {str(number) for number in range(len(described))}:
+            raise LoadError(f"{title!r} was altered: it holds other tensors than its record says; make it anew")
+        self._mapped = [_own_storage(file.get_tensor(str(number))) for number in range(len(described))]
+        for number, mapped in enumerate(self._mapped):
+            is_same = all(described[number][name] == value for name, value in _kind(mapped).items())
+            is_pair = mapped.dtype == torch.float32 and mapped.shape[-1:] == (2,)
+            if not is_same or (described[number]["is_complex"] and not is_pair):
+                raise LoadError(f"{title!r} was altered: tensor {number} is not what its record says; make it anew")
+        self._given: dict[tuple[int, torch.device], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._mapped)
+
+    def check(self, number: int) -> None:
+        if _digest(self._mapped[number]) != self._described[number]["sha256"]:
+            raise LoadError(f"{self._title!r} was altered: the checksum of tensor {number} differs; make it anew")
+
+    def __call__(self, number: int, device: torch.device) -> Tensor:
+        if not 0 <= number < len(self._mapped):
+            raise LoadError(f"{self._title!r} refers to a tensor {number}, which it does not hold: make it anew")
+        key = (number, device)
+        if key not in self._given:
+            mapped = self._mapped[number]
+            tensor = torch.view_as_complex(mapped) if self._described[number]["is_complex"] else mapped
+            self._given[key] = tensor.to(device)
+        return self._given[key]
+
+
+def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
+    metadata = metadata or {}
+    if metadata.get("format") != FORMAT:
+        raise LoadError(f"{title!r} is no snapshot of a spectral cache: give a file that cache.save(path) wrote")
+    if metadata.get("version") != str(VERSION):
+        raise LoadError(
+            f"{title!r} is a snapshot of format {metadata.get('version')} and this version reads {VERSION}: make it "
+            "anew, or use the version that wrote it"
+        )
+    record = metadata.get("record", "")
+    if _digest_of(record) != metadata.get("record_sha256"):
+        raise LoadError(f"{title!r} was altered: the checksum of its record differs; make it anew")
+    try:
+        found: dict[str, Any] = json.loads(record)
+        good = all(set(entry) == {"dtype", "shape", "sha256", "is_complex"} for entry in found["tensors"])
+        good = good and {"header", "fields"} <= set(found)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise LoadError(f"{title!r} holds no record that can be read: make it anew")
+    return found
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """On the host, contiguous and real: safetensors knew no complex numbers for long."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.cpu().contiguous()
+
+
+def _without_aliases(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of those whose storage another has too, which safetensors refuses."""
+    seen: set[int] = set()
+    found = []
+    for tensor in tensors:
+        place = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone() if place in seen else tensor)
+        seen.add(place)
+    return found
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same bytes as a storage of their own: the mapped file is one, and would be counted whole for each tensor."""
+    raw = torch.from_numpy(raw_bytes(tensor))
+    return raw.view(tensor.dtype).reshape(tensor.shape)
+
+
+def _kind(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,129 @@
+"""What keys and values depend on in a model, so that a cache is never read by another one."""
+
+import hashlib
+import json
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from unsloth_spectral.codec.tensors import raw_bytes
+from unsloth_spectral.errors import UnsupportedModelError
+
+Identity: TypeAlias = dict[str, Any]
+
+# Of every configuration, or about text and training: they change no key and no value.
+_IRRELEVANT = (set(PreTrainedConfig().to_dict()) - {"model_type"}) | {
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_dropout",
+    "initializer_range",
+    "pad_token_id",
+    "pretraining_tp",
+    "use_cache",
+}
+# Digests, and what a difference in each says.
+_WEIGHTS = {
+    "embedding": "its token embedding",
+    "first_attention": "the first layer's attention weights, the key projection among them,",
+    "sample": "a sample of all its weights",
+}
+_SAMPLES = 64  # of each weight
+
+# With what tells that a weight has changed since.
+_known: "WeakKeyDictionary[PreTrainedModel, tuple[Any, Identity]]" = WeakKeyDictionary()
+
+
+def identify(model: PreTrainedModel) -> Identity:
+    """``model`` as plain data for JSON: its dtype and configuration, and SHA-256 digests of its weights.
+
+    Digests are of the token embedding, of the attention of the first layer (its key projection, fused or not), and of a
+    sample of every weight together with the adapters that are active: a fine-tuned model is another one.
+
+    Raises:
+        UnsupportedModelError: weights are offloaded, so that they cannot be read here.
+    """
+    state = _state(model)
+    if model in _known and _known[model][0] == state:
+        return _known[model][1]
+    config = model.config.get_text_config(decoder=True).to_dict()
+    relevant = {name: value for name, value in config.items() if name not in _IRRELEVANT}
+    first = next(module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int))
+    found = {
+        "model": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": json.loads(json.dumps(relevant, default=str)),
+        "embedding": _digest(model, list(model.get_input_embeddings().parameters())),
+        "first_attention": _digest(model, list(first.parameters())),
+        "sample": _sample(model),
+    }
+    _known[model] = state, found
+    return found
+
+
+def difference(stored: Identity, model: PreTrainedModel) -> str | None:
+    """What sets ``model`` apart from the one that was ``stored``, in a few words; None where nothing does."""
+    own = identify(model)
+    pairs = {**_flat(stored.get("config"), own["config"]), "dtype": (stored.get("dtype"), own["dtype"])}
+    changed = sorted(name for name, (there, here) in pairs.items() if there != here)
+    if changed:
+        there, here = pairs[changed[0]]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        return f"{changed[0]} is {there} there and {here} here{more}"
+    return next((f"{said} differ{'s' * (name != 'first_attention')}" for name, said in _WEIGHTS.items()
+                 if stored.get(name) != own[name]), None)  # fmt: skip
+
+
+def _flat(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both sides' settings by their dotted names."""
+    found: dict[str, tuple[Any, Any]] = {}
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**there, **here}:
+            found.update(_flat(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name))
+        return found
+    return {prefix: (there, here)}
+
+
+def _state(model: PreTrainedModel) -> Any:
+    # Tensors made under inference_mode count no versions, but nor can they be changed outside it.
+    weights = tuple(
+        (id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in _weights(model)
+    )
+    return weights, json.dumps(model.config.to_dict(), default=str), _adapters(model)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """Which adapters act: PEFT's layers say so, and their weights stay where they are while they don't."""
+    layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]
+    return sorted({f"{getattr(layer, 'active_adapters', None)} {layer.disable_adapters}" for layer in layers})
+
+
+def _digest(model: PreTrainedModel, weights: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for weight in weights:
+        if weight.is_meta:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has weights that are offloaded, so it cannot be known again: load it whole"
+            )
+        digest.update(f"{weight.dtype} {list(weight.shape)}".encode())
+        digest.update(raw_bytes(weight.cpu().contiguous()))
+    return digest.hexdigest()
+
+
+def _sample(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256(json.dumps(_adapters(model)).encode())
+    picked = []
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        if not weight.is_meta:
+            flat = weight.detach().reshape(-1)
+            picked.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu())
+    for each in picked:
+        digest.update(raw_bytes(each.contiguous()))
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""The layers of a spectral cache in the shape transformers expects."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.sealer import Sealer
+from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.fields import Field, Fields
+from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.native import native_to_fields, restore_native
+
+
+class SpectralCacheLayer(CacheLayerMixin):
+    """A ``SpectralLayer`` in the shape transformers expects of a layer."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, config: SpectralConfig, sealer: Sealer) -> None:
+        super().__init__()
+        self.spectral = SpectralLayer(config, sealer)
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.spectral.append(key_states, value_states)
+        handle = CompressedStates(self.spectral, seal_after=not self.record_past)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return self.spectral.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        self.spectral.reset()
+        self.is_initialized = False
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding takes tokens back after each step: sealing waits until ``crop`` has said which."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens.
+
+        Raises:
+            InvalidArgumentError: the number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise InvalidArgumentError(
+                f"crop takes the number of tokens to remove as zero or a negative number, got {tokens_to_remove}"
+            )
+        self.spectral.crop(max(0, self.spectral.num_tokens + tokens_to_remove))
+        self.spectral.seal()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.spectral.map_batch(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.spectral.map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def to_fields(self) -> Field:
+        """What is stored of it; None of an empty one."""
+        return None if self.spectral.is_empty else {"record_past": self.record_past, **self.spectral.to_fields()}
+
+    def restore(self, fields: Fields, device: torch.device) -> None:
+        """Hold what was stored, on ``device``.
+
+        Raises:
+            LoadError: a field is missing, or does not fit the others.
+        """
+        self.record_past = fields.flag("record_past")
+        self.spectral.restore(fields)
+        self.dtype, self.device, self.is_initialized = fields.sub("tokens").dtype("dtype"), device, True
+
+
+class MaterialisingCacheLayer(SpectralCacheLayer):
+    """For models that compute with their keys and values: stored compressed, handed out dense.
+
+    The attention is the model's own, so nothing is known of its mask, queries and positions: padding is taken for
+    tokens like any other, and keys are compressed as they come.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns all, sealed ones rebuilt."""
+        super().update(key_states, value_states)
+        dense = self.spectral.reconstruct()
+        if not self.record_past:
+            self.spectral.seal()
+        return dense
+
+
+def layer_stats(layer: Any) -> LayerStats:
+    """Of a spectral layer, or of one that the model keeps natively, whatever its kind."""
+    if isinstance(layer, SpectralCacheLayer):
+        return layer.spectral.stats()
+    # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
+    values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
+    tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
+    nbytes = storage_bytes(*tensors)
+    return LayerStats(
+        kind=type(layer).__name__,
+        num_tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        residual_bytes=nbytes,
+        dense_bytes=nbytes,
+        elements=sum(tensor.numel() for tensor in tensors),
+    )
+
+
+def layer_to_fields(layer: Any) -> dict[str, Field]:
+    """A spectral layer, or one that the model keeps natively, as it is stored.
+
+    Raises:
+        SpectralError: a native one holds something of which there is no stored form.
+    """
+    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else native_to_fields(layer)
+    return {"kind": type(layer).__name__, "held": held}
+
+
+def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
+    """Give the fresh ``layer`` what was stored, on ``device``.
+
+    Raises:
+        LoadError: it is not of a layer of this kind, or a field does not fit the others.
+    """
+    kind = type(layer).__name__
+    fields.require(fields.text("kind") == kind, f"a layer of kind {kind}, not {fields.text('kind')}")
+    if not fields.has("held"):
+        return
+    held = fields.sub("held").on(device)
+    if isinstance(layer, SpectralCacheLayer):
+        layer.restore(held, device)
+    else:
+        restore_native(layer, held, device)
