@@ -8,16 +8,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unsloth_spectral.codec.config import SpectralConfig
-    from unsloth_spectral.integrations.huggingface import SpectralCache
+    from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
     from unsloth_spectral.integrations.scope import spectral
     from unsloth_spectral.integrations.unsloth import patch_unsloth_attention, unpatch_unsloth_attention
 
 # Quiet until the application gives the logger a handler.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = ["SpectralCache", "SpectralConfig", "patch_unsloth_attention", "spectral", "unpatch_unsloth_attention"]
+__all__ = [
+    "PrefixStore",
+    "SpectralCache",
+    "SpectralConfig",
+    "patch_unsloth_attention",
+    "spectral",
+    "unpatch_unsloth_attention",
+]
 
 _HOME = {
+    "PrefixStore": "unsloth_spectral.integrations.huggingface",
     "SpectralCache": "unsloth_spectral.integrations.huggingface",
     "SpectralConfig": "unsloth_spectral.codec.config",
     "patch_unsloth_attention": "unsloth_spectral.integrations.unsloth",

@@ -55,6 +55,25 @@ def comparison_table(result: dict[str, Any]) -> RenderableType:
     return Group(table, notes)
 
 
+def snapshot_table(found: dict[str, Any]) -> RenderableType:
+    """The table of ``snapshot info``."""
+    table = Table(title=Text(found["path"]), show_header=False)
+    model = f"{found['model']}, {found['dtype']}"
+    for name, value in {
+        "tokens": f"{found['tokens']:,}",
+        "sequences": str(found["sequences"]),
+        "token SHA-256": found["token_sha256"] or "none: saved without input_ids",
+        "codec": found["codec"] + (", with a profile" if found["has_profile"] else ""),
+        "file": f"{human_bytes(found['file_bytes'])}, {found['num_tensors']} tensors",
+        "model": model,
+        "embedding SHA-256": found["embedding_sha256"],
+        "first attention SHA-256": found["first_attention_sha256"],
+        "format": f"{found['format']}, written by unsloth-spectral {found['written_by']}",
+    }.items():
+        table.add_row(name, Text(str(value)))
+    return table
+
+
 def comparison_answers(result: dict[str, Any]) -> RenderableType:
     """Each cache's answer to the question."""
     panels = [

@@ -178,8 +178,9 @@ def _without_aliases(tensors: list[Tensor]) -> list[Tensor]:
 
 def _own_storage(tensor: Tensor) -> Tensor:
     """The same bytes as a storage of their own: the mapped file is one, and would be counted whole for each tensor."""
-    raw = torch.from_numpy(raw_bytes(tensor))
-    return raw.view(tensor.dtype).reshape(tensor.shape)
+    if not tensor.numel():
+        return torch.empty_like(tensor)
+    return torch.from_numpy(raw_bytes(tensor)).view(tensor.dtype).reshape(tensor.shape)
 
 
 def _kind(tensor: Tensor) -> dict[str, Any]:

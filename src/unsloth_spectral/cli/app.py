@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 # Not `from unsloth_spectral.cli import ...`: the package imports this module.
+import unsloth_spectral.cli.chat as chat
 import unsloth_spectral.cli.compare as compare
 import unsloth_spectral.cli.eval as evaluation
 import unsloth_spectral.cli.info as info
 import unsloth_spectral.cli.profile as profile
 import unsloth_spectral.cli.report as report
+import unsloth_spectral.cli.snapshot as snapshot
 import unsloth_spectral.cli.spectrum as spectrum
 from unsloth_spectral import __version__
 from unsloth_spectral.cli.shared import err, out, plain
@@ -21,6 +23,7 @@ EXIT_USER_ERROR = 2
 # Each is a module with `command`, whose docstring and options are the help, and `EXAMPLES`.
 _COMMANDS = {
     "compare": compare,
+    "chat": chat,
     "spectrum": spectrum,
     "profile": profile,
     "eval": evaluation,
@@ -36,8 +39,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _examples(lines: tuple[str, ...]) -> str:
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
 for _name, _module in _COMMANDS.items():
-    app.command(_name, epilog="\n\n".join(["Examples:", *(f"  {line}" for line in _module.EXAMPLES)]))(_module.command)
+    app.command(_name, epilog=_examples(_module.EXAMPLES))(_module.command)
+_snapshots = typer.Typer(
+    name="snapshot", help="Save a cache to a file, and look into one.", no_args_is_help=True, rich_markup_mode="rich"
+)
+_snapshots.command("save", epilog=_examples(snapshot.SAVE_EXAMPLES))(snapshot.save)
+_snapshots.command("info", epilog=_examples(snapshot.INFO_EXAMPLES))(snapshot.info)
+_snapshots.command("verify", epilog=_examples(snapshot.VERIFY_EXAMPLES))(snapshot.verify)
+app.add_typer(_snapshots)
 
 
 def _print_version(wanted: bool) -> None:

@@ -64,6 +64,20 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     return opening, closing
 
 
+def followup_frame(tokenizer: Any, question: str) -> str:
+    """The text between an answer and the next one: the answer's end and a further question."""
+    if not getattr(tokenizer, "chat_template", None):
+        return f"\n\nQuestion: {question}\nAnswer:"
+    messages = [
+        {"role": "user", "content": _MARK},
+        {"role": "assistant", "content": _MARK},
+        {"role": "user", "content": question},
+    ]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.split(_MARK, 2)[2]
+
+
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    # verbose=False: a document longer than the model's context is for the caller to judge.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor([ids], dtype=torch.long)

@@ -79,7 +79,7 @@ class SpectralCache(Cache):
     def _build(self, model: PreTrainedModel, config: SpectralConfig, profile: ModelProfile | None) -> None:
         enable(model)
         # Weak, as a copy of a cache is no copy of the model.
-        self.config, self._profile, self._model = config, profile, ref(model)
+        self.config, self.profile, self._model = config, profile, ref(model)
         layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
@@ -205,7 +205,7 @@ class SpectralCache(Cache):
 
     def _to_fields(self) -> Field:
         return {
-            "profile": None if self._profile is None else self._profile.to_fields(),
+            "profile": None if self.profile is None else self.profile.to_fields(),
             "shared": self._spectral[0].spectral.sealer.shared_to_fields(),
             "layers": [layer_to_fields(layer) for layer in self.layers],
         }

@@ -1,0 +1,126 @@
+"""A conversation about a document, its cache compressed and, with a store, there at the second start."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from unsloth_spectral.cache.stats import CacheStats
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.eval.progress import OnProgress, layers_reported
+from unsloth_spectral.eval.prompt import chat_frame, followup_frame, token_ids
+from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
+from unsloth_spectral.integrations.huggingface.prefill import feed
+from unsloth_spectral.integrations.models import LoadedModel
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the first bytes of a letter whose others are still to come
+
+
+class Conversation:
+    """Questions and answers about one document, in the model's own chat format.
+
+    Attributes:
+        document_tokens: tokens before the first question; ``restored_tokens`` of them came from the store.
+        prefill_seconds: what it took until the first question could be asked.
+
+    Args:
+        loaded: model and tokenizer.
+        document: the text.
+        config: how to compress.
+        store: where the document's cache is kept; None for nowhere.
+        document_length: tokens of the document to take; None for all.
+        answer_length: the most tokens of an answer.
+        on_progress: called with (stage, done, total).
+
+    Raises:
+        InvalidArgumentError: the model has no room for the document and a question.
+        UnsupportedModelError: the model cannot carry a spectral cache.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        document: str,
+        *,
+        config: SpectralConfig,
+        store: PrefixStore | None = None,
+        document_length: int | None = None,
+        answer_length: int = 256,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._model: Any = loaded.model
+        self._tokenizer: Any = loaded.tokenizer
+        self._answer_length, self._is_first = answer_length, True
+        opening, _ = chat_frame(self._tokenizer, "")
+        text = self._tokens(document)[:document_length]
+        self._ids = [*self._tokens(opening), *text]
+        self.document_tokens = len(self._ids)
+        self._check_room(0, "take fewer of the document's tokens with --context-length, or a model with more room")
+        self._stops = self._stop_tokens()
+        input_ids = torch.tensor([self._ids])
+        started = time.perf_counter()
+        self.restored_tokens = 0
+        with layers_reported(self._model, "reading the document", on_progress):
+            if store is None:
+                self._cache = SpectralCache(self._model, config=config)
+                # The last one is fed with the question, as it is where a store is used.
+                if self.document_tokens > 1:
+                    feed(self._model, input_ids[:, :-1], self._cache)
+            else:
+                self.restored_tokens = store.num_stored(self._model, input_ids, config=config)
+                self._cache = store.prefill(self._model, input_ids, config=config)
+        self.prefill_seconds = time.perf_counter() - started
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Pieces of the answer as they come; stopping early is fine.
+
+        Raises:
+            InvalidArgumentError: the model has no room for the question and an answer.
+        """
+        frame = (
+            chat_frame(self._tokenizer, question)[1] if self._is_first else followup_frame(self._tokenizer, question)
+        )
+        asked = self._tokens(frame)
+        self._check_room(len(asked), "start again, or ask less")
+        self._ids.extend(asked)
+        self._is_first = False
+        answer: list[int] = []
+        shown = 0
+        while len(answer) < self._answer_length:
+            token = self._next()
+            if token in self._stops:
+                break
+            answer.append(token)
+            self._ids.append(token)
+            text = self._tokenizer.decode(answer, skip_special_tokens=True)
+            if not text.endswith(_UNFINISHED):
+                yield text[shown:]
+                shown = len(text)
+
+    def stats(self) -> CacheStats:
+        """Of the cache as it is now."""
+        return self._cache.stats()
+
+    def _next(self) -> int:
+        # What the cache lacks: new tokens, and those of a pass that was interrupted.
+        missing = torch.tensor([self._ids[self._cache.get_seq_length() :]])
+        return int(feed(self._model, missing, self._cache)[0].argmax())
+
+    def _tokens(self, text: str) -> list[int]:
+        found: list[int] = token_ids(self._tokenizer, text)[0].tolist()
+        return found
+
+    def _stop_tokens(self) -> set[int]:
+        configured = self._model.generation_config.eos_token_id
+        stops = configured if isinstance(configured, list) else [configured]
+        return {token for token in [*stops, self._tokenizer.eos_token_id] if token is not None}
+
+    def _check_room(self, more: int, fix: str) -> None:
+        room = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        needed = len(self._ids) + more + self._answer_length
+        if room is not None and needed > room:
+            raise InvalidArgumentError(
+                f"the document, the conversation and an answer need {needed} tokens, and the model has {room}: {fix}"
+            )

@@ -1,0 +1,58 @@
+"""Snapshots for the command line: of a document, and what is in one."""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from unsloth_spectral.cache import snapshot
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.eval.progress import OnProgress, layers_reported
+from unsloth_spectral.integrations.huggingface import SpectralCache
+from unsloth_spectral.integrations.huggingface.header import config_in
+from unsloth_spectral.integrations.huggingface.prefill import feed
+from unsloth_spectral.integrations.models import LoadedModel
+
+
+def prefill_document(
+    loaded: LoadedModel, document: str, most: int, config: SpectralConfig, on_progress: OnProgress | None = None
+) -> tuple[SpectralCache, Tensor]:
+    """The cache of the first ``most`` tokens of ``document``, and those tokens, ``[1, n]``.
+
+    Raises:
+        UnsupportedModelError: the model cannot carry a spectral cache.
+    """
+    tokenizer: Any = loaded.tokenizer
+    input_ids: Tensor = tokenizer(document, return_tensors="pt", verbose=False).input_ids[:, :most]
+    cache = SpectralCache(loaded.model, config=config)
+    with layers_reported(loaded.model, "reading the document", on_progress):
+        feed(loaded.model, input_ids, cache)
+    return cache, input_ids
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the snapshot at ``path`` is of, ready for JSON.
+
+    Raises:
+        LoadError: there is none, or its record is altered.
+    """
+    found = snapshot.read(path, check_tensors=False)
+    tokens, model = found.header.sub("tokens"), found.header.data("model")
+    return {
+        "path": str(path),
+        "file_bytes": os.path.getsize(os.path.expanduser(path)),
+        "tensor_bytes": found.tensor_bytes,
+        "num_tensors": found.num_tensors,
+        "format": snapshot.VERSION,
+        "written_by": found.header.text("library"),
+        "tokens": tokens.integer("count", 1),
+        "sequences": tokens.integer("batch", 1),
+        "token_sha256": tokens.text("sha256") if tokens.has("sha256") else None,
+        "codec": config_in(found.header).title,
+        "has_profile": found.fields.has("profile"),
+        "model": model.get("model"),
+        "dtype": model.get("dtype"),
+        "embedding_sha256": model.get("embedding"),
+        "first_attention_sha256": model.get("first_attention"),
+        "config": model.get("config"),
+    }

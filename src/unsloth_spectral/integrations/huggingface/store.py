@@ -1,0 +1,177 @@
+"""Caches of prompts' beginnings in a folder, found again by their tokens."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unsloth_spectral.cache import snapshot
+from unsloth_spectral.cache.tokens import token_hashes
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
+from unsloth_spectral.integrations.huggingface.cache import SpectralCache
+from unsloth_spectral.integrations.huggingface.identity import identify
+from unsloth_spectral.integrations.huggingface.prefill import feed
+from unsloth_spectral.integrations.options import config_of
+
+logger = logging.getLogger("unsloth_spectral")
+_LOCK = ".lock"
+# Whoever waits longer for others to finish writing goes on without keeping its cache.
+_LOCK_SECONDS = 60.0
+_PREFIX = "prefix-"
+_NAME = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-([0-9]+)-([0-9a-f]{{32}})\.safetensors")
+
+
+class PrefixStore:
+    """A folder of snapshots, each of a prompt's beginning, for one process or several at once.
+
+    A snapshot is found by a hash of its tokens, for the same model, options and profile only. The least recently used
+    ones go once all together exceed ``max_bytes``.
+
+    Args:
+        folder: made if it is not there, for the user alone: snapshots tell what was in the prompts.
+        max_bytes: what all snapshots may take; one more while it is written.
+
+    Raises:
+        InvalidArgumentError: the folder cannot be made, or ``max_bytes`` is not positive.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = 10_000_000_000) -> None:
+        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
+            raise InvalidArgumentError(f"max_bytes must be a positive number of bytes, got {max_bytes!r}")
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
+
+    def prefill(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        preset: str | None = None,
+        config: SpectralConfig | None = None,
+    ) -> SpectralCache:
+        """A cache of all of ``input_ids [1, n]`` but the last token, from which ``generate`` then starts.
+
+        The longest beginning that is stored is loaded, the rest is fed to the model, and what was new is stored. So
+        give it what prompts have in common, such as a document, and generate from that and a question::
+
+            cache = store.prefill(model, document_ids)
+            model.generate(torch.cat([document_ids, question_ids], 1), past_key_values=cache)
+
+        A snapshot that is broken is deleted, and one that cannot be written is not: both are logged, and nothing but
+        time is lost.
+
+        Args:
+            model: as for ``SpectralCache``, which has ``preset`` and ``config`` too.
+            input_ids: one sequence without padding.
+            preset, config: how to compress; they must not both be given.
+
+        Raises:
+            InvalidArgumentError: ``input_ids`` are not one sequence, or an option is out of its range.
+            UnsupportedModelError: the model cannot carry a spectral cache.
+        """
+        self._check(input_ids)
+        fresh = SpectralCache(model, config=config_of(config, preset=preset))
+        key, count = _key(model, fresh), input_ids.shape[1] - 1
+        cache = self._load_longest(model, input_ids[:, :count], key) or fresh
+        held = cache.get_seq_length()
+        if held < count:
+            feed(model, input_ids[:, held:count], cache)
+            self._keep(cache, input_ids, key)
+        return cache
+
+    def num_stored(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        preset: str | None = None,
+        config: SpectralConfig | None = None,
+    ) -> int:
+        """How many tokens of ``input_ids [1, n]`` ``prefill`` would load instead of computing them.
+
+        Raises:
+            InvalidArgumentError, UnsupportedModelError: as ``prefill``.
+        """
+        self._check(input_ids)
+        key = _key(model, SpectralCache(model, config=config_of(config, preset=preset)))
+        return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
+
+    @staticmethod
+    def _check(input_ids: Tensor) -> None:
+        if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
+            raise InvalidArgumentError(
+                f"input_ids must be one sequence, [1, n], got shape {tuple(input_ids.shape)}: call once for each"
+            )
+
+    def _found(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
+        """Stored beginnings of ``input_ids``, the longest first."""
+        names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        stored = {(int(name[2]), name[3]): name[0] for name in names if name is not None and name[1] == key}
+        hashes = token_hashes(input_ids, [count for count, _ in stored])
+        for count in sorted(hashes, reverse=True):
+            name = stored.get((count, hashes[count][:32]))
+            if name is not None:
+                yield count, self.folder / name
+
+    def _load_longest(self, model: PreTrainedModel, input_ids: Tensor, key: str) -> SpectralCache | None:
+        for _, path in self._found(input_ids, key):
+            try:
+                cache = SpectralCache.load(path, model, input_ids)
+            except LoadError as error:
+                # Also where another process has just let it go.
+                if path.exists():
+                    logger.warning("%s; it is deleted", error)
+                    path.unlink(missing_ok=True)
+                continue
+            with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
+                os.utime(path)
+            return cache
+        return None
+
+    def _keep(self, cache: SpectralCache, input_ids: Tensor, key: str) -> None:
+        count = cache.get_seq_length()
+        path = self.folder / f"{_PREFIX}{key}-{count}-{token_hashes(input_ids, [count])[count][:32]}.safetensors"
+        try:
+            # One writes at a time, so that together they stay within the limit.
+            with FileLock(self.folder / _LOCK, timeout=_LOCK_SECONDS):
+                for left in self.folder.glob(f".{_PREFIX}*"):  # by a process that was killed, as nobody writes now
+                    left.unlink(missing_ok=True)
+                cache.save(path, input_ids)
+                self._evict(path)
+        except (OSError, Timeout) as error:
+            logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, error)
+
+    def _evict(self, newest: Path) -> None:
+        """Delete what was used least recently until all is within the limit; ``newest`` alone where it exceeds it."""
+        sizes = {path: path.stat() for path in self.folder.iterdir() if _NAME.fullmatch(path.name)}
+        if sizes[newest].st_size > self.max_bytes:
+            logger.warning("a snapshot of %d bytes exceeds max_bytes and was not stored", sizes[newest].st_size)
+            newest.unlink()
+            return
+        total = sum(status.st_size for status in sizes.values())
+        for path in sorted(sizes, key=lambda path: (path == newest, sizes[path].st_mtime_ns)):
+            if total <= self.max_bytes:
+                return
+            with contextlib.suppress(PermissionError):  # Windows keeps what is mapped
+                path.unlink(missing_ok=True)
+                total -= sizes[path].st_size
+
+
+def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:
+    """Sixteen digits of all that a cache depends on besides its tokens."""
+    profile = None if fresh.profile is None else asdict(fresh.profile)
+    record = json.dumps([snapshot.VERSION, identify(model), asdict(fresh.config), profile], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()[:16]
