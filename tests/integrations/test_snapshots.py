@@ -50,10 +50,18 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, cache: Any, mask: torch.Te
 
 
 def numbers(cache: SpectralCache) -> dict[str, Any]:
-    """The statistics but for the time, which goes on elsewhere."""
+    """The statistics but for the time, which goes on elsewhere, and the room the tail has to grow."""
     found = cache.stats().to_dict()
     for each in (found, *found["layers"]):
-        del each["seal_seconds"]
+        for name in (
+            "seal_seconds",
+            "dense_bytes",
+            "residual_bytes",
+            "stored_bytes",
+            "bits_per_element",
+            "compression_factor",
+        ):
+            each.pop(name, None)
     return found
 
 
@@ -67,15 +75,15 @@ def check_goes_on(
 ) -> None:
     """What is saved and loaded has the same bytes and gives the same logits after ``then``, to the last bit."""
     cache.save(path, ids)
-    loaded = SpectralCache.load(path, model, ids)
+    # A copy: what the one cache does is not to change the tables of dynamic RoPE for the other.
+    twin = copy.deepcopy(model) if "dynamic" in str(model.config) else model
+    loaded = SpectralCache.load(path, twin, ids)
     assert loaded.config == cache.config
     assert loaded.get_seq_length() == cache.get_seq_length()
-    before, after = numbers(cache), numbers(loaded)
-    # The tail is stored without the room it had to grow.
-    assert after["stored_bytes"] <= before["stored_bytes"]
-    assert [layer["cold_bytes"] for layer in after["layers"]] == [layer["cold_bytes"] for layer in before["layers"]]
+    assert numbers(loaded) == numbers(cache)
+    assert loaded.stats().stored_bytes <= cache.stats().stored_bytes
     expected = decode(model, then, cache, mask)
-    assert torch.equal(decode(model, then, loaded, mask), expected)
+    assert torch.equal(decode(twin, then, loaded, mask), expected)
     assert numbers(loaded) == numbers(cache)
 
 
@@ -90,9 +98,9 @@ def test_goes_on_bit_for_bit(
     cache = SpectralCache(model, config=config)
     feed(model, ids[:, :prefill], cache)
     decode(model, ids[:, prefill : prefill + decoded], cache)
-    then = ids[:, prefill + decoded :][:, :140]
+    then = ids[:, prefill + decoded :][:, :150]
     check_goes_on(model, cache, tmp_path / "a.safetensors", then, ids=ids)
-    assert max(layer.sealed_tokens for layer in cache.stats().layers) > 0 or config.block_size > 200
+    assert max(layer.sealed_tokens for layer in cache.stats().layers) > 0
 
 
 @pytest.mark.parametrize(("family"), served())

@@ -59,9 +59,10 @@ def write(path: Path, header: Field, field: Field) -> None:
     """
     tree, tensors = flatten(field)
     plain = _without_aliases([_storable(tensor) for tensor in tensors])
-    described = [{**_kind(tensor), "sha256": _digest(tensor)} for tensor in plain]
-    for entry, tensor in zip(described, tensors, strict=True):
-        entry["is_complex"] = tensor.is_complex()
+    described = [
+        {**_kind(stored), "sha256": _digest(stored), "order": _order(tensor), "is_complex": tensor.is_complex()}
+        for stored, tensor in zip(plain, tensors, strict=True)
+    ]
     record = json.dumps({"header": header, "fields": tree, "tensors": described})
     metadata = {"format": FORMAT, "version": str(VERSION), "record": record, "record_sha256": _digest_of(record)}
     with replacing(path) as temporary:
@@ -110,8 +111,10 @@ class _Tensors:
         self._mapped = [_own_storage(file.get_tensor(str(number))) for number in range(len(described))]
         for number, mapped in enumerate(self._mapped):
             is_same = all(described[number][name] == value for name, value in _kind(mapped).items())
+            is_complex, order = described[number]["is_complex"], described[number]["order"]
             is_pair = mapped.dtype == torch.float32 and mapped.shape[-1:] == (2,)
-            if not is_same or (described[number]["is_complex"] and not is_pair):
+            is_same = is_same and sorted(order) == list(range(mapped.ndim - bool(is_complex)))
+            if not is_same or (is_complex and not is_pair):
                 raise LoadError(f"{title!r} was altered: tensor {number} is not what its record says; make it anew")
         self._given: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -128,9 +131,14 @@ class _Tensors:
             raise LoadError(f"{self._title!r} refers to a tensor {number}, which it does not hold: make it anew")
         key = (number, device)
         if key not in self._given:
-            mapped = self._mapped[number]
-            tensor = torch.view_as_complex(mapped) if self._described[number]["is_complex"] else mapped
-            self._given[key] = tensor.to(device)
+            tensor = self._mapped[number]
+            if self._described[number]["is_complex"]:
+                tensor = torch.view_as_complex(tensor)
+            elif tensor.is_floating_point():
+                # Exact tokens and scales: aligned as torch aligns, products add up in the same order as before.
+                tensor = tensor.clone()
+            order = self._described[number]["order"]
+            self._given[key] = tensor.permute([order.index(dim) for dim in range(len(order))]).to(device)
         return self._given[key]
 
 
@@ -148,7 +156,8 @@ def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise LoadError(f"{title!r} was altered: the checksum of its record differs; make it anew")
     try:
         found: dict[str, Any] = json.loads(record)
-        good = all(set(entry) == {"dtype", "shape", "sha256", "is_complex"} for entry in found["tensors"])
+        names = {"dtype", "shape", "sha256", "order", "is_complex"}
+        good = all(set(entry) == names for entry in found["tensors"])
         good = good and {"header", "fields"} <= set(found)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
@@ -159,10 +168,17 @@ def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 def _storable(tensor: Tensor) -> Tensor:
     """On the host, contiguous and real: safetensors knew no complex numbers for long."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().permute(_order(tensor))
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.cpu().contiguous()
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Its dimensions from the widest stride to the narrowest: in another layout products would round otherwise."""
+    # A dimension of one has no stride to speak of, and stays where it is.
+    wide = sorted((dim for dim, size in enumerate(tensor.shape) if size > 1), key=tensor.stride, reverse=True)
+    return [wide.pop(0) if size > 1 else dim for dim, size in enumerate(tensor.shape)]
 
 
 def _without_aliases(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,293 @@
+"""The file of a snapshot: what is written comes back, and whatever else is there is refused."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from unsloth_spectral.cache import snapshot
+from unsloth_spectral.cache.tokens import token_hashes
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
+
+CPU = torch.device("cpu")
+SHARED = torch.arange(6.0)
+FIELDS: dict[str, Any] = {
+    "float": torch.randn(3, 5),
+    "bfloat": torch.randn(2, 3).bfloat16(),
+    "half, transposed": torch.randn(2, 4, 6).half().mT,
+    "codes": torch.arange(7, dtype=torch.uint8),
+    "signed": torch.arange(-3, 3, dtype=torch.int8),
+    "long": torch.tensor([2**40, -1]),
+    "double": torch.randn(3, dtype=torch.float64),
+    "complex": torch.complex(torch.randn(1, 3, 4), torch.randn(1, 3, 4)),
+    "bool": torch.tensor([True, False]),
+    "nothing": torch.empty(0, 3),
+    "one": torch.tensor(3),
+    "view": torch.randn(4, 10)[:, 3:5],
+    "first": SHARED,
+    "second": SHARED,
+    "alias": SHARED.view(2, 3),
+}
+HEADER = {"a": 1, "b": {"c": "text"}}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    snapshot.write(tmp_path / "a.safetensors", HEADER, FIELDS)
+    return tmp_path / "a.safetensors"
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(LoadError) as caught:
+        snapshot.read(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_everything_comes_back(path: Path) -> None:
+    found = snapshot.read(path)
+    assert found.header.integer("a") == 1
+    assert found.header.sub("b").text("c") == "text"
+    for name, expected in FIELDS.items():
+        tensor = found.fields.tensor(name, None, None)
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected), name
+        assert tensor.untyped_storage().nbytes() == expected.numel() * expected.element_size(), name
+    # Products over it add up in the order they did.
+    assert found.fields.tensor("half, transposed", None, None).stride() == FIELDS["half, transposed"].stride()
+    assert found.num_tensors == len(FIELDS) - 1
+
+
+def test_one_tensor_stays_one(path: Path) -> None:
+    fields = snapshot.read(path).fields
+    first, second = (fields.tensor(name, torch.float32, (6,)) for name in ("first", "second"))
+    assert first is second
+    assert fields.tensor("alias", torch.float32, (2, 3)) is not first
+
+
+def test_codes_are_mapped_and_writing_to_them_leaves_the_file_alone(path: Path) -> None:
+    before = path.read_bytes()
+    codes = snapshot.read(path).fields.tensor("codes", torch.uint8, (7,))
+    if sys.platform == "linux":
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+        ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+        assert any(start <= codes.data_ptr() < end for start, end in ranges), "read, not mapped"
+    codes.fill_(9)
+    assert path.read_bytes() == before
+    assert snapshot.read(path).fields.tensor("codes", torch.uint8, (7,)).tolist() == list(range(7))
+
+
+def test_anyone_can_read_it(path: Path) -> None:
+    """It is plain safetensors."""
+    assert torch.equal(load_file(path)["0"], FIELDS["float"])
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["record"])
+    assert set(record) == {"header", "fields", "tensors"}
+    assert record["header"] == HEADER
+
+
+def test_every_altered_byte_is_seen(path: Path) -> None:
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    begin = 8 + struct.unpack("<Q", whole[:8])[0]
+    # The length of the header, every byte of the data, and many within the header.
+    places = [*range(8), *range(begin, len(whole)), *draw.sample(range(8, begin), 400)]
+    missed = []
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(altered)
+        try:
+            snapshot.read(path)
+        except LoadError:
+            continue
+        missed.append(place)
+    assert not missed, [whole[max(0, place - 20) : place + 20] for place in missed]
+
+
+def test_every_truncation_is_seen(path: Path) -> None:
+    whole = path.read_bytes()
+    for length in {0, 1, 7, 8, 9, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 50)}:
+        path.write_bytes(whole[:length])
+        assert "truncated" in refusal(path)
+    path.write_bytes(whole + b"\0")
+    refusal(path)
+
+
+def test_what_is_no_snapshot(tmp_path: Path, path: Path) -> None:
+    assert "no snapshot at" in refusal(tmp_path / "missing.safetensors")
+    refusal(tmp_path)
+    other = tmp_path / "b.safetensors"
+    save_file({"0": torch.zeros(3)}, other)
+    assert "is no snapshot of a spectral cache" in refusal(other)
+    other.write_bytes(b"PK\3\4 a pickle in a zip file, as torch.save writes it")
+    assert "truncated, or no safetensors file" in refusal(other)
+
+
+def rewrite(path: Path, **changes: str) -> None:
+    """The same tensors with other metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, {**metadata, **changes})
+
+
+def with_record(path: Path, change: Callable[[Any], None]) -> None:
+    """A file whose record was changed by someone who knows how to make a checksum."""
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["record"])
+    change(record)
+    text = json.dumps(record)
+    rewrite(path, record=text, record_sha256=snapshot._digest_of(text))
+
+
+def test_another_version(path: Path) -> None:
+    rewrite(path, version="2")
+    assert "is a snapshot of format 2 and this version reads 1" in refusal(path)
+
+
+def test_an_altered_record(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        record = file.metadata()["record"]
+    rewrite(path, record=record.replace('"a": 1', '"a": 2'))
+    assert "the checksum of its record differs" in refusal(path)
+
+
+def test_altered_tensors(path: Path) -> None:
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "0": tensors["0"] + 1}, path, metadata)
+    assert "the checksum of tensor 0 differs" in refusal(path)
+    save_file({**tensors, "0": tensors["0"].flatten()}, path, metadata)
+    assert "tensor 0 is not what its record says" in refusal(path)
+    save_file({**tensors, "more": torch.zeros(1)}, path, metadata)
+    assert "it holds other tensors than its record says" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("fields"),
+        lambda record: record.update(tensors=3),
+        lambda record: record["tensors"][0].pop("sha256"),
+        lambda record: record["tensors"].__setitem__(0, "text"),
+        lambda record: record["tensors"][0].update(order=[0, 0]),
+        lambda record: record["tensors"][0].update(order="x"),
+        lambda record: record["tensors"][0].update(is_complex=True),
+        lambda record: record.update(fields=[]),
+    ],
+    ids=range(8),
+)
+def test_a_record_made_up(path: Path, change: Callable[[Any], None]) -> None:
+    with_record(path, change)
+    refusal(path)
+
+
+def test_fields_made_up_are_refused_when_they_are_asked_for(path: Path) -> None:
+    with_record(path, lambda record: record["fields"].update(codes={"$tensor": 99}, float="text", one=True, long=-1))
+    fields = snapshot.read(path).fields
+    asked: dict[str, Callable[[], Any]] = {
+        "refers to a tensor 99": lambda: fields.tensor("codes", None, None),
+        "must have a tensor as 'float'": lambda: fields.tensor("float", None, None),
+        "must have an integer of at least 0 as 'one'": lambda: fields.integer("one"),
+        "must have an integer of at least 0 as 'long'": lambda: fields.integer("long"),
+        "must have a field 'missing'": lambda: fields.integer("missing"),
+        "must have a number as 'float'": lambda: fields.number("float"),
+        "must have true or false as 'float'": lambda: fields.flag("float"),
+        "must have a floating point dtype as 'float'": lambda: fields.dtype("float"),
+        "must have a list as 'float'": lambda: fields.subs("float"),
+        "'float' must have fields|float must have fields": lambda: fields.sub("float"),
+        "must have torch.float16 as 'double', not torch.float64": lambda: fields.tensor("double", torch.float16, None),
+        r"must have a tensor \[4\] as 'double', not \[3\]": lambda: fields.tensor("double", None, (4,)),
+    }
+    for message, ask in asked.items():
+        with pytest.raises(LoadError, match=message):
+            ask()
+
+
+def test_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"must end in \.safetensors"):
+        snapshot.check_path(tmp_path / "a.json")
+
+    def full(*_: Any) -> None:
+        raise snapshot.SafetensorError("no space left")
+
+    monkeypatch.setattr(snapshot, "save_file", full)
+    with pytest.raises(OSError, match="cannot be written: no space left"):
+        snapshot.write(tmp_path / "a.safetensors", HEADER, FIELDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_it_is_an_ordinary_file(path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+# Killed while writing
+
+
+def write_again_and_again(path: Path, ready: Any) -> None:
+    torch.set_num_threads(1)
+    count = 0
+    while True:
+        count += 1
+        snapshot.write(path, {"count": count}, {"all": torch.full((50_000,), count)})
+        if count == 1:
+            ready.set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, no fork")
+@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_is_the_old_one_or_the_new_one(kills: int, tmp_path: Path) -> None:
+    path, context, draw = tmp_path / "a.safetensors", multiprocessing.get_context("fork"), random.Random(0)
+    left, counts = 0, set()
+    for _ in range(kills):
+        ready = context.Event()
+        writer = context.Process(target=write_again_and_again, args=(path, ready), daemon=True)
+        writer.start()
+        assert ready.wait(120)
+        time.sleep(draw.uniform(0, 0.03))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join(120)
+        assert writer.exitcode == -signal.SIGKILL
+        found = snapshot.read(path)
+        count = found.header.integer("count", 1)
+        assert torch.equal(found.fields.tensor("all", torch.int64, (50_000,)), torch.full((50_000,), count))
+        counts.add(count)
+        # What it was writing when it was killed.
+        for temporary in tmp_path.glob(".*"):
+            temporary.unlink()
+            left += 1
+    assert len(counts) > 1, "it was always killed after the same one"
+    assert left > kills // 10, "it was hardly ever killed while it wrote"
+
+
+def test_token_hashes() -> None:
+    ids = torch.randint(0, 50_000, (1, 100))
+    found = token_hashes(ids, [1, 50, 100, 101])
+    assert set(found) == {1, 50, 100}
+    assert len(set(found.values())) == 3
+    assert token_hashes(ids[:, :50], [50]) == {50: found[50]}
+    assert token_hashes(ids.int(), [100])[100] == found[100]
+    changed = ids.clone()
+    changed[0, 0] += 1
+    assert token_hashes(changed, [1])[1] != found[1]
+    # Rows are no longer sequences.
+    assert token_hashes(ids.view(2, 50), [50])[50] not in found.values()
+    assert token_hashes(ids.view(100, 1), [1])[1] not in found.values()
