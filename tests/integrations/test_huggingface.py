@@ -263,27 +263,6 @@ def test_a_higher_rank_is_nearer() -> None:
 # What is refused
 
 
-def test_a_handle_that_reaches_another_attention_function_says_what_to_do() -> None:
-    for name in ("eager", "sdpa"):
-        model = build()
-        spectral = SpectralCache(model, config=LOSSLESS)
-        model.set_attn_implementation(name)
-        with pytest.raises(SpectralError, match=r"make the cache with SpectralCache\(model\), after any") as caught:
-            logits(model, token_ids(), spectral)
-        assert "set_attn_implementation" in str(caught.value)
-        model.generate(token_ids(), max_new_tokens=2)  # a cache of the model's own still works
-
-
-def test_a_handle_can_be_copied_but_not_read() -> None:
-    handle = CompressedStates(SpectralLayer(LOSSLESS), seal_after=True)
-    assert copy.deepcopy(handle).seal_after
-    for name in ("shape", "dtype", "transpose", "device"):
-        with pytest.raises(SpectralError, match=f"have no `.{name}`"):
-            getattr(handle, name)
-    with pytest.raises(AttributeError):
-        _ = handle.__array_interface__
-
-
 def test_crop_takes_no_positive_number() -> None:
     model = build()
     spectral = SpectralCache(model, config=LOSSLESS)

@@ -170,11 +170,30 @@ class SpectralCache(Cache):
         """Take a layer's new tokens; the first spectral layer's begin a forward pass.
 
         Raises:
-            SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back.
+            SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back; or the
+                cache was made for another model.
         """
+        if layer_idx >= len(self.layers):
+            raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Raise unless ``model``, which is about to run with this cache, has as many layers.
+
+        Raises:
+            SpectralError: it has not: what it would leave empty would pass for an interrupted pass.
+        """
+        num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(self.layers))
+        if num_layers != len(self.layers):
+            raise self._made_for_another(num_layers)
+
+    def _made_for_another(self, num_layers: object) -> SpectralError:
+        return SpectralError(
+            f"this cache was made for another model: it has {len(self.layers)} layers, the model running with it has "
+            f"{num_layers}; make one for it: cache = SpectralCache(model)"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count."""
@@ -194,10 +213,11 @@ class SpectralCache(Cache):
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
-        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, DummyLayer.__name__}
+        others = [layer for layer in self.layers if not isinstance(layer, (SpectralCacheLayer, DummyLayer))]
         if others:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
             raise SpectralError(
-                f"the last forward pass was interrupted, and {', '.join(sorted(others))} in this cache "
+                f"the last forward pass was interrupted, and {kinds} in this cache "
                 "cannot take its tokens back: call cache.reset() and start again from the whole prompt"
             )
         for layer in self._spectral:

@@ -14,8 +14,11 @@ SUPPORTED = (
     "Qwen2, Qwen3, Gemma 2, Phi-3, SmolLM"
 )
 
-# Their attention modules slice, split or repeat what `update` returns.
-_READ_THEIR_KEYS = ("diffllama", "doge", "jetmoe")
+# The name under which models find the spectral attention function.
+ATTENTION_NAME = "unsloth_spectral"
+
+# Their attention modules slice, split or repeat what `update` returns. One that is missing is added when it is seen to.
+_READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
 
 def check_model(model: object, config: SpectralConfig) -> None:
@@ -46,6 +49,11 @@ def why_materialised(model: PreTrainedModel) -> str | None:
     if model.config.get_text_config(decoder=True).model_type in _READ_THEIR_KEYS:
         return "computes with its keys and values before attention"
     return None
+
+
+def materialise_from_now_on(config: Any) -> None:
+    """Rebuild keys and values for models of this ``config``, which were seen to compute with them."""
+    _READ_THEIR_KEYS.add(config.model_type)
 
 
 def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
