@@ -79,7 +79,9 @@ def test_operations_on_the_cache(family: str, operation: str, cell: Check, asser
         return
     if operation != "crop":  # which seals
         assert min(sealed_tokens(spectral)) >= 4 * BLOCK
-    first, dense, spectral = spectral, operate(dense), operate(spectral)
+    # In the first supported releases of transformers a dense cache that was reset goes on counting.
+    dense = dense_cache(plain) if operation == "reset" else operate(dense)
+    first, spectral = spectral, operate(spectral)
     assert min(sealed_tokens(spectral), default=0) >= (0 if operation == "reset" else 2 * BLOCK)
     assert spectral.get_seq_length() == dense.get_seq_length() == length
     if operation == "deepcopy":

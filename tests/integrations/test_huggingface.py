@@ -98,7 +98,11 @@ def test_operations_on_the_cache(operation: str, assert_close: Callable[..., Non
     spectral, dense = SpectralCache(model, config=LOSSLESS), dense_cache(dense_model)
     logits(model, token_ids(3), spectral), logits(dense_model, token_ids(3), dense)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
-    OPERATIONS[operation](spectral), OPERATIONS[operation](dense)
+    OPERATIONS[operation](spectral)
+    if operation == "reset":  # in the first supported releases of transformers a dense cache goes on counting
+        dense = dense_cache(dense_model)
+    else:
+        OPERATIONS[operation](dense)
     assert spectral.get_seq_length() == dense.get_seq_length()
     batch = {"select": 2, "repeat": 6}.get(operation, 3)
     # Several tokens in one pass, many in one pass, then one by one.

@@ -10,9 +10,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
-    get_layer_types_and_kwargs,
 )
 
 from unsloth_spectral.cache.layer import SpectralLayer
@@ -23,6 +21,7 @@ from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.layers import layers_of
 from unsloth_spectral.integrations.huggingface.support import check_model, why_materialised
 from unsloth_spectral.integrations.huggingface.switch import enable
 from unsloth_spectral.integrations.options import config_of
@@ -145,8 +144,8 @@ class SpectralCache(Cache):
         self.config = config_of(config, preset=preset)
         check_model(model, self.config)
         enable(model)
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        num_layers = layer_types[: len(layer_options)].count("full_attention")
+        plans = layers_of(model.config.get_text_config(decoder=True))
+        num_layers = sum(plan.layer_type == "full_attention" for plan in plans)
         profile = profile_of(model, num_layers) if use_profile and self.config.codec == "spectral" else None
         sealers = iter(make_sealers(self.config, num_layers, profile))
         reason = why_materialised(model)
@@ -155,13 +154,19 @@ class SpectralCache(Cache):
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
             kind(self.config, next(sealers))
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            # An early exit makes a model of the first layers; its list of types may go on.
-            for layer_type, options in zip(layer_types, layer_options, strict=False)
+            if plan.layer_type == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[plan.layer_type](**plan.options)
+            for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
+        # A dummy holds no tokens: its model takes them from another layer.
+        self._others = [
+            layer
+            for layer, plan in zip(layers, plans, strict=True)
+            if plan.layer_type not in ("full_attention", "dummy")
+        ]
+        self._depth = _depth(model)
         self._first = layers.index(self._spectral[0])
 
     def update(
@@ -185,13 +190,13 @@ class SpectralCache(Cache):
         Raises:
             SpectralError: it has not: what it would leave empty would pass for an interrupted pass.
         """
-        num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(self.layers))
-        if num_layers != len(self.layers):
-            raise self._made_for_another(num_layers)
+        depth = _depth(model)
+        if depth != self._depth:
+            raise self._made_for_another(depth)
 
     def _made_for_another(self, num_layers: object) -> SpectralError:
         return SpectralError(
-            f"this cache was made for another model: it has {len(self.layers)} layers, the model running with it has "
+            f"this cache was made for another model: it has {self._depth} layers, the model running with it has "
             f"{num_layers}; make one for it: cache = SpectralCache(model)"
         )
 
@@ -213,9 +218,8 @@ class SpectralCache(Cache):
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
-        others = [layer for layer in self.layers if not isinstance(layer, (SpectralCacheLayer, DummyLayer))]
-        if others:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
+        if self._others:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self._others}))
             raise SpectralError(
                 f"the last forward pass was interrupted, and {kinds} in this cache "
                 "cannot take its tokens back: call cache.reset() and start again from the whole prompt"
@@ -226,6 +230,10 @@ class SpectralCache(Cache):
     def stats(self) -> CacheStats:
         """Bytes stored and bytes a dense cache would take, the factor between them, and the same per layer."""
         return CacheStats.of([layer_stats(layer) for layer in self.layers])
+
+
+def _depth(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _tell_once(model: PreTrainedModel, reason: str) -> None:
