@@ -30,6 +30,10 @@ class CompressedStates:
         self.seal_after = seal_after
         self.was_read = False
 
+    def to(self, *_: Any) -> "CompressedStates":
+        """Itself: Gemma 4, in the first supported releases, moves keys that layers share to the device of each."""
+        return self
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copy, pickle and torch probe for these and expect an AttributeError
             raise AttributeError(name)
