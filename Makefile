@@ -1,10 +1,11 @@
 # The first command needs python3 (3.10 or newer) and git; the rest lives in .venv.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow models eval bench wheel clean
+.PHONY: help demo test test-slow test-oldest models eval bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +30,15 @@ test: $(STAMP) ## ruff, mypy and the fast tests
 
 test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[gguf]' pytest hypothesis
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
+	$(OLDEST)/bin/pytest -q -m 'not slow' tests/integrations tests/families
 
 models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \

@@ -26,7 +26,7 @@ from unsloth_spectral.cache.sampler import QuerySampler
 from unsloth_spectral.codec import keys, sealer, values
 from unsloth_spectral.codec.allocate import Budget
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.integrations.huggingface import attention, switch
+from unsloth_spectral.integrations.huggingface import attention, support
 
 LENGTHS = (1024, 2048, 4096, 8192)
 PRESET = "balanced"
@@ -80,8 +80,8 @@ class Stopwatch:
             for owner, name, part in PARTS:
                 stack.enter_context(patch.object(owner, name, self.wrap(part, getattr(owner, name))))
             # What is left of it once its parts are off.
-            stack.callback(AttentionInterface.register, switch.ATTENTION_NAME, attention.attend)
-            AttentionInterface.register(switch.ATTENTION_NAME, self.wrap("attention function", attention.attend))
+            stack.callback(AttentionInterface.register, support.ATTENTION_NAME, attention.attend)
+            AttentionInterface.register(support.ATTENTION_NAME, self.wrap("attention function", attention.attend))
             yield
 
 

@@ -226,7 +226,10 @@ def make(family: str, **overrides: Any) -> PreTrainedModel:
         rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
         vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
         return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config={**options, **rotary}, vision_config=vision))
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[chosen.model_type](**options))
+    config = CONFIG_MAPPING[chosen.model_type](**options)
+    # The first supported releases of transformers give Gemma 2 sdpa, which drops its soft cap.
+    attention = {"attn_implementation": "eager"} if chosen.model_type == "gemma2" else {}
+    return AutoModelForCausalLM.from_config(config, **attention)
 
 
 @functools.cache

@@ -35,6 +35,8 @@ def test_only_full_attention_is_spectral_and_stats_say_so(family: str) -> None:
         model(token_ids(2, 90), past_key_values=past)
     layers = spectral.stats().layers
     expected = HYBRIDS.get(family, [SPECTRAL] * len(layers))
+    if len(dense.layers) < len(expected):  # the first supported releases leave out layers that hold nothing
+        expected = [kind for kind in expected if kind != NONE]
     assert [layer.kind for layer in layers] == expected
     for stats, ours, native in zip(layers, spectral.layers, dense.layers, strict=True):
         if stats.kind == SPECTRAL:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families.lossless import BLOCK, LOSSLESS, dense_cache, sealed_tokens, token_ids
 from families.models import FAMILIES, build, served
 from transformers.cache_utils import LinearAttentionLayer
@@ -59,6 +60,8 @@ BATCH_OPERATIONS = ("repeat", "select")
 @torch.no_grad()
 def test_operations_on_the_cache(family: str, operation: str, cell: Check, assert_close: Check) -> None:
     operate, batch, length = OPERATIONS[operation]
+    if operation == "reset" and family in ("Gemma 3", "gpt-oss") and transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 keeps what layers with a window hold")
     plain, model = build(family), build(family)
     dense, spectral = dense_cache(plain), SpectralCache(model, config=LOSSLESS)
     has_state = any(isinstance(layer, LinearAttentionLayer) for layer in dense.layers)
@@ -79,7 +82,9 @@ def test_operations_on_the_cache(family: str, operation: str, cell: Check, asser
         return
     if operation != "crop":  # which seals
         assert min(sealed_tokens(spectral)) >= 4 * BLOCK
-    first, dense, spectral = spectral, operate(dense), operate(spectral)
+    # In the first supported releases of transformers a dense cache that was reset goes on counting.
+    dense = dense_cache(plain) if operation == "reset" else operate(dense)
+    first, spectral = spectral, operate(spectral)
     assert min(sealed_tokens(spectral), default=0) >= (0 if operation == "reset" else 2 * BLOCK)
     assert spectral.get_seq_length() == dense.get_seq_length() == length
     if operation == "deepcopy":

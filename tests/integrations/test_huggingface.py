@@ -98,7 +98,11 @@ def test_operations_on_the_cache(operation: str, assert_close: Callable[..., Non
     spectral, dense = SpectralCache(model, config=LOSSLESS), dense_cache(dense_model)
     logits(model, token_ids(3), spectral), logits(dense_model, token_ids(3), dense)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
-    OPERATIONS[operation](spectral), OPERATIONS[operation](dense)
+    OPERATIONS[operation](spectral)
+    if operation == "reset":  # in the first supported releases of transformers a dense cache goes on counting
+        dense = dense_cache(dense_model)
+    else:
+        OPERATIONS[operation](dense)
     assert spectral.get_seq_length() == dense.get_seq_length()
     batch = {"select": 2, "repeat": 6}.get(operation, 3)
     # Several tokens in one pass, many in one pass, then one by one.
@@ -261,27 +265,6 @@ def test_a_higher_rank_is_nearer() -> None:
 
 
 # What is refused
-
-
-def test_a_handle_that_reaches_another_attention_function_says_what_to_do() -> None:
-    for name in ("eager", "sdpa"):
-        model = build()
-        spectral = SpectralCache(model, config=LOSSLESS)
-        model.set_attn_implementation(name)
-        with pytest.raises(SpectralError, match=r"make the cache with SpectralCache\(model\), after any") as caught:
-            logits(model, token_ids(), spectral)
-        assert "set_attn_implementation" in str(caught.value)
-        model.generate(token_ids(), max_new_tokens=2)  # a cache of the model's own still works
-
-
-def test_a_handle_can_be_copied_but_not_read() -> None:
-    handle = CompressedStates(SpectralLayer(LOSSLESS), seal_after=True)
-    assert copy.deepcopy(handle).seal_after
-    for name in ("shape", "dtype", "transpose", "device"):
-        with pytest.raises(SpectralError, match=f"have no `.{name}`"):
-            getattr(handle, name)
-    with pytest.raises(AttributeError):
-        _ = handle.__array_interface__
 
 
 def test_crop_takes_no_positive_number() -> None:

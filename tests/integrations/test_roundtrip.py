@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
@@ -147,6 +148,7 @@ def test_crop_takes_newest_tokens_back_but_none_that_are_encoded(tiny_llama: Bui
     assert fresh.stats().stored_bytes == 0
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.17."), reason="its dense layers keep their length")
 def test_reset_forgets_everything(tiny_llama: Build) -> None:
     model, ids = tiny_llama(), prompt(120)
     cache = RoundTripCache(model, Recorder(factor=0.9))

@@ -34,7 +34,7 @@ def attend(
 
     Raises:
         UnsupportedModelError: the model asks for a position bias.
-        SpectralError: attention dropout is asked for where torch's SDPA cannot serve.
+        SpectralError: attention dropout is asked for where torch's SDPA cannot serve, or attention weights are.
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -47,6 +47,11 @@ def attend(
     )
     if not isinstance(key, CompressedStates):
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
+    if kwargs.get("output_attentions"):
+        raise SpectralError(
+            "output_attentions=True asks for attention weights, which a spectral cache does not make: call "
+            'unpatch_unsloth_attention(model) and model.set_attn_implementation("eager") for them'
+        )
     layer = key.layer
     if not key.was_read:
         _observe(module, query, attention_mask, options, layer)

@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    DummyLayer,
     DynamicCache,
-    get_layer_types_and_kwargs,
 )
 
 from unsloth_spectral.cache import snapshot
@@ -25,6 +23,7 @@ from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
+from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 from unsloth_spectral.integrations.huggingface.layers import (
     MaterialisingCacheLayer,
     SpectralCacheLayer,
@@ -80,7 +79,7 @@ class SpectralCache(Cache):
         enable(model)
         # Weak, as a copy of a cache is no copy of the model.
         self.config, self.profile, self._model = config, profile, ref(model)
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        plans = layers_of(model.config.get_text_config(decoder=True))
         sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
         if reason is not None:
@@ -88,13 +87,19 @@ class SpectralCache(Cache):
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
             kind(self.config, next(sealers))
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            # An early exit makes a model of the first layers; its list of types may go on.
-            for layer_type, options in zip(layer_types, layer_options, strict=False)
+            if plan.layer_type == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[plan.layer_type](**plan.options)
+            for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
+        # A dummy holds no tokens: its model takes them from another layer.
+        self._others = [
+            layer
+            for layer, plan in zip(layers, plans, strict=True)
+            if plan.layer_type not in ("full_attention", "dummy")
+        ]
+        self._depth = _depth(model)
         self._first = layers.index(self._spectral[0])
 
     def update(
@@ -103,11 +108,30 @@ class SpectralCache(Cache):
         """Take a layer's new tokens; the first spectral layer's begin a forward pass.
 
         Raises:
-            SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back.
+            SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back; or the
+                cache was made for another model.
         """
+        if layer_idx >= len(self.layers):
+            raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Raise unless ``model``, which is about to run with this cache, has as many layers.
+
+        Raises:
+            SpectralError: it has not: what it would leave empty would pass for an interrupted pass.
+        """
+        depth = _depth(model)
+        if depth != self._depth:
+            raise self._made_for_another(depth)
+
+    def _made_for_another(self, num_layers: object) -> SpectralError:
+        return SpectralError(
+            f"this cache was made for another model: it has {self._depth} layers, the model running with it has "
+            f"{num_layers}; make one for it: cache = SpectralCache(model)"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count."""
@@ -127,10 +151,10 @@ class SpectralCache(Cache):
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
-        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, DummyLayer.__name__}
-        if others:
+        if self._others:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self._others}))
             raise SpectralError(
-                f"the last forward pass was interrupted, and {', '.join(sorted(others))} in this cache "
+                f"the last forward pass was interrupted, and {kinds} in this cache "
                 "cannot take its tokens back: call cache.reset() and start again from the whole prompt"
             )
         for layer in self._spectral:
@@ -217,8 +241,8 @@ class SpectralCache(Cache):
 
 def _num_spectral(model: PreTrainedModel) -> int:
     """How many layers are to be spectral."""
-    layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    return layer_types[: len(layer_options)].count("full_attention")
+    plans = layers_of(model.config.get_text_config(decoder=True))
+    return sum(plan.layer_type == "full_attention" for plan in plans)
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
@@ -229,6 +253,10 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
         if isinstance(number, int) and weight is not None and not weight.is_meta:
             found.setdefault(number, weight.device)
     return found
+
+
+def _depth(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def _tell_once(model: PreTrainedModel, reason: str) -> None:

@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 from unsloth_spectral.integrations.huggingface.layers import layer_stats
 
 # Keys and values ``[B, H, tokens, head_dim]`` to what decoding gives back, of the same shapes, and the bits both took.
@@ -151,12 +152,11 @@ class RoundTripCache(Cache):
         ):
             if value < least:
                 raise InvalidArgumentError(f"{name} must be at least {least}, got {value}")
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         layers = [
             RoundTripLayer(codec, num_sink_tokens, residual_length, group)
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            for layer_type, options in zip(layer_types, layer_options, strict=True)
+            if plan.layer_type == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[plan.layer_type](**plan.options)
+            for plan in layers_of(model.config.get_text_config(decoder=True))
         ]
         super().__init__(layers=layers)
 

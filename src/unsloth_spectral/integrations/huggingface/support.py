@@ -4,18 +4,22 @@ import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 
 SUPPORTED = (
     "supported are decoder-only transformers models that have full-attention layers, for example Llama, Mistral, "
     "Qwen2, Qwen3, Gemma 2, Phi-3, SmolLM"
 )
 
-# Their attention modules slice, split or repeat what `update` returns.
-_READ_THEIR_KEYS = ("diffllama", "doge", "jetmoe")
+# The name under which models find the spectral attention function.
+ATTENTION_NAME = "unsloth_spectral"
+
+# Their attention modules slice, split or repeat what `update` returns. One that is missing is added when it is seen to.
+_READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
 
 def check_model(model: object, config: SpectralConfig) -> None:
@@ -48,16 +52,15 @@ def why_materialised(model: PreTrainedModel) -> str | None:
     return None
 
 
+def materialise_from_now_on(config: Any) -> None:
+    """Rebuild keys and values for models of this ``config``, which were seen to compute with them."""
+    _READ_THEIR_KEYS.add(config.model_type)
+
+
 def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
     """The configurations of the layers that are to be spectral: sizes may differ from layer to layer."""
-    config = model.config.get_text_config(decoder=True)
-    layer_types = get_layer_types_and_kwargs(config)[0]
-    return [
-        layer
-        # An early exit makes a model of the first layers; its list of types may go on.
-        for layer, layer_type in zip(config.per_layer_config, layer_types, strict=False)
-        if layer_type == "full_attention"
-    ]
+    plans = layers_of(model.config.get_text_config(decoder=True))
+    return [plan.config for plan in plans if plan.layer_type == "full_attention"]
 
 
 def _supports_cache(kind: Any) -> bool:
@@ -73,10 +76,10 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     forward = inspect.signature(type(model).forward)
     if "past_key_values" not in forward.parameters or not _supports_cache(type(model)):
         return "takes no transformers Cache"
-    layer_types = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]
-    unknown = sorted(set(layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING))
+    layer_types = {plan.layer_type for plan in layers_of(model.config.get_text_config(decoder=True))}
+    unknown = sorted(layer_types - set(DYNAMIC_LAYER_TYPE_MAPPING))
     if unknown:
         return f"has layers of unknown type {', '.join(unknown)}"
     if "full_attention" not in layer_types:
-        return f"has no full-attention layer (its layers are {', '.join(sorted(set(layer_types)))})"
+        return f"has no full-attention layer (its layers are {', '.join(sorted(layer_types))})"
     return None

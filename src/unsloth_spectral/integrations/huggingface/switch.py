@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.rotary import note
-from unsloth_spectral.integrations.huggingface.support import why_materialised
+from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 
-ATTENTION_NAME = "unsloth_spectral"
 _STATE = "_unsloth_spectral_switch"
 
 
@@ -47,7 +47,7 @@ def enable(model: PreTrainedModel) -> None:
         before = _implementations(model)
         attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
         hooks = tuple(module.register_forward_pre_hook(note, with_kwargs=True) for module in attention)
-        setattr(model, _STATE, _Switched(before, hooks))
+        setattr(model, _STATE, _Switched(before, (*hooks, model.register_forward_pre_hook(_check, with_kwargs=True))))
     text_config = model.config.get_text_config(decoder=True)
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
@@ -62,6 +62,13 @@ def disable(model: PreTrainedModel) -> None:
     for hook in switched.hooks:
         hook.remove()
     delattr(model, _STATE)
+
+
+def _check(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: a spectral cache, which knows what it fits, is asked before the model runs with it."""
+    check_fits = getattr(kwargs.get("past_key_values"), "check_fits", None)
+    if check_fits is not None:
+        check_fits(model)
 
 
 @contextmanager
