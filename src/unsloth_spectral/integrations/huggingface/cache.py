@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    DummyLayer,
     DynamicCache,
     get_layer_types_and_kwargs,
 )
@@ -80,18 +78,14 @@ class SpectralCache(Cache):
         enable(model)
         # Weak, as a copy of a cache is no copy of the model.
         self.config, self.profile, self._model = config, profile, ref(model)
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
         if reason is not None:
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers))
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            # An early exit makes a model of the first layers; its list of types may go on.
-            for layer_type, options in zip(layer_types, layer_options, strict=False)
+            kind(config, next(sealers)) if layer_type == "full_attention" else layer
+            for layer_type, layer in _native_layers(model)
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
@@ -127,7 +121,7 @@ class SpectralCache(Cache):
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
-        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, DummyLayer.__name__}
+        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, "DummyLayer"}
         if others:
             raise SpectralError(
                 f"the last forward pass was interrupted, and {', '.join(sorted(others))} in this cache "
@@ -217,8 +211,14 @@ class SpectralCache(Cache):
 
 def _num_spectral(model: PreTrainedModel) -> int:
     """How many layers are to be spectral."""
-    layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    return layer_types[: len(layer_options)].count("full_attention")
+    return [layer_type for layer_type, _ in _native_layers(model)].count("full_attention")
+
+
+def _native_layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """The layers of the library's own cache, each with its type."""
+    config = model.config.get_text_config(decoder=True)
+    # An early exit makes a model of the first layers; its list of types may go on.
+    return list(zip(get_layer_types_and_kwargs(config)[0], DynamicCache(config=config).layers, strict=False))
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
