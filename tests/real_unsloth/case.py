@@ -19,9 +19,8 @@ def main(backend: str, family: str, folder: Path, only: str | None) -> None:
     is_fast = backend == "gpu" and family in FAST
     if backend == "gpu":
         shims.install(is_fast)
-    import unsloth  # before transformers, as it asks for
     import torch
-
+    import unsloth  # before transformers, as it asks for
     from real_unsloth import checkpoints, checks
 
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ Nothing here needs Unsloth: a model shows whether it has a fast path. Since 2026
 own at each call; before, the classes' methods were replaced, and each instance is given those of the untouched source.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -52,16 +53,28 @@ def _originals(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
         if hasattr(kind, "get_cached"):
             yield "forward", _rotary_tables
         return
-    if not kind.__module__.startswith("transformers.models."):
+    # FastModel's compiler names its copy of a file after it.
+    home = re.sub(r"^unsloth_compiled_module_(\w+)$", r"transformers.models.\1.modeling_\1", kind.__module__)
+    if not home.startswith("transformers.models."):
         return
     for name in _REPLACED:
-        if _is_unsloths(getattr(kind, name, None)):
-            yield name, getattr(getattr(_pristine(kind.__module__), kind.__name__), name)
+        method = getattr(kind, name, None)
+        if _is_unsloths(method) or (_is_attention(module) and _is_unsloths(method, "unsloth_zoo.")):
+            yield name, getattr(getattr(_pristine(home), kind.__name__), name)
 
 
-def _is_unsloths(thing: Any) -> bool:
-    is_gated = getattr(thing, "_unsloth_gated", False)  # asks the flag, which a module without one does not raise
-    return not is_gated and str(getattr(thing, "__module__", "")).startswith("unsloth.")
+def _is_unsloths(thing: Any, package: str = "unsloth.") -> bool:
+    # A gated method asks the flag, and a module without one gets transformers'.
+    if getattr(thing, "_unsloth_gated", False):
+        return False
+    # A replacement may carry the name of what it replaced.
+    homes = (getattr(thing, "__module__", ""), getattr(thing, "__globals__", {}).get("__name__", ""))
+    return any(str(home).startswith(package) for home in homes)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether it may be what attends: of what `unsloth_zoo` replaces, that alone reads keys (Gemma 3's does)."""
+    return isinstance(getattr(module, "layer_idx", None), int)
 
 
 @lru_cache
