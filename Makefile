@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-oldest models eval bench wheel clean
+.PHONY: help demo test test-slow test-oldest test-unsloth models eval bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,19 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
 	$(OLDEST)/bin/pytest -q -m 'not slow' tests/integrations tests/families
 
+UNSLOTH := .venv-unsloth
+$(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
+	$(PYTHON) -m venv $(UNSLOTH)
+	$(UNSLOTH)/bin/pip install -q torch==2.13.0
+	$(UNSLOTH)/bin/pip install -q -c tests/real_unsloth/constraints.txt unsloth -e . pytest
+	@# Built for a GPU, both: Unsloth refuses to load beside them and does without.
+	$(UNSLOTH)/bin/pip uninstall -q -y torchvision xformers
+	$(UNSLOTH)/bin/pip install -q --no-deps --upgrade --target $(UNSLOTH)/older unsloth==2026.10.8 unsloth_zoo==2026.10.8
+	@touch $@
+
+test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in an environment of its own
+	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) UNSLOTH_RESULTS=benchmarks/results/unsloth.json $(UNSLOTH)/bin/pytest -q tests/real_unsloth
+
 models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \
 	$(BIN)/python tests/families/table.py $(VENV)/models.json > docs/models.md && exit $$status
@@ -52,10 +65,10 @@ eval: $(STAMP) ## every method on the fidelity task and the report: about half a
 	$(BIN)/unsloth-spectral report results
 
 bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
-	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end snapshots; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean: ## remove what make made
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UNSLOTH) demo dist build .pytest_cache .mypy_cache .ruff_cache

@@ -15,3 +15,7 @@ class UnsupportedModelError(SpectralError):
 
 class LoadError(SpectralError):
     """A model, document or file could not be loaded."""
+
+
+class CacheBypassedError(SpectralError):
+    """A step of ``generate`` did not reach its spectral cache; the message names the path it took."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.integrations.huggingface.support import check_model
+from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
 from unsloth_spectral.integrations.huggingface.switch import remembered
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.integrations.patching import patch, patched, unpatch
@@ -31,14 +31,15 @@ def spectral(
         UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
     """
     chosen = config_of(config, preset=preset)
-    check_model(model, chosen)
-    with remembered(model):
-        before = patched(model)
-        patch(model, chosen)
+    inner = unwrapped(model)
+    check_model(inner, chosen)
+    with remembered(inner):
+        before = patched(inner)
+        patch(inner, chosen)
         try:
             yield model
         finally:
             if before is None:
-                unpatch(model)
+                unpatch(inner)
             else:
-                patch(model, before)
+                patch(inner, before)

@@ -1,14 +1,15 @@
 """The one line: ``patch_unsloth_attention(model)``, for Unsloth and plain Hugging Face models alike."""
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.integrations.huggingface.support import unwrapped
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.integrations.patching import patch, restore
 
 
 def patch_unsloth_attention(
-    model: PreTrainedModel,
+    model: nn.Module,
     block_size: int | None = None,
     k_rank_keys: int | None = None,
     k_rank_values: int | None = None,
@@ -21,8 +22,12 @@ def patch_unsloth_attention(
     A call that brings its own ``past_key_values``, or ``use_cache=False``, is left alone. Patching again only changes
     the options. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
 
+    A model that Unsloth has loaded generates on transformers' code, off Unsloth's fast path, and trains as before. If a
+    step of ``generate`` does not reach the cache all the same, it raises ``CacheBypassedError`` and names the path.
+
     Args:
-        model: a decoder-only transformers model.
+        model: a decoder-only transformers model, Unsloth's or PEFT's wrapper around it, patched before or after
+            ``get_peft_model``.
         block_size: tokens sealed together, 512 if not given.
         k_rank_keys, k_rank_values: singular vectors kept per block and head; 16 and 32 if only the other is given.
         preset: ``"quality"``, ``"balanced"`` or ``"small"``.
@@ -33,9 +38,9 @@ def patch_unsloth_attention(
         UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
     """
     ranks = {"rank_keys": k_rank_keys, "rank_values": k_rank_values}
-    patch(model, config_of(config, preset=preset, block_size=block_size, **ranks))
+    patch(unwrapped(model), config_of(config, preset=preset, block_size=block_size, **ranks))
 
 
-def unpatch_unsloth_attention(model: PreTrainedModel) -> None:
+def unpatch_unsloth_attention(model: nn.Module) -> None:
     """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
-    restore(model)
+    restore(unwrapped(model))

@@ -8,11 +8,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    DynamicCache,
-)
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache
 
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.stats import CacheStats
@@ -31,7 +27,7 @@ from unsloth_spectral.integrations.huggingface.layers import (
     layer_to_fields,
     restore_layer,
 )
-from unsloth_spectral.integrations.huggingface.support import check_model, why_materialised
+from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped, why_materialised
 from unsloth_spectral.integrations.huggingface.switch import enable
 from unsloth_spectral.integrations.options import config_of
 
@@ -71,6 +67,7 @@ class SpectralCache(Cache):
         use_profile: bool = True,
     ) -> None:
         chosen = config_of(config, preset=preset)
+        model = unwrapped(model)
         check_model(model, chosen)
         wants_profile = use_profile and chosen.codec == "spectral"
         self._build(model, chosen, profile_of(model, _num_spectral(model)) if wants_profile else None)

@@ -22,6 +22,11 @@ ATTENTION_NAME = "unsloth_spectral"
 _READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model within PEFT's wrapper; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
 def check_model(model: object, config: SpectralConfig) -> None:
     """Raise unless ``model`` can carry a spectral cache with ``config``.
 

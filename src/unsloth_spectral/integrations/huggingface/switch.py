@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.rotary import note
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
@@ -34,11 +35,15 @@ def is_enabled(model: PreTrainedModel) -> bool:
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Let ``model`` attend through ``attend``; harmless where it does already.
+    """Let ``model`` attend through ``attend``, off Unsloth's fast path; harmless where it does already.
 
     A model that is handed rebuilt keys and values keeps its own attention.
     """
-    if is_enabled(model) or why_materialised(model) is not None:
+    if why_materialised(model) is not None:
+        return
+    # Again where the function is on already: adding an adapter puts a model back on its fast path.
+    fast_path.leave(model)
+    if is_enabled(model):
         return
     AttentionInterface.register(ATTENTION_NAME, attend)
     # Without a mask function of the same name padding would be ignored without a word.
@@ -54,7 +59,8 @@ def enable(model: PreTrainedModel) -> None:
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Give every part of ``model`` the attention implementation it had before ``enable``."""
+    """Give every part of ``model`` the attention implementation it had before ``enable``, and its fast path."""
+    fast_path.take(model)
     switched: _Switched | None = vars(model).get(_STATE)
     if switched is None:
         return

@@ -1,0 +1,159 @@
+"""Leaving a fast path and noticing a bypass, on models dressed as Unsloth's; the real ones are in real_unsloth."""
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from unsloth_spectral import (
+    SpectralCache,
+    SpectralConfig,
+    patch_unsloth_attention,
+    spectral,
+    unpatch_unsloth_attention,
+)
+from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
+
+IDS = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"block_size": 16, "k_rank_keys": 8, "k_rank_values": 8}
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    built = tiny_llama(initializer_range=0.1)
+    built.generation_config.eos_token_id = None
+    return built
+
+
+@pytest.fixture
+def fast(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Dressed as Unsloth's: flags on all modules, and a forward that keeps the cache away while they are set."""
+    forward = model.forward
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        if model._unsloth_fast_path:
+            # As the real one does: whatever cache there is, it gets nothing.
+            kwargs["past_key_values"] = DynamicCache(config=model.config)
+        return forward(*args, **kwargs)
+
+    model.forward = gated
+    model.for_training = model.train
+    for module in model.modules():
+        module._unsloth_fast_path = True
+    return model
+
+
+def generate(model: Any, **options: Any) -> Any:
+    given = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(IDS, **given)
+
+
+def flags(model: LlamaForCausalLM) -> set[bool]:
+    return {module._unsloth_fast_path for module in model.modules()}
+
+
+def test_the_fast_path_is_left_for_the_time_of_a_call(fast: LlamaForCausalLM) -> None:
+    attention = fast.model.layers[0].self_attn
+    attention.paged_attention = attention.paged_attention_K = attention.paged_attention_V = torch.ones(1)
+    seen = []
+    fast.model.register_forward_hook(lambda *_: seen.append((flags(fast), fast.config._attn_implementation)))
+    patch_unsloth_attention(fast, **OPTIONS)
+    assert flags(fast) == {True}
+    result = generate(fast)
+    assert isinstance(result.past_key_values, SpectralCache)
+    assert result.past_key_values.get_seq_length() == 79
+    assert seen == [({False}, ATTENTION_NAME)] * 20
+    assert flags(fast) == {True}
+    assert fast.config._attn_implementation == "sdpa"
+    assert not hasattr(attention, "paged_attention")
+
+
+def test_it_is_given_back_after_an_error(fast: LlamaForCausalLM) -> None:
+    patch_unsloth_attention(fast, **OPTIONS)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(fast, max_new_tokens=-1)
+    assert flags(fast) == {True}
+    assert isinstance(generate(fast).past_key_values, SpectralCache)
+
+
+def test_an_adapter_that_sets_the_flags_again_does_not_matter(fast: LlamaForCausalLM) -> None:
+    patch_unsloth_attention(fast, **OPTIONS)
+    generate(fast)
+    for module in fast.modules():
+        module._unsloth_fast_path = True
+    assert generate(fast).past_key_values.get_seq_length() == 79
+
+
+def test_a_cache_of_ones_own_switches_until_unpatching(fast: LlamaForCausalLM) -> None:
+    cache = SpectralCache(fast, config=SpectralConfig(8, 8, 16))
+    assert flags(fast) == {False}
+    assert generate(fast, past_key_values=cache).past_key_values is cache
+    assert cache.get_seq_length() == 79
+    patch_unsloth_attention(fast, **OPTIONS)
+    generate(fast)
+    assert flags(fast) == {False}, "the cache is still to be read"
+    unpatch_unsloth_attention(fast)
+    assert flags(fast) == {True}
+
+
+def test_the_last_of_two_threads_gives_the_fast_path_back(fast: LlamaForCausalLM) -> None:
+    patch_unsloth_attention(fast, **OPTIONS)
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda new=new: results.append(generate(fast, max_new_tokens=new))) for new in (5, 40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.past_key_values.get_seq_length() for result in results) == [64, 99]
+    assert flags(fast) == {True}
+
+
+def test_a_step_past_the_cache_is_an_error(model: LlamaForCausalLM) -> None:
+    forward, steps = model.forward, []
+
+    def third_step_past_it(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            kwargs["past_key_values"] = DynamicCache(config=model.config)
+        return forward(*args, **kwargs)
+
+    model.forward = third_step_past_it
+    patch_unsloth_attention(model, **OPTIONS)
+    with pytest.raises(CacheBypassedError, match=r"third_step_past_it.*after 61 tokens.*Unsloth 2026\.10\.8"):
+        generate(model)
+    assert len(steps) == 3
+
+
+def test_a_generate_that_asks_for_no_cache_is_an_error(model: LlamaForCausalLM) -> None:
+    model.fast_generate = lambda *args, **kwargs: "an answer from elsewhere"
+    patch_unsloth_attention(model, **OPTIONS)
+    with pytest.raises(CacheBypassedError, match="made no cache"):
+        model.fast_generate(IDS)
+    unpatch_unsloth_attention(model)
+    assert model.fast_generate(IDS) == "an answer from elsewhere"
+
+
+def test_calls_that_use_no_spectral_cache_are_left_alone(model: LlamaForCausalLM) -> None:
+    expected = generate(model).sequences
+    patch_unsloth_attention(model, **OPTIONS)
+    assert torch.equal(generate(model, use_cache=False).sequences, expected)
+    assert torch.equal(generate(model, past_key_values=DynamicCache(config=model.config)).sequences, expected)
+
+
+def test_pefts_wrapper_is_looked_through(model: LlamaForCausalLM) -> None:
+    wrapper = SimpleNamespace(peft_config={}, get_base_model=lambda: model)
+    patch_unsloth_attention(wrapper, **OPTIONS)
+    assert isinstance(generate(model).past_key_values, SpectralCache)
+    unpatch_unsloth_attention(wrapper)
+    assert isinstance(generate(model).past_key_values, DynamicCache)
+    with spectral(wrapper) as given:
+        assert given is wrapper
+        assert isinstance(generate(model).past_key_values, SpectralCache)
+    assert isinstance(generate(model, past_key_values=SpectralCache(wrapper)).past_key_values, SpectralCache)

@@ -1,0 +1,265 @@
+"""What has to hold for a model that Unsloth has loaded; each check leaves the model as it found it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from families.lossless import LOSSLESS, padded_batch, sealed_tokens, token_ids, unrounded_encode
+from transformers import DynamicCache, TextIteratorStreamer
+
+from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
+from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.codec import block as block_module
+from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations import fast_path
+
+NEW = 24
+PROMPT = {"input_ids": token_ids(length=100), "attention_mask": torch.ones(1, 100, dtype=torch.int64)}
+RANKS = {"block_size": 16, "k_rank_keys": 8, "k_rank_values": 8}
+
+
+def generate(model: Any, inputs: dict[str, Any] = PROMPT, **options: Any) -> Any:
+    given = {name: value.clone() for name, value in inputs.items()}
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(**given, **options)
+
+
+@contextmanager
+def patched(model: Any, **options: Any) -> Iterator[None]:
+    patch_unsloth_attention(model, **options)
+    try:
+        yield
+    finally:
+        unpatch_unsloth_attention(model)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def lossless(model: Any) -> Iterator[None]:
+    """Full rank without rounding: nothing but the order of additions is left to differ."""
+    with replaced(block_module.rank_codec, "encode", unrounded_encode), patched(model, config=LOSSLESS):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[dict[int, int]]:
+    """Updates of every spectral layer, by the layer's identity."""
+    updates: dict[int, int] = {}
+    append = SpectralLayer.append
+
+    def counting(self: SpectralLayer, *args: Any) -> None:
+        updates[id(self)] = updates.get(id(self), 0) + 1
+        append(self, *args)
+
+    with replaced(SpectralLayer, "append", counting):
+        yield updates
+
+
+def state(model: Any) -> list[dict[str, Any]]:
+    """Attributes of all modules, but for the scratch that Unsloth's decoding leaves and remakes."""
+    scratch = ("paged_attention", "temp_", "RH_Q", "attention", "scalar", "half_head_dim", "t", "reciprocal_t")
+    passing = ("_flag_for_generation", "_unsloth_resolved_layer_device")
+    return [
+        {name: value for name, value in vars(module).items() if not name.startswith((*scratch, *passing))}
+        for module in model.modules()
+    ]
+
+
+def same_tokens_and_every_update(model: Any, **options: Any) -> None:
+    expected = generate(model, **options)
+    assert not isinstance(expected.past_key_values, SpectralCache)
+    with lossless(model), counted() as updates:
+        found = generate(model, **options)
+    cache = found.past_key_values
+    assert isinstance(cache, SpectralCache), type(cache)
+    assert torch.equal(found.sequences, expected.sequences), (found.sequences, expected.sequences)
+    assert min(sealed_tokens(cache)) > 0
+    assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
+
+
+def same_tokens_with_left_padding(model: Any) -> None:
+    batch = padded_batch(100)
+    expected = generate(model, batch).sequences
+    with lossless(model):
+        found = generate(model, batch)
+    assert isinstance(found.past_key_values, SpectralCache)
+    assert torch.equal(found.sequences, expected), (found.sequences[:, 100:], expected[:, 100:])
+
+
+def bytes_fall_with_the_balanced_preset(model: Any) -> None:
+    inputs = {"input_ids": token_ids(length=700), "attention_mask": torch.ones(1, 700, dtype=torch.int64)}
+    rotations = []
+    observe = SpectralLayer.observe
+
+    def noting(self: SpectralLayer, queries: Any, rotation: Any) -> None:
+        rotations.append(rotation)
+        observe(self, queries, rotation)
+
+    with patched(model), replaced(SpectralLayer, "observe", noting):
+        cache = generate(model, inputs).past_key_values
+    spectral = [layer for layer in cache.stats().layers if layer.kind == "spectral"]
+    assert cache.config == SpectralConfig()
+    assert sum(layer.dense_bytes for layer in spectral) > 2 * sum(layer.stored_bytes for layer in spectral), spectral
+    assert rotations, "no queries were seen"
+    assert all(rotation is not None for rotation in rotations), "keys were compressed without their rotation"
+
+
+def ranks_are_taken(model: Any) -> None:
+    with patched(model, **RANKS):
+        cache = generate(model).past_key_values
+    assert cache.config == SpectralConfig(rank_keys=8, rank_values=8, block_size=16)
+    assert cache.stats().compression_factor > 1
+
+
+def streaming(model: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> None:
+    def stream() -> str:
+        streamer = TextIteratorStreamer(tokenizer)
+
+        def run() -> None:
+            try:
+                with on_thread():
+                    generate(model, streamer=streamer)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        return text
+
+    expected = stream()
+    with lossless(model), counted() as updates:
+        found = stream()
+    assert len(found.split()) == 100 + NEW
+    assert found == expected
+    assert set(updates.values()) == {NEW}
+
+
+def unpatching_restores(model: Any) -> None:
+    expected, then = generate(model).sequences, state(model)
+    patch_unsloth_attention(model, preset="small")
+    generate(model)
+    patch_unsloth_attention(model, **RANKS)
+    generate(model)
+    unpatch_unsloth_attention(model)
+    result = generate(model)
+    assert torch.equal(result.sequences, expected)
+    assert not isinstance(result.past_key_values, SpectralCache)
+    now = state(model)
+    differing = {
+        f"{type(module).__name__}.{name}"
+        for module, a, b in zip(model.modules(), then, now, strict=True)
+        for name in {*a, *b}
+        if not _same(a.get(name), b.get(name))
+    }
+    assert not differing, differing
+    unpatch_unsloth_attention(model)
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, ValueError):  # tensors
+        return False
+
+
+def training_in_between(model: Any, classes: Any) -> None:
+    """What ``for_training`` gets is Unsloth's own code, whatever was generated before; ``for_inference`` goes on."""
+    ids = token_ids(2, 40)
+
+    def loss() -> torch.Tensor:
+        classes.for_training(model)
+        model.zero_grad()
+        value = model(input_ids=ids, labels=ids).loss
+        classes.for_inference(model)
+        return value.detach()
+
+    expected, plain = loss(), generate(model).sequences
+    flags, implementation = _fast_flags(model), _implementation(model)
+    with lossless(model):
+        for _ in range(2):
+            assert torch.equal(generate(model).sequences, plain)
+            assert _fast_flags(model) == flags
+            assert _implementation(model) == implementation
+            assert torch.equal(loss(), expected)
+
+
+def _fast_flags(model: Any) -> list[Any]:
+    return [
+        (vars(module).get("_unsloth_fast_path"), module.forward.__func__.__module__)
+        for module in model.modules()
+        if hasattr(module.forward, "__func__")
+    ]
+
+
+def _implementation(model: Any) -> str:
+    return model.config.get_text_config()._attn_implementation
+
+
+def own_caches_and_turns(model: Any) -> None:
+    plain = generate(model)
+    with lossless(model):
+        dense = DynamicCache(config=model.config)
+        found = generate(model, past_key_values=dense)
+        assert torch.equal(found.sequences, plain.sequences)
+        assert not isinstance(found.past_key_values, SpectralCache)
+        first = generate(model)
+        longer = torch.cat([first.sequences, token_ids(length=10, seed=1)], dim=1)
+        inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        expected = generate(model, inputs).sequences
+        second = generate(model, inputs, past_key_values=first.past_key_values)
+    assert second.past_key_values is first.past_key_values
+    assert second.past_key_values.get_seq_length() == longer.shape[1] + NEW - 1
+    assert torch.equal(second.sequences, expected)
+
+
+def fast_generate_without_vllm(model: Any) -> None:
+    if not hasattr(model, "fast_generate"):
+        return
+    then = model.fast_generate
+    with lossless(model):
+        expected = generate(model).sequences
+        found = model.fast_generate(**PROMPT, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+        assert isinstance(found.past_key_values, SpectralCache)
+        assert torch.equal(found.sequences, expected)
+    assert model.fast_generate is then
+
+
+def a_bypass_is_an_error(model: Any) -> None:
+    """With the fast path left on the cache would see nothing: what an unknown version of Unsloth might do."""
+    past_the_cache = pytest.raises(CacheBypassedError, match=r"unsloth\.models\..* supported are")
+    with replaced(fast_path, "leave", lambda _: None), patched(model, preset="balanced"), past_the_cache:
+        generate(model)
+
+
+def adapters(model: Any, add: Callable[[Any], Any]) -> Any:
+    """Patched before and after an adapter is put on; returns the wrapped model."""
+    patch_unsloth_attention(model, config=LOSSLESS)
+    wrapped = add(model)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    with replaced(block_module.rank_codec, "encode", unrounded_encode), counted() as updates:
+        before = generate(wrapped)
+    assert isinstance(before.past_key_values, SpectralCache)
+    assert set(updates.values()) == {NEW}
+    unpatch_unsloth_attention(wrapped)
+    plain = generate(wrapped)
+    assert not isinstance(plain.past_key_values, SpectralCache)
+    assert torch.equal(before.sequences, plain.sequences)
+    same_tokens_and_every_update(wrapped)
+    return wrapped
