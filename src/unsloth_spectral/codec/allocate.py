@@ -141,9 +141,7 @@ class Budget:
 def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
     """Of each layer the variances its keys had, weighted, and their sum without weights."""
     variances = [torch.tensor(own) for own in profile.key_variances]
-    return [
-        (own * weight, float(own.sum())) for own, weight in zip(variances, profile.key_sensitivities, strict=True)
-    ]
+    return [(own * weight, float(own.sum())) for own, weight in zip(variances, profile.key_sensitivities, strict=True)]
 
 
 def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:
