@@ -7,10 +7,8 @@ from weakref import WeakSet
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     get_layer_types_and_kwargs,
 )
@@ -145,20 +143,19 @@ class SpectralCache(Cache):
         self.config = config_of(config, preset=preset)
         check_model(model, self.config)
         enable(model)
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        num_layers = layer_types[: len(layer_options)].count("full_attention")
+        text_config = model.config.get_text_config(decoder=True)
+        layer_types, native = get_layer_types_and_kwargs(text_config)[0], DynamicCache(config=text_config).layers
+        num_layers = layer_types[: len(native)].count("full_attention")
         profile = profile_of(model, num_layers) if use_profile and self.config.codec == "spectral" else None
         sealers = iter(make_sealers(self.config, num_layers, profile))
         reason = why_materialised(model)
         if reason is not None:
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
+        # An early exit makes a model of the first layers; its list of types may go on.
         layers = [
-            kind(self.config, next(sealers))
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            # An early exit makes a model of the first layers; its list of types may go on.
-            for layer_type, options in zip(layer_types, layer_options, strict=False)
+            kind(self.config, next(sealers)) if layer_type == "full_attention" else layer
+            for layer_type, layer in zip(layer_types, native, strict=False)
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
@@ -194,7 +191,7 @@ class SpectralCache(Cache):
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
-        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, DummyLayer.__name__}
+        others = {type(layer).__name__ for layer in self.layers} - {SpectralCacheLayer.__name__, "DummyLayer"}
         if others:
             raise SpectralError(
                 f"the last forward pass was interrupted, and {', '.join(sorted(others))} in this cache "

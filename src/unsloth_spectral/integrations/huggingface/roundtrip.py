@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, get_layer_types_and_kwargs
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError
@@ -151,12 +151,11 @@ class RoundTripCache(Cache):
         ):
             if value < least:
                 raise InvalidArgumentError(f"{name} must be at least {least}, got {value}")
-        layer_types, layer_options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        config = model.config.get_text_config(decoder=True)
+        layer_types, native = get_layer_types_and_kwargs(config)[0], DynamicCache(config=config).layers
         layers = [
-            RoundTripLayer(codec, num_sink_tokens, residual_length, group)
-            if layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
-            for layer_type, options in zip(layer_types, layer_options, strict=True)
+            RoundTripLayer(codec, num_sink_tokens, residual_length, group) if layer_type == "full_attention" else layer
+            for layer_type, layer in zip(layer_types, native, strict=True)
         ]
         super().__init__(layers=layers)
 
