@@ -29,7 +29,7 @@ CHUNK, NUM_CHUNKS, NUM_PROMPTS = 256, 4, 3
 LAYERS, HEADS, HEAD_DIM = 30, 3, 64
 PATIENCE = 1800  # seconds: the machine may be busy with something else
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "LMCACHE_TRACK_USAGE": "false"}
-ONE_PROCESS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def ask(port: int, prompts: Path) -> list[dict[str, Any]]:
         str(port),
         str(prompts),
     ]
-    environment = os.environ | QUIET | ONE_PROCESS
+    environment = os.environ | QUIET | SMALL
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[{"))
