@@ -57,6 +57,8 @@ class ChunkCodec:
     rope_theta: float | None = None
 
     def __post_init__(self) -> None:
+        if self.bits_per_element is None:
+            raise InvalidArgumentError("bits_per_element must be a number, got None")
         SpectralConfig(bits_per_element=self.bits_per_element)
         if (
             isinstance(self.head_dim, bool)

@@ -121,7 +121,7 @@ def write_header(record: Tensor, agreement: bytes, value_nbits: int) -> None:
 
 
 def _checksum(record: Tensor) -> int:
-    return zlib.crc32(memoryview(record[HEADER_BYTES:].numpy()))
+    return zlib.crc32(record[HEADER_BYTES:].numpy().tobytes())
 
 
 def read_header(record: Tensor, agreement: bytes) -> int:
