@@ -79,7 +79,13 @@ def server(folder: Path, bits: float) -> Iterator[int]:
         "module_path": "unsloth_spectral.integrations.lmcache",
         "class_name": "SpectralL2Adapter",
         "adapter_params": {"type": "fs", "base_path": str(folder)},
-        "serde": {"type": "spectral", "bits_per_element": bits, "head_dim": HEAD_DIM, "rope_theta": 100000},
+        "serde": {
+            "type": "spectral",
+            "bits_per_element": bits,
+            "head_dim": HEAD_DIM,
+            "rope_theta": 100000,
+            "block_tokens": 128,
+        },
     }
     command = [str(Path(sys.executable).parent / "lmcache"), "server", "--port", str(port), "--l1-size-gb", "1"]
     command += ["--http-port", str(http_port), "--prometheus-port", str(metrics_port), "--chunk-size", str(CHUNK)]

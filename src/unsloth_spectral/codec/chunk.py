@@ -40,13 +40,15 @@ class ChunkCodec:
     """How chunks become records; both sides need the same.
 
     A chunk is ``[2, layers, tokens, heads * head_dim]``, keys then values, or ``[layers, tokens, heads * 2 *
-    head_dim]``, each head's keys beside its values; of any floating dtype, of 256 tokens or more.
+    head_dim]``, each head's keys beside its values; of any floating dtype, of 256 tokens or more. vLLM on a CPU keeps
+    the latter in blocks, and in one each head's keys, transposed, before all its values: ``block_tokens`` undoes that.
 
     Attributes:
         bits_per_element: bits of the record for each number of the chunk, 1.2 to 8.
         head_dim: the model's; even.
         rope_theta: base of the model's rotary embedding, or None to leave keys as they come. A value that is not the
             model's costs fidelity, nothing else: whatever the angles, decoding turns keys by the same.
+        block_tokens: tokens of a block of vLLM's CPU kernels in float32, 128; None for every other engine.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
@@ -55,6 +57,7 @@ class ChunkCodec:
     bits_per_element: float
     head_dim: int
     rope_theta: float | None = None
+    block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits_per_element is None:
@@ -67,6 +70,9 @@ class ChunkCodec:
             or self.head_dim % 2
         ):
             raise InvalidArgumentError(f"head_dim must be an even integer of 2 or more, got {self.head_dim!r}")
+        block = self.block_tokens
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+            raise InvalidArgumentError(f"block_tokens must be an integer of 1 or more, or left out; got {block!r}")
         theta = self.rope_theta
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 1):
             raise InvalidArgumentError(f"rope_theta must be a number above 1, or left out; got {theta!r}")
@@ -84,6 +90,9 @@ class ChunkCodec:
             )
         if shape[-2] < MIN_TOKENS:
             return f"chunks must have {MIN_TOKENS} tokens or more, got {shape[-2]}: raise the chunk size"
+        if self.block_tokens is not None and (not fused or shape[-2] % self.block_tokens):
+            block = self.block_tokens
+            return f"with block_tokens={block} chunks must be [layers, whole blocks, 2 * hidden], got {tuple(shape)}"
         least = HEADER_BYTES + shape[-3] * self._layer(shape, dtype).fixed_bytes(self._value_nbits)
         if least > self.nbytes(shape):
             return (
@@ -141,14 +150,14 @@ class ChunkCodec:
         value_nbits = read_header(record, self._agreement(shape, dtype))
         layer, reader = self._layer(shape, dtype), Reader(record)
         rotation = self._rotation(layer.num_tokens)
-        chunk = torch.empty(tuple(shape), dtype=dtype)
-        keys, values = self._split(chunk)
+        size = (shape[-3], layer.num_heads, shape[-2], self.head_dim)
+        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
         for own_keys, own_values in zip(keys, values, strict=True):
             coded, coded_values, exact = reader.layer(layer, value_nbits, rotation)
             own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact[0], exact[1]
             own_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
             own_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
-        return chunk
+        return self._join(keys, values, shape)
 
     @property
     def _value_nbits(self) -> int:
@@ -160,19 +169,42 @@ class ChunkCodec:
             raise InvalidArgumentError(obstacle)
 
     def _agreement(self, shape: Sequence[int], dtype: torch.dtype) -> bytes:
-        return repr((self, tuple(shape), str(dtype))).encode()
+        # As floats: 8 and 8.0 in two servers' configurations are one option.
+        theta = None if self.rope_theta is None else float(self.rope_theta)
+        return repr(
+            (float(self.bits_per_element), self.head_dim, theta, self.block_tokens, tuple(shape), str(dtype))
+        ).encode()
 
     def _layer(self, shape: Sequence[int], dtype: torch.dtype) -> LayerShape:
         heads = shape[-1] // self.head_dim // (2 if len(shape) == 3 else 1)
         return LayerShape(heads, shape[-2] - _NUM_EXACT, _NUM_EXACT, self.head_dim, dtype)
 
     def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the keys and the values, ``[layers, heads, tokens, head_dim]``."""
+        """The keys and the values, ``[layers, heads, tokens, head_dim]``."""
         if chunk.ndim == 4:
             keys, values = chunk.unflatten(-1, (-1, self.head_dim)).unbind(0)
-        else:
-            keys, values = chunk.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+            return keys.transpose(1, 2), values.transpose(1, 2)
+        by_head = chunk.unflatten(-1, (-1, 2, self.head_dim)).permute(0, 2, 1, 3, 4)
+        if self.block_tokens is None:
+            return by_head[..., 0, :], by_head[..., 1, :]
+        layers, heads, tokens = by_head.shape[:3]
+        blocks = by_head.reshape(layers, heads, -1, 2, self.block_tokens * self.head_dim)
+        keys = blocks[:, :, :, 0].unflatten(-1, (self.head_dim, self.block_tokens)).mT
+        values = blocks[:, :, :, 1].unflatten(-1, (self.block_tokens, self.head_dim))
+        return keys.reshape(layers, heads, tokens, -1), values.reshape(layers, heads, tokens, -1)
+
+    def _join(self, keys: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of ``_split``."""
+        if len(shape) == 4:
+            return torch.stack([keys, values]).transpose(2, 3).reshape(tuple(shape))
+        if self.block_tokens is None:
+            return torch.stack([keys, values], -2).transpose(1, 2).reshape(tuple(shape))
+        packed = [
+            keys.unflatten(2, (-1, self.block_tokens)).mT.flatten(3),
+            values.unflatten(2, (-1, self.block_tokens)).flatten(3),
+        ]
+        by_head = torch.stack(packed, 3).reshape(*keys.shape[:3], 2 * self.head_dim)
+        return by_head.transpose(1, 2).reshape(tuple(shape))
 
     def _rotation(self, num_tokens: int) -> Rotation | None:
         return None if self.rope_theta is None else _local_rotation(self.head_dim, self.rope_theta, num_tokens)

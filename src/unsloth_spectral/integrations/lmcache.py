@@ -33,7 +33,7 @@ from torch import Tensor
 from unsloth_spectral.codec.chunk import ChunkCodec
 from unsloth_spectral.errors import InvalidArgumentError
 
-_OPTIONS = ("bits_per_element", "head_dim", "rope_theta", "max_workers")
+_OPTIONS = ("bits_per_element", "head_dim", "rope_theta", "block_tokens", "max_workers")
 _log = logging.getLogger("unsloth_spectral")
 
 
@@ -49,7 +49,7 @@ class SpectralSerializer(Serializer):  # type: ignore[misc]
         out, place = _bytes_of(dst), 0
         for chunk in _groups(src):
             obstacle = self._codec.obstacle(chunk.shape, chunk.dtype)
-            record = _raw(chunk) if obstacle else self._codec.encode(chunk)
+            record = _raw(chunk) if obstacle else self._codec.encode(chunk.cpu())
             out[place : place + len(record)] = record
             place += len(record)
         return place
@@ -114,7 +114,8 @@ class SpectralL2AdapterConfig(L2AdapterConfigBase):  # type: ignore[misc]
 def create_serde(options: dict[str, Any]) -> SerdeProcessor:
     """The serde of type ``spectral``.
 
-    ``options``: ``bits_per_element``, ``head_dim`` and ``rope_theta`` as in ``ChunkCodec``; ``max_workers`` threads, 1.
+    ``options``: ``bits_per_element``, ``head_dim``, ``rope_theta`` and ``block_tokens`` as in ``ChunkCodec``;
+    ``max_workers`` threads, 1.
 
     Raises:
         InvalidArgumentError: an option is missing, unknown or out of its range.
@@ -128,7 +129,9 @@ def create_serde(options: dict[str, Any]) -> SerdeProcessor:
     workers = options.get("max_workers", 1)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise InvalidArgumentError(f"max_workers must be an integer of 1 or more, got {workers!r}")
-    codec = ChunkCodec(options["bits_per_element"], options["head_dim"], options.get("rope_theta"))
+    codec = ChunkCodec(
+        options["bits_per_element"], options["head_dim"], options.get("rope_theta"), options.get("block_tokens")
+    )
     return AsyncSerdeProcessor(SpectralSerializer(codec), SpectralDeserializer(codec), max_workers=workers)
 
 
@@ -139,7 +142,7 @@ def _record_bytes(codec: ChunkCodec, shape: Sequence[int], dtype: torch.dtype) -
 
 
 def _groups(memory: MemoryObj) -> list[Tensor]:
-    """The chunk's tensors, on the CPU: one, or one for each group of like layers."""
+    """The chunk's tensors: one, or one for each group of like layers."""
     count = len(memory.get_shapes())
     tensors = [memory.tensor] if count == 1 else [memory.get_tensor(index) for index in range(count)]
     found = [tensor for tensor in tensors if tensor is not None]
