@@ -1,14 +1,12 @@
 """One vLLM process with LMCache's connector: reads prompts, answers greedily, says what it found cached.
 
-``python engine.py MODEL PORT PROMPTS``: PROMPTS is a JSON file of lists of token numbers. The answer is one line of
-JSON on standard output, after vLLM's own lines.
+``python engine.py MODEL PORT PROMPTS``: PROMPTS is a JSON file of ``[token numbers, how many new ones]``. The
+answer is one line of JSON on standard output, after vLLM's own lines.
 """
 
 import json
 import sys
 from pathlib import Path
-
-NUM_NEW = 32
 
 
 def main() -> None:
@@ -30,9 +28,10 @@ def main() -> None:
         enforce_eager=True,
         kv_transfer_config=connector,
     )
+    asked = json.loads(Path(prompts).read_text())
     answers = engine.generate(
-        [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())],
-        SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True),
+        [{"prompt_token_ids": ids} for ids, _ in asked],
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in asked],
     )
     found = [{"cached": answer.num_cached_tokens, "tokens": list(answer.outputs[0].token_ids)} for answer in answers]
     print(json.dumps(found))
