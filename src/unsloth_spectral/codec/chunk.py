@@ -1,0 +1,232 @@
+"""A chunk of consecutive tokens, all layers together, as one record of a size known beforehand.
+
+What a cache knows of its tokens a chunk does not: it comes without queries and without positions, its keys already
+rotated, and its record must stand alone. So
+
+- keys are turned back by their places within the chunk. Where the chunk stands turns all of them alike, which the mean
+  and the basis take up;
+- the metric is the identity, and one water level serves the keys of all layers;
+- the mean and the basis are the chunk's own, and the record pays for them;
+- the first token is kept exact: the first of a text draws much attention, and a chunk does not know whether it has it.
+
+The level falls until the record is full; what is left of it, less than a component takes, stays empty.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec import keys as key_codec
+from unsloth_spectral.codec import values as value_codec
+from unsloth_spectral.codec.allocate import uniform_value_width, widths_at
+from unsloth_spectral.codec.basis import Basis, covariance, principal_basis
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.record import HEADER_BYTES, LayerShape, Reader, read_header, write_header, write_layer
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
+from unsloth_spectral.rope import Rotation
+
+MIN_TOKENS = 256
+_NUM_EXACT = 1
+_OCTAVES = 100  # of levels below the largest variance
+_HALVINGS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCodec:
+    """How chunks become records; both sides need the same.
+
+    A chunk is ``[2, layers, tokens, heads * head_dim]``, keys then values, or ``[layers, tokens, heads * 2 *
+    head_dim]``, each head's keys beside its values; of any floating dtype, of 256 tokens or more. vLLM on a CPU keeps
+    the latter in blocks, and in one each head's keys, transposed, before all its values: ``block_tokens`` undoes that.
+
+    Attributes:
+        bits_per_element: bits of the record for each number of the chunk, 1.2 to 8.
+        head_dim: the model's; even.
+        rope_theta: base of the model's rotary embedding, or None to leave keys as they come. A value that is not the
+            model's costs fidelity, nothing else: whatever the angles, decoding turns keys by the same.
+        block_tokens: tokens of a block of vLLM's CPU kernels in float32, 128; None for every other engine.
+
+    Raises:
+        InvalidArgumentError: an option is out of its range.
+    """
+
+    bits_per_element: float
+    head_dim: int
+    rope_theta: float | None = None
+    block_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits_per_element is None:
+            raise InvalidArgumentError("bits_per_element must be a number, got None")
+        SpectralConfig(bits_per_element=self.bits_per_element)
+        if (
+            isinstance(self.head_dim, bool)
+            or not isinstance(self.head_dim, int)
+            or self.head_dim < 2
+            or self.head_dim % 2
+        ):
+            raise InvalidArgumentError(f"head_dim must be an even integer of 2 or more, got {self.head_dim!r}")
+        block = self.block_tokens
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+            raise InvalidArgumentError(f"block_tokens must be an integer of 1 or more, or left out; got {block!r}")
+        theta = self.rope_theta
+        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 1):
+            raise InvalidArgumentError(f"rope_theta must be a number above 1, or left out; got {theta!r}")
+
+    def obstacle(self, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+        """Why chunks of this shape cannot be coded; None if they can."""
+        fused = len(shape) == 3
+        if not dtype.is_floating_point:
+            return f"chunks must be of a floating dtype, got {dtype}"
+        if len(shape) not in (3, 4) or (not fused and shape[0] != 2):
+            return f"chunks must be [2, layers, tokens, hidden] or [layers, tokens, 2 * hidden], got {tuple(shape)}"
+        if shape[-1] % (self.head_dim * (2 if fused else 1)):
+            return (
+                f"the last size of {tuple(shape)} must be a multiple of head_dim={self.head_dim}, for keys and values"
+            )
+        if shape[-2] < MIN_TOKENS:
+            return f"chunks must have {MIN_TOKENS} tokens or more, got {shape[-2]}: raise the chunk size"
+        if self.block_tokens is not None and (not fused or shape[-2] % self.block_tokens):
+            block = self.block_tokens
+            return f"with block_tokens={block} chunks must be [layers, whole blocks, 2 * hidden], got {tuple(shape)}"
+        least = HEADER_BYTES + shape[-3] * self._layer(shape, dtype).fixed_bytes(self._value_nbits)
+        if least > self.nbytes(shape):
+            return (
+                f"{self.bits_per_element} bits per element are {self.nbytes(shape)} bytes for {tuple(shape)}, of which "
+                f"{least} are taken before any key is coded: raise bits_per_element"
+            )
+        return None
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the record of a chunk of this shape."""
+        return math.floor(self.bits_per_element * math.prod(shape) / 8)
+
+    def encode(self, chunk: Tensor) -> Tensor:
+        """The record of ``chunk``, ``[nbytes]`` uint8.
+
+        Raises:
+            InvalidArgumentError: the chunk's shape or dtype does not fit, or a number in it is not finite.
+        """
+        self._check(chunk.shape, chunk.dtype)
+        if not bool(torch.isfinite(chunk.float()).all()):
+            raise InvalidArgumentError("a chunk must be finite, got one with infinities or NaNs")
+        keys, values = self._split(chunk)
+        rotation = self._rotation(keys.shape[-2] - _NUM_EXACT)
+        centred = [
+            key_codec.centre(own[None, :, _NUM_EXACT:], None, rotation, is_rotated=rotation is None, real=None)
+            for own in keys
+        ]
+        metric = torch.eye(self.head_dim).expand(1, keys.shape[1], -1, -1)
+        spreads = [covariance(x) for x, _ in centred]
+        bases = [principal_basis(spread, metric) for spread in spreads]
+        record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8)
+        level, widths = self._widths(bases, self._layer(chunk.shape, chunk.dtype), len(record))
+        place = HEADER_BYTES
+        for layer, (x, mean) in enumerate(centred):
+            plan = key_codec.plan(bases[layer], widths[layer], level)
+            coded, _ = key_codec.encode(x, spreads[layer], plan, metric, mean, rotation, is_rotated=rotation is None)
+            exact = torch.stack([keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT]])
+            coded_values = value_codec.encode(values[layer][None, :, _NUM_EXACT:], self._value_nbits)
+            for part in write_layer(coded, coded_values, exact):
+                record[place : place + len(part)] = part
+                place += len(part)
+        write_header(record, self._agreement(chunk.shape, chunk.dtype), self._value_nbits)
+        return record
+
+    def decode(self, record: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The chunk of a ``record [nbytes]`` uint8, ``shape`` and ``dtype`` as it was encoded.
+
+        Raises:
+            InvalidArgumentError: the shape or dtype does not fit.
+            LoadError: the record is altered, cut short, or was made with other options or of another shape.
+        """
+        self._check(shape, dtype)
+        if len(record) != self.nbytes(shape):
+            raise LoadError(f"a record of {tuple(shape)} has {self.nbytes(shape)} bytes, got {len(record)}")
+        value_nbits = read_header(record, self._agreement(shape, dtype))
+        layer, reader = self._layer(shape, dtype), Reader(record)
+        rotation = self._rotation(layer.num_tokens)
+        size = (shape[-3], layer.num_heads, shape[-2], self.head_dim)
+        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+        for own_keys, own_values in zip(keys, values, strict=True):
+            coded, coded_values, exact = reader.layer(layer, value_nbits, rotation)
+            own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact[0], exact[1]
+            own_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
+            own_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
+        return self._join(keys, values, shape)
+
+    @property
+    def _value_nbits(self) -> int:
+        return uniform_value_width(self.bits_per_element)
+
+    def _check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        obstacle = self.obstacle(shape, dtype)
+        if obstacle is not None:
+            raise InvalidArgumentError(obstacle)
+
+    def _agreement(self, shape: Sequence[int], dtype: torch.dtype) -> bytes:
+        # As floats: 8 and 8.0 in two servers' configurations are one option.
+        theta = None if self.rope_theta is None else float(self.rope_theta)
+        return repr(
+            (float(self.bits_per_element), self.head_dim, theta, self.block_tokens, tuple(shape), str(dtype))
+        ).encode()
+
+    def _layer(self, shape: Sequence[int], dtype: torch.dtype) -> LayerShape:
+        heads = shape[-1] // self.head_dim // (2 if len(shape) == 3 else 1)
+        return LayerShape(heads, shape[-2] - _NUM_EXACT, _NUM_EXACT, self.head_dim, dtype)
+
+    def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and the values, ``[layers, heads, tokens, head_dim]``."""
+        if chunk.ndim == 4:
+            keys, values = chunk.unflatten(-1, (-1, self.head_dim)).unbind(0)
+            return keys.transpose(1, 2), values.transpose(1, 2)
+        by_head = chunk.unflatten(-1, (-1, 2, self.head_dim)).permute(0, 2, 1, 3, 4)
+        if self.block_tokens is None:
+            return by_head[..., 0, :], by_head[..., 1, :]
+        layers, heads, tokens = by_head.shape[:3]
+        blocks = by_head.reshape(layers, heads, -1, 2, self.block_tokens * self.head_dim)
+        keys = blocks[:, :, :, 0].unflatten(-1, (self.head_dim, self.block_tokens)).mT
+        values = blocks[:, :, :, 1].unflatten(-1, (self.block_tokens, self.head_dim))
+        return keys.reshape(layers, heads, tokens, -1), values.reshape(layers, heads, tokens, -1)
+
+    def _join(self, keys: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of ``_split``."""
+        if len(shape) == 4:
+            return torch.stack([keys, values]).transpose(2, 3).reshape(tuple(shape))
+        if self.block_tokens is None:
+            return torch.stack([keys, values], -2).transpose(1, 2).reshape(tuple(shape))
+        packed = [
+            keys.unflatten(2, (-1, self.block_tokens)).mT.flatten(3),
+            values.unflatten(2, (-1, self.block_tokens)).flatten(3),
+        ]
+        by_head = torch.stack(packed, 3).reshape(*keys.shape[:3], 2 * self.head_dim)
+        return by_head.transpose(1, 2).reshape(tuple(shape))
+
+    def _rotation(self, num_tokens: int) -> Rotation | None:
+        return None if self.rope_theta is None else _local_rotation(self.head_dim, self.rope_theta, num_tokens)
+
+    def _widths(self, bases: list[Basis], layer: LayerShape, nbytes: int) -> tuple[float, Tensor]:
+        """The level at which the record is full, and the widths ``[layers, H, D]`` there."""
+        variances = torch.cat([basis.variances for basis in bases])
+        first_bit_cost = 1 + layer.component_bytes / layer.bit_bytes
+        left = nbytes - HEADER_BYTES - len(bases) * layer.fixed_bytes(self._value_nbits)
+        high = math.log2(max(float(variances.max()), 1e-30)) + 1
+        low = high - _OCTAVES
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            widths = widths_at(2.0**middle, variances, first_bit_cost)
+            needed = int(widths.sum()) * layer.bit_bytes + int((widths > 0).sum()) * layer.component_bytes
+            low, high = (middle, high) if needed > left else (low, middle)
+        return 2.0**high, widths_at(2.0**high, variances, first_bit_cost)
+
+
+@lru_cache(maxsize=8)
+def _local_rotation(head_dim: int, rope_theta: float, num_tokens: int) -> Rotation:
+    half = head_dim // 2
+    step = float(rope_theta) ** (-torch.arange(half, dtype=torch.float64) / half)
+    start = torch.ones(1, 1, half, dtype=torch.complex64)
+    return Rotation(slice(0, half), slice(half, head_dim), start, step, num_tokens)
