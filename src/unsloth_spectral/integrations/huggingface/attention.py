@@ -15,6 +15,9 @@ from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 
 
+# Within a compiled forward too this runs as it stands: a graph would bake in what changes from token to token, and take
+# the kernel's pointers out of their tensors' lives.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
     query: Tensor,

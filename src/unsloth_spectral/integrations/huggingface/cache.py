@@ -99,6 +99,7 @@ class SpectralCache(Cache):
         self._depth = _depth(model)
         self._first = layers.index(self._spectral[0])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:

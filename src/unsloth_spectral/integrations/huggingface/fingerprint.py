@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import platformdirs
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.profile import ModelProfile
@@ -28,7 +29,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(sizes).encode())
     parameters = list(model.parameters())
     for weight in (parameters[0], parameters[len(parameters) // 2]):
-        flat = weight.detach().flatten()
+        if weight.is_meta:  # on disk: such a model is not known again, and has no profile
+            continue
+        whole = weight.detach()
+        # A share of it, where the model is spread over processes: all of them make their caches at the same time.
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        flat = whole.flatten()
         picked = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
         # Signs alone: a copy in half precision is the same model.
         digest.update((picked > 0).cpu().numpy().tobytes())

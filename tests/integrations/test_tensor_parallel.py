@@ -1,0 +1,96 @@
+"""Tensor parallel: two processes, each with its own heads' cache, give the tokens of one.
+
+Run as a script by torchrun, this file is one of the processes: ``test_tensor_parallel.py MODEL_FOLDER OUTPUT_FOLDER``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from families.lossless import LOSSLESS, token_ids, unrounded_encode
+from transformers import LlamaForCausalLM
+
+import unsloth_spectral
+from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.codec import block
+
+PROCESSES, NEW_TOKENS = 2, 40
+LOSSY = SpectralConfig(preset="balanced", block_size=128, residual_length=16)
+
+
+def generated(model: LlamaForCausalLM) -> dict[str, Any]:
+    """Tokens under the lossless configuration, and what a lossy one seals of a longer prompt."""
+    ids = token_ids()
+    with patch.object(block.rank_codec, "encode", unrounded_encode):
+        cache = SpectralCache(model, config=LOSSLESS)
+        tokens = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    long, lossy = token_ids(length=300), SpectralCache(model, config=LOSSY)
+    with torch.no_grad():
+        model(long, past_key_values=lossy)
+        logits = model(long[:, :1], past_key_values=lossy).logits
+    return {
+        "tokens": tokens.tolist(),
+        "sealed": [layer.sealed_tokens for layer in cache.stats().layers],
+        "lossy_sealed": [layer.sealed_tokens for layer in lossy.stats().layers],
+        "lossy_top": logits[0, -1].tolist(),
+        "dense_bytes": lossy.stats().dense_bytes,
+        "is_finite": bool(logits.isfinite().all()),
+    }
+
+
+def test_two_processes_give_the_tokens_of_one(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+    pytest.importorskip("transformers.distributed", reason="this transformers has no DistributedConfig")
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    expected = generated(model)
+    homes = [str(Path(unsloth_spectral.__file__).parents[1]), str(Path(__file__).parents[1])]
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"),
+            *(__file__, str(tmp_path / "model"), str(tmp_path)),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(homes), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert found.returncode == 0, found.stdout
+    for rank in range(PROCESSES):
+        own = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert own["tokens"] == expected["tokens"]
+        assert own["sealed"] == expected["sealed"]
+        assert min(own["sealed"]) > 0
+        # Half of the heads on each.
+        assert PROCESSES * own["dense_bytes"] == expected["dense_bytes"]
+        assert own["lossy_sealed"] == expected["lossy_sealed"]
+        assert min(own["lossy_sealed"]) > 0
+        assert own["is_finite"]
+        kl = torch.nn.functional.kl_div(
+            *(torch.tensor(each["lossy_top"]).log_softmax(-1) for each in (own, expected)),
+            log_target=True,
+            reduction="sum",
+        )
+        assert abs(float(kl)) < 0.05
+
+
+def main() -> None:
+    from transformers.distributed import DistributedConfig
+
+    folder, output = sys.argv[1:]
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+    rank = torch.distributed.get_rank()
+    (Path(output) / f"{rank}.json").write_text(json.dumps(generated(model)), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
