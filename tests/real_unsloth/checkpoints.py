@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-SMALL = {**COMMON, "initializer_range": 0.15}
+# More rows than the tokenizer has words: Unsloth may add a padding token of its own.
+SMALL = {**COMMON, "initializer_range": 0.15, "vocab_size": 144}
 SCALED = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 # Each with its options, besides SMALL. Unsloth has fast paths for the first seven.
@@ -37,7 +38,7 @@ def save(family: str, folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 128)}}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 140)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}

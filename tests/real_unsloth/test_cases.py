@@ -29,6 +29,9 @@ FEW = ("tokens, updates", "left padding", "bytes")
 # FlexAttention, which these train with, has no backward pass on a CPU.
 NO_TRAINING = tuple(name for name in ALL if name != "training")
 FAST = ("llama", "gemma2", "qwen3", "mistral", "gemma", "qwen2", "llama, scaled RoPE")
+# Without bfloat16, which it does not believe a CPU to have, Unsloth loads Gemma 3 in float16 with its own attention in
+# float32, and leaves the casts of transformers' attention to CUDA's autocast.
+HALF = pytest.mark.xfail(strict=True, reason="Gemma 3 under FastModel needs CUDA's autocast")
 SWITCHES = ("UNSLOTH_DISABLE_FAST_GENERATION", "UNSLOTH_DISABLE_STATIC_GENERATION", "UNSLOTH_COMPILE_DISABLE")
 
 
@@ -37,8 +40,9 @@ def cases() -> Iterator[Any]:
         for family in FAST:
             checks = ("bypass", *(ALL if family == "llama" else FEW))
             yield pytest.param(version, "gpu", family, {}, checks, id=f"{version}, fast path: {family}")
-        for family, checks in (("gemma3", NO_TRAINING), ("phi", ALL)):
-            yield pytest.param(version, "gpu", family, {}, checks, id=f"{version}, FastModel: {family}")
+        for family, checks, marks in (("phi", ALL, ()), ("gemma3", NO_TRAINING, HALF)):
+            case_id = f"{version}, FastModel: {family}"
+            yield pytest.param(version, "gpu", family, {}, checks, id=case_id, marks=marks)
     # The one-token experts of gpt-oss under FastModel want CUDA's autocast.
     for family, checks in (("llama", ALL), ("gpt-oss", FEW), ("gemma3", FEW)):
         yield pytest.param("newest", "cpu", family, {}, checks, id=f"newest, CPU backend: {family}")
