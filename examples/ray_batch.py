@@ -52,8 +52,9 @@ class Summarizer:
 
 def run(documents: list[str], actors: int, preset: str = "balanced") -> list[dict[str, Any]]:
     """The answers, in the order of the documents."""
-    rows = ray.data.from_items([{"document": number, "text": text} for number, text in enumerate(documents)])
-    answered = rows.repartition(len(documents)).map_batches(
+    items = [{"document": number, "text": text} for number, text in enumerate(documents)]
+    # A block for each document: a block goes to one actor.
+    answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Summarizer,
         fn_constructor_kwargs={"preset": preset, "num_threads": 1},
         batch_size=1,
@@ -73,7 +74,8 @@ def main() -> None:
 
     text = default_document()
     parts = [text[at * 20_000 :][: options.characters] for at in range(options.documents)]
-    ray.init(num_cpus=max(2, options.actors), include_dashboard=False, log_to_driver=False)
+    # The actors keep their CPUs to the end, and whoever hands them rows needs one too.
+    ray.init(num_cpus=options.actors + 1, include_dashboard=False, log_to_driver=False)
     for row in run(parts, options.actors):
         print(json.dumps({name: value.item() if hasattr(value, "item") else value for name, value in row.items()}))
 
