@@ -8,7 +8,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache
 
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.stats import CacheStats
@@ -157,6 +157,14 @@ class SpectralCache(Cache):
             )
         for layer in self._spectral:
             layer.spectral.crop(shortest)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        for layer in self._others:
+            if isinstance(layer, CacheLayerMixin):
+                # In the first supported releases a layer with a window zeroes what it holds, but goes on holding it.
+                layer.is_initialized = False
 
     def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
         """Write all of this cache to one file, whole or not at all.
