@@ -84,6 +84,7 @@ def test_patching_works_and_leaves_the_attention_alone(family: str) -> None:
     # The patch watches the model's steps; nothing is put on its modules.
     assert not any(module._forward_pre_hooks for module in model.modules() if module is not model)
     unpatch_unsloth_attention(model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @torch.no_grad()
