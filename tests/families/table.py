@@ -34,6 +34,8 @@ which uses no cache, tokens were really sealed.
 - Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep their native cache.
 - Rebuilt: the model computes with its keys and values itself. They are stored compressed and rebuilt at every step, one
   layer at a time: memory falls, decoding gets no faster.
+- A model with layers on disk (`device_map`), tensor parallel in two processes and a forward under `torch.compile` are
+  tested on a Llama, in `tests/integrations`. Within a compiled forward the cache and its attention run as they stand.
 - Contrastive search is not in transformers {transformers}, which has moved it to a repository on the hub.
 
 {table}
