@@ -9,6 +9,7 @@ import torch
 from families.lossless import unrounded_encode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from unsloth_spectral import log
 from unsloth_spectral.codec import block as block_module
 from unsloth_spectral.integrations.models import EMBEDDED_PACKAGE, LoadedModel, load_model
 
@@ -20,6 +21,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing() -> None:
+    """Each test sees the warnings that are given once."""
+    log._told.clear()
 
 
 @pytest.fixture(scope="session")

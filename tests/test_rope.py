@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from unsloth_spectral import rope
 from unsloth_spectral.rope import Rotation, rotate, unrotate
 
 HEAD_DIM = 16
@@ -187,3 +188,16 @@ def test_rotating_leaves_its_argument_alone() -> None:
     rotate(x, rotation.table(), rotation)
     unrotate(x, rotation.table(), rotation)
     assert torch.equal(x, before)
+
+
+def test_a_long_table_is_not_kept(assert_close: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    angles = torch.arange(500, dtype=torch.float64)[:, None] * torch.tensor([0.3, 0.01])
+    table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[None]
+    rotation = Rotation.of(table, slice(0, 2), slice(2, 4))
+    monkeypatch.setattr(rope, "_MOST_KEPT_BYTES", 500 * 2 * 8 - 1)
+    monkeypatch.setattr(rope._last, "table", None)
+    assert_close(torch.view_as_real(rotation.table()), torch.view_as_real(table), 1e-5)
+    assert rope._last.table is None
+    monkeypatch.setattr(rope, "_MOST_KEPT_BYTES", 500 * 2 * 8)
+    rotation.table()
+    assert rope._last.table is not None

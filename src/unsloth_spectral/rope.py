@@ -19,6 +19,8 @@ Dims: TypeAlias = slice | Tensor
 
 # Every model's own table has the rounding of float32 angles, which grows with the position.
 _TOLERANCE, _ROUNDING = 2e-3, 1e-7
+# A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
+_MOST_KEPT_BYTES = 4 << 20
 
 
 class _Last(threading.local):
@@ -84,14 +86,17 @@ class Rotation:
     def relative(self) -> Tensor | None:
         """``[num_tokens, P]`` complex64: ``table() == start * relative()``; None where there is no step.
 
-        The last one is kept, as all layers of a model ask for the same.
+        The last one is kept, as all layers of a model ask for the same, unless it is long.
         """
         if self.step is None:
             return None
         if _last.step is not self.step or _last.table is None or len(_last.table) < self.num_tokens:
             # In float64: the angle of the ten-thousandth token keeps its fraction.
             angle = torch.arange(self.num_tokens, device=self.step.device)[:, None] * self.step
-            _last.step, _last.table = self.step, torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
+            table = torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
+            if table.nbytes > _MOST_KEPT_BYTES:
+                return table
+            _last.step, _last.table = self.step, table
         return _last.table[: self.num_tokens]
 
     def slice(self, start: int, stop: int) -> "Rotation":

@@ -4,7 +4,6 @@ Source: Halko, Martinsson & Tropp, "Finding structure with randomness", SIAM Rev
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.errors import InvalidArgumentError
-
-logger = logging.getLogger("unsloth_spectral")
+from unsloth_spectral.log import warn_once
 
 # S[1] / S[k] up to which dividing by S leaves U orthonormal to 1e-6.
 _MAX_CONDITION = 1e4
@@ -281,7 +279,7 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
             f"of {b} matrices, {num_extreme} are zero or of extreme scale, {num_failed} failed to factorize by Cholesky"
         )
         if num_failed:
-            logger.warning("batched_randomized_svd uses the exact SVD: %s", reason)
+            warn_once("batched_randomized_svd uses the exact SVD: %s", reason)
         _replace(found, failed, _exact(A[failed], k, reason))
     return found
 

@@ -1,6 +1,5 @@
 """One sealing: the oldest exact tokens become blocks, run by run, and what cannot be sealed stays exact."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.sealer import SealedBlock, Sealer
 from unsloth_spectral.errors import InvalidArgumentError
-
-logger = logging.getLogger("unsloth_spectral")
+from unsloth_spectral.log import warn_once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,10 +61,10 @@ class Sealing:
         except InvalidArgumentError:
             raise
         except (RuntimeError, MemoryError) as error:  # a LinAlgError, or no memory for the factorization
-            logger.warning("%d tokens could not be factorized together: %s", stop - start, error)
+            warn_once("%d tokens could not be factorized together: %s", stop - start, error)
             return None
         if sealed is not None and not sealed.is_finite:  # finite tokens whose squares overflow
-            logger.warning("the factors of %d tokens overflowed", stop - start)
+            warn_once("the factors of %d tokens overflowed", stop - start)
             return None
         return sealed
 
