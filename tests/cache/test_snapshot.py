@@ -138,6 +138,17 @@ def test_what_is_no_snapshot(tmp_path: Path, path: Path) -> None:
     assert "truncated, or no safetensors file" in refusal(other)
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_file_that_goes_while_it_is_opened(is_gone: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*args: Any, **kwargs: Any) -> None:
+        if is_gone:
+            path.unlink()
+        raise RuntimeError("unable to map it")
+
+    monkeypatch.setattr(snapshot, "safe_open", opened)
+    assert ("no snapshot at" if is_gone else "cannot be mapped (unable to map it)") in refusal(path)
+
+
 def rewrite(path: Path, **changes: str) -> None:
     """The same tensors with other metadata."""
     with safe_open(path, framework="pt") as file:

@@ -91,6 +91,10 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
         raise LoadError(f"the snapshot {title!r} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise LoadError(f"{title!r} is truncated, or no safetensors file ({error}): make it anew") from None
+    except RuntimeError as error:  # safetensors opens it, then torch does
+        if not os.path.exists(os.path.expanduser(title)):
+            raise LoadError(f"no snapshot at {title!r}: check the path") from None
+        raise LoadError(f"the snapshot {title!r} cannot be mapped ({error}): check the memory and the disk") from error
     with file:
         record = _record_of(title, file.metadata())
         held = _Tensors(title, file, record["tensors"])
