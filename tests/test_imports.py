@@ -13,7 +13,7 @@ PACKAGE = "unsloth_spectral"
 SOURCE = Path(unsloth_spectral.__file__).parent
 # cli -> eval -> integrations -> {cache, attention} -> codec -> {rsvd, rope} -> errors, where X may import all behind X.
 LEVEL = {"errors": 0, "rsvd": 2, "rope": 2, "codec": 3, "cache": 4, "attention": 4, "integrations": 5, "eval": 6}
-LEVEL |= {"log": 0, "native": 1, "files": 1, "fields": 1, "reports": 7, "plots": 7, "cli": 8}
+LEVEL |= {"log": 0, "autocast": 0, "native": 1, "files": 1, "fields": 1, "reports": 7, "plots": 7, "cli": 8}
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -25,6 +25,11 @@ def table_of(positions: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return torch.complex(angle.cos(), angle.sin())
 
 
+def rounded(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What models in half precision make of it."""
+    return torch.complex(table.real.to(dtype).float(), table.imag.to(dtype).float())
+
+
 def rotation_of(*rows: Iterable[int], scale: float = 1.0) -> tuple[Rotation, torch.Tensor]:
     table = table_of(torch.stack([torch.tensor(list(row)) for row in rows]), scale)
     return Rotation.of(table, FIRST, SECOND), table
@@ -48,6 +53,35 @@ def test_even_positions_take_a_few_numbers(num_tokens: int, start: int, scale: f
     angles = torch.arange(start, start + num_tokens).double()[:, None] * frequencies(scale).double()
     exact = torch.polar(torch.ones_like(angles), angles)
     assert float((rotation.table()[0] - exact).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [3, 4, 63, 700, 9000, 40_000])
+@pytest.mark.parametrize(("start", "scale"), [(0, 1.0), (777, 1.0), (0, 1.3)], ids=["default", "offset", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_half_precision_take_a_few_numbers_too(
+    num_tokens: int, start: int, scale: float, dtype: torch.dtype
+) -> None:
+    exact = scale * table_of(torch.arange(start, start + num_tokens)[None])
+    rotation = Rotation.of(rounded(exact, dtype), FIRST, SECOND)
+    assert rotation.step is not None
+    assert rotation.nbytes == 2 * 8 * PAIRS
+    # Where there are tokens to take the mean of, it is no further from the exact one than the rounded table is.
+    rounding = float((rounded(exact, dtype) - exact).abs().max()) + 1e-7 * num_tokens
+    assert error(rotation, exact) <= rounding * (1.0 if num_tokens > 60 else 2.0)
+
+
+def test_pieces_in_half_precision_join_into_a_few_numbers() -> None:
+    exact = table_of(torch.stack([torch.arange(300), torch.arange(9, 309)]))
+    table = rounded(exact, torch.bfloat16)
+    pieces = [table[:, :200], *table[:, 200:].split(1, dim=1)]
+    joined = Rotation.join([Rotation.of(piece, FIRST, SECOND) for piece in pieces])
+    assert joined.step is not None
+    assert error(joined, exact) <= TOLERANCE
+
+
+def test_a_gap_is_seen_in_half_precision() -> None:
+    table = rounded(table_of(torch.tensor([[*range(50), *range(51, 100)]])), torch.bfloat16)
+    assert torch.equal(Rotation.of(table, FIRST, SECOND).table(), table)
 
 
 def test_one_and_two_tokens() -> None:

@@ -3,7 +3,6 @@
 Source: Halko, Martinsson & Tropp, "Finding structure with randomness", SIAM Review 53(2), 2011 (HMT below).
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.log import warn_once
 
@@ -151,10 +151,7 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
         A = A.float()
     if not len(A):
         return SVDResult(M.new_empty(*batch, m, k), M.new_empty(*batch, k), M.new_empty(*batch, k, n))
-    kind = A.device.type
-    # Autocast would run the products in half precision, whose errors the iteration amplifies.
-    autocasts = torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocasts else contextlib.nullcontext():
+    with no_autocast(A.device):
         found = body(A if m >= n else A.mT)
     U, S, Vh = found if m >= n else (found.Vh.mT, found.S, found.U.mT)
     if M.dtype != A.dtype:

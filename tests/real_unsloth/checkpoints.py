@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families.models import COMMON, WINDOW, rope
+from families.models import ALTERNATING, COMMON, LOCAL_EXPERTS, rope
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -12,7 +12,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 # More rows than the tokenizer has words: Unsloth may add a padding token of its own.
 SMALL = {**COMMON, "initializer_range": 0.15, "vocab_size": 144}
 SCALED = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
 # Each with its options, besides SMALL. Unsloth has fast paths for the first seven.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -24,7 +23,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "gemma3": ("gemma3_text", {**ALTERNATING, "query_pre_attn_scalar": 16}),
     "phi": ("phi", {}),
-    "gpt-oss": ("gpt_oss", {**ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": ("gpt_oss", {**ALTERNATING, **LOCAL_EXPERTS}),
+    # Two experts that are nearly as good would be chosen between by a rounding.
+    "gpt-oss, all experts": ("gpt_oss", {**ALTERNATING, **LOCAL_EXPERTS, "num_experts_per_tok": 4}),
 }
 
 

@@ -1,5 +1,6 @@
 """What has to hold for a model that Unsloth has loaded; each check leaves the model as it found it."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from families.lossless import LOSSLESS, padded_batch, sealed_tokens, token_ids, unrounded_encode
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessor, TextIteratorStreamer
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec import block as block_module
+from unsloth_spectral.codec.config import PRESETS
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations import fast_path
 
-NEW = 24
-PROMPT = {"input_ids": token_ids(length=100), "attention_mask": torch.ones(1, 100, dtype=torch.int64)}
+# Triton's kernels are interpreted row by row: no more of them than it takes to seal a prompt and what follows.
+LENGTH, NEW = 60, 24
+PROMPT = {"input_ids": token_ids(length=LENGTH), "attention_mask": torch.ones(1, LENGTH, dtype=torch.int64)}
 RANKS = {"block_size": 16, "k_rank_keys": 8, "k_rank_values": 8}
 
 
@@ -89,13 +92,62 @@ def same_tokens_and_every_update(model: Any, **options: Any) -> None:
     assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
 
 
+def same_tokens_as_the_dense_cache(model: Any) -> None:
+    """Under the patch both: where what is unpatched needs a GPU."""
+    with lossless(model), counted() as updates:
+        expected = generate(model, past_key_values=DynamicCache(config=model.config)).sequences
+        assert not updates
+        found = generate(model)
+    assert isinstance(found.past_key_values, SpectralCache)
+    assert torch.equal(found.sequences, expected), (found.sequences, expected)
+    assert min(sealed_tokens(found.past_key_values)) > 0
+    assert set(updates.values()) == {NEW}, updates
+
+
 def same_tokens_with_left_padding(model: Any) -> None:
-    batch = padded_batch(100)
+    batch = padded_batch(LENGTH)
     expected = generate(model, batch).sequences
     with lossless(model):
         found = generate(model, batch)
     assert isinstance(found.past_key_values, SpectralCache)
-    assert torch.equal(found.sequences, expected), (found.sequences[:, 100:], expected[:, 100:])
+    assert torch.equal(found.sequences, expected), (found.sequences[:, LENGTH:], expected[:, LENGTH:])
+
+
+class _Given(LogitsProcessor):
+    """Whatever the model wants, it goes on with these tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self._tokens)] = 0.0
+        return forced
+
+
+def as_near_as_the_dense_cache(model: Any) -> None:
+    """In half precision two ways of adding part: what the type costs the dense cache, it may cost the spectral one."""
+    tokens = token_ids(length=NEW, seed=1)[0].tolist()
+
+    def logits(asked: Any, **options: Any) -> torch.Tensor:
+        result = generate(asked, logits_processor=[_Given(tokens)], output_logits=True, **options)
+        return torch.cat(result.logits).float(), result.past_key_values
+
+    single = copy.deepcopy(model).float()
+    single.config.dtype = torch.float32
+    with patched(single):
+        exact, _ = logits(single, past_key_values=DynamicCache(config=single.config))
+    with lossless(model), counted() as updates:
+        dense, _ = logits(model, past_key_values=DynamicCache(config=model.config))
+        assert not updates
+        found, cache = logits(model)
+    assert isinstance(cache, SpectralCache), type(cache)
+    assert min(sealed_tokens(cache)) > 0
+    assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
+    cost, own = (dense - exact).abs(), (found - exact).abs()
+    assert cost.max() > 0, "nothing was computed in half precision"
+    assert own.mean() < 1.25 * cost.mean(), (own.mean(), cost.mean())
+    assert own.max() < 2 * cost.max(), (own.max(), cost.max())
 
 
 def bytes_fall_with_the_balanced_preset(model: Any) -> None:
@@ -109,9 +161,13 @@ def bytes_fall_with_the_balanced_preset(model: Any) -> None:
 
     with patched(model), replaced(SpectralLayer, "observe", noting):
         cache = generate(model, inputs).past_key_values
-    spectral = [layer for layer in cache.stats().layers if layer.kind == "spectral"]
+    stats = cache.stats()
+    spectral = [layer for layer in stats.layers if layer.kind == "spectral"]
     assert cache.config == SpectralConfig()
-    assert sum(layer.dense_bytes for layer in spectral) > 2 * sum(layer.stored_bytes for layer in spectral), spectral
+    assert {layer.sealed_tokens for layer in spectral} == {512}
+    # The last 64 to 191 tokens of the prompt and the new ones stay exact.
+    assert sum(layer.dense_bytes for layer in spectral) > 1.75 * sum(layer.stored_bytes for layer in spectral), spectral
+    assert stats.cold_bits_per_element < 1.05 * PRESETS["balanced"], spectral
     assert rotations, "no queries were seen"
     assert all(rotation is not None for rotation in rotations), "keys were compressed without their rotation"
 
@@ -143,7 +199,7 @@ def streaming(model: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> None:
     expected = stream()
     with lossless(model), counted() as updates:
         found = stream()
-    assert len(found.split()) > 100
+    assert len(found.split()) > LENGTH
     assert found == expected
     assert set(updates.values()) == {NEW}
 
@@ -178,7 +234,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def training_in_between(model: Any, classes: Any) -> None:
     """What ``for_training`` gets is Unsloth's own code, whatever was generated before; ``for_inference`` goes on."""
-    ids = token_ids(2, 40)
+    ids = token_ids(2, 12)
 
     def loss() -> torch.Tensor:
         classes.for_training(model)

@@ -34,6 +34,13 @@ def _is_gpu(value: Any, bare: bool = True) -> bool:
     return value.split(":")[0] == "cuda" if isinstance(value, str) else bare and type(value) is int
 
 
+class Autocast(torch.autocast):
+    """A GPU's mixed precision is the CPU's."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
 def install(fast: bool) -> None:
     """Before ``import unsloth``: its GPU stack loads, and with ``fast`` its fast paths run, in this thread."""
     os.environ["UNSLOTH_ALLOW_CPU"] = "1"
@@ -44,7 +51,16 @@ def install(fast: bool) -> None:
     torch.cuda.get_device_capability = lambda *_: (8, 0)
     torch.cuda.mem_get_info = lambda *_: (PROPERTIES.total_memory, PROPERTIES.total_memory)
     torch._C._cuda_getCurrentRawStream = lambda *_: 0
+    torch.autocast = Autocast
     if fast:
         # The compiler cannot see through the mode.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         CudaOnCpu().__enter__()
+
+
+def claim(bfloat16: bool) -> None:
+    """After ``import unsloth``: whether the card computes in bfloat16; and bitsandbytes' kernels are there."""
+    from unsloth.models import _utils, loader
+
+    _utils.SUPPORTS_BFLOAT16 = bfloat16
+    loader.ALLOW_BITSANDBYTES = True

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unsloth_spectral.attention import direct, native
 from unsloth_spectral.attention.scores import ScoreOptions
+from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.native import library
 
@@ -46,10 +47,11 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
 
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, bool or additive, or None for no mask at all.
     """
-    if query.shape[2] > DIRECT_QUERY_LENGTH:
-        return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
-    path = direct if native.obstacle(query, blocks) is not None else native
-    return path.attend(query, blocks, mask, options).to(query.dtype)
+    with no_autocast(query.device):
+        if query.shape[2] > DIRECT_QUERY_LENGTH:
+            return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
+        path = direct if native.obstacle(query, blocks) is not None else native
+        return path.attend(query, blocks, mask, options).to(query.dtype)
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:

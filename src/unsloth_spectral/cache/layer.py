@@ -6,6 +6,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.cache.buffer import TokenBuffer, check_tokens
 from unsloth_spectral.cache.counting import count
 from unsloth_spectral.cache.held import Held
@@ -84,7 +85,8 @@ class SpectralLayer:
         """
         if self._held.residual is None:
             raise InvalidArgumentError("an empty cache layer has nothing to reconstruct: append tokens first")
-        pairs = [block.reconstruct() for block in [*self._held.cold, self._held.residual.block]]
+        with no_autocast(self._held.residual.block.keys.device):
+            pairs = [block.reconstruct() for block in [*self._held.cold, self._held.residual.block]]
         tokens = ExactBlock(torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -2))
         return (tokens if self._held.sinks is None else self._held.sinks.put_back(tokens)).reconstruct()
 
@@ -158,7 +160,9 @@ class SpectralLayer:
             rotation = held.positions.range(start + first, start + last)
             return Observed(rotation, *held.queries.sample(before + first, last - first))
 
-        cold, made = list(held.cold), list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
+        with no_autocast(old.keys.device):
+            made = list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
+        cold = list(held.cold)
         for block in made:
             join_last(self._sealer, cold, block)
         kept, positions = residual.copy(stop, residual.num_tokens), copy(held.positions)

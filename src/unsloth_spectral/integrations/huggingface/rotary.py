@@ -70,7 +70,7 @@ def _read(kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor |
     # A token with a one in the first dimension of every pair gets the cosine there, and the sine in the second.
     ones = torch.zeros(len(cos), 1, cos.shape[1], pairs.dim, device=cos.device)
     ones[..., first] = 1.0
-    turned = apply(ones, ones, cos.float(), sin.float())[1][:, 0]
+    turned = _turn(apply, ones, cos.float(), sin.float())[:, 0]
     return Rotation.of(torch.complex(turned[..., first], turned[..., second]), first, second, padding)
 
 
@@ -99,7 +99,7 @@ def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: i
     angle = torch.full((1, 1, table_dim), 0.5)
     unit = torch.eye(head_dim)[None, None]
     try:
-        turned = apply(unit, unit, angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1))[1][0, 0]
+        turned = _turn(apply, unit, angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1))[0, 0]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         logger.debug("%s cannot be read as a rotation: %s", kind.__name__, error)
         return None
@@ -116,6 +116,12 @@ def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: i
         logger.debug("%s does not rotate pairs of dimensions", kind.__name__)
         return None
     return _Pairs(head_dim, tuple(first.tolist()), tuple(second.tolist()))
+
+
+def _turn(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Attention is kept from the compiler, and one that was compiled to be whole refuses to run there.
+    with torch.compiler.set_stance("force_eager"):
+        return apply(keys, keys, cos, sin)[1]
 
 
 def _function(kind: type) -> Callable[..., Any] | None:
