@@ -48,14 +48,14 @@ test-oldest: $(OLDEST)/.installed ## integrations and model families with the ol
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
 	$(UNSLOTH)/bin/pip install -q torch==2.13.0
-	$(UNSLOTH)/bin/pip install -q -c tests/real_unsloth/constraints.txt unsloth -e . pytest
+	$(UNSLOTH)/bin/pip install -q -c tests/real_unsloth/constraints.txt unsloth -e . pytest pytest-xdist
 	@# Built for a GPU, both: Unsloth refuses to load beside them and does without.
 	$(UNSLOTH)/bin/pip uninstall -q -y torchvision xformers
 	$(UNSLOTH)/bin/pip install -q --no-deps --upgrade --target $(UNSLOTH)/older unsloth==2026.10.8 unsloth_zoo==2026.10.8
 	@touch $@
 
 test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in an environment of its own
-	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) UNSLOTH_RESULTS=benchmarks/results/unsloth.json $(UNSLOTH)/bin/pytest -q tests/real_unsloth
+	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) $(UNSLOTH)/bin/pytest -q -n 2 tests/real_unsloth --results benchmarks/results/unsloth.json
 
 models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \

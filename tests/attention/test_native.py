@@ -30,6 +30,7 @@ TOLERANCE, TOLERANCE_OF_CODEC = 6e-3, 6e-4
 # here are means over hundreds of random tokens, small beside what each of them is; how little it is beside the error
 # of the codes themselves is tested by itself.
 ROUGH_TOLERANCE, ROUGH_TOLERANCE_OF_CODEC = 5e-2, 5e-3
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -158,10 +159,12 @@ def test_partial_and_interleaved_rotation(assert_close, variant: str, frame: str
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(assert_close, variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("value_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(assert_close, variant: str, dtype: torch.dtype, value_dtype: torch.dtype) -> None:
     special = exact(2, 2, 33, 60, dtype)
     special.keys[0, 0, 0, :4] = torch.tensor([6e-8, -1e-7, 0.0, 1e-5]).to(dtype)  # subnormal in half precision
+    special = ExactBlock(special.keys, special.values.to(value_dtype))
     blocks = [special, coded_block(2, 2, 60, 300), exact(2, 2, 5, 60, dtype, seed=3)]
     check(random(2, 4, 1, 60).to(dtype), blocks, None, ScoreOptions(0.125), variant, assert_close)
 

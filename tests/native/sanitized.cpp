@@ -166,14 +166,17 @@ struct Tokens {
     Exact<double> step, tile_turn;
 };
 
-std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, int64_t kind) {
+std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const int64_t (&kinds)[2]) {
     auto made = std::make_unique<Tokens>();
     Block& block = made->block;
     block.num_tokens = count;
-    block.kind = kind;
-    made->name = std::string(kind == spectral::FLOAT32 ? "fp32 " : kind == spectral::BFLOAT16 ? "bf16 " : "fp16 ") +
-                 std::to_string(count);
+    block.kind = kinds[0];
+    block.value_kind = kinds[1];
+    for (const int64_t kind : kinds)
+        made->name += kind == spectral::FLOAT32 ? "fp32 " : kind == spectral::BFLOAT16 ? "bf16 " : "fp16 ";
+    made->name += std::to_string(count);
     for (int which = 0; which < 2; ++which) {
+        const int64_t kind = kinds[which];
         const int64_t dim = which ? shape.value_dim : shape.key_dim;
         int64_t* strides = which ? block.value_strides : block.key_strides;
         if (rng.chance(0.3)) {  // tokens outside heads, as projections leave them
@@ -492,7 +495,7 @@ double attention_case(int64_t number) {
               std::to_string(shape.query_length) + ", dims " + std::to_string(shape.key_dim) + " and " +
               std::to_string(shape.value_dim) + ", value bits " + std::to_string(value_nbits);
     std::vector<std::unique_ptr<Tokens>> held;
-    const auto exact = [&](int64_t count) { held.push_back(exact_tokens(shape, count, rng.below(3))); };
+    const auto exact = [&](int64_t count) { held.push_back(exact_tokens(shape, count, {rng.below(3), rng.below(3)})); };
     if (before || rng.below(8) == 0) exact(before);
     if (is_coded) {
         const auto coded = [&](int64_t count, int own) {

@@ -176,7 +176,9 @@ def ranks_are_taken(model: Any) -> None:
     with patched(model, **RANKS):
         cache = generate(model).past_key_values
     assert cache.config == SpectralConfig(rank_keys=8, rank_values=8, block_size=16)
-    assert cache.stats().compression_factor > 1
+    sealed = [layer for layer in cache.stats().layers if layer.kind == "spectral"]
+    assert min(layer.sealed_tokens for layer in sealed) > 0
+    assert {(layer.rank_keys, layer.rank_values) for layer in sealed} == {(8, 8)}
 
 
 def streaming(model: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> None:

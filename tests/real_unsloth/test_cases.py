@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,74 +28,70 @@ ALL = (
 FEW = ("tokens, updates", "left padding", "bytes")
 # FlexAttention, which these train with, has no backward pass on a CPU.
 NO_TRAINING = tuple(name for name in ALL if name != "training")
+# Triton's interpreter knows no bfloat16, and no fast path its 4 bits: they are held against transformers' code.
+BFLOAT16 = ("logits as dense", "bytes")
+FOUR_BITS = ("tokens as dense", "bytes")
 FAST = ("llama", "gemma2", "qwen3", "mistral", "gemma", "qwen2", "llama, scaled RoPE")
-# Without bfloat16, which it does not believe a CPU to have, Unsloth loads Gemma 3 in float16 with its own attention in
-# float32, and leaves the casts of transformers' attention to CUDA's autocast.
-HALF = pytest.mark.xfail(strict=True, reason="Gemma 3 under FastModel needs CUDA's autocast")
 SWITCHES = ("UNSLOTH_DISABLE_FAST_GENERATION", "UNSLOTH_DISABLE_STATIC_GENERATION", "UNSLOTH_COMPILE_DISABLE")
 
 
 def cases() -> Iterator[Any]:
     for version in ("newest", "older"):
         for family in FAST:
-            checks = ("bypass", *(ALL if family == "llama" else FEW))
-            yield pytest.param(version, "gpu", family, {}, checks, id=f"{version}, fast path: {family}")
-        for family, checks, marks in (("phi", ALL, ()), ("gemma3", NO_TRAINING, HALF)):
-            case_id = f"{version}, FastModel: {family}"
-            yield pytest.param(version, "gpu", family, {}, checks, id=case_id, marks=marks)
-    # The one-token experts of gpt-oss under FastModel want CUDA's autocast.
+            yield case(version, "fast path", family, ("bypass", *(ALL if family == "llama" else FEW)))
+        for family, checks in (("phi", ALL), ("gemma3", NO_TRAINING), ("gpt-oss", NO_TRAINING)):
+            yield case(version, "FastModel", family, checks)
+    yield case("newest", "fast path", "llama", FEW, "float16")
+    for family in ("gemma3", "gpt-oss"):
+        yield case("newest", "FastModel", family, FEW, "float16")
+    for family in ("llama", "gemma2", "qwen3"):
+        yield case("newest", "fast path", family, BFLOAT16, "bfloat16")
+    for family in ("gemma3", "gpt-oss, all experts"):
+        yield case("newest", "FastModel", family, BFLOAT16, "bfloat16")
+    yield case("newest", "fast path", "llama", FOUR_BITS, "4 bit")
+    yield case("newest", "FastModel", "phi", FEW, "4 bit")
     for family, checks in (("llama", ALL), ("gpt-oss", FEW), ("gemma3", FEW)):
-        yield pytest.param("newest", "cpu", family, {}, checks, id=f"newest, CPU backend: {family}")
+        yield case("newest", "CPU backend", family, checks)
+    yield case("newest", "CPU backend", "llama", FEW, "4 bit")
     for switch in SWITCHES:
         for family in ("llama", "phi"):
-            checks = ("tokens, updates", "unpatch")
-            yield pytest.param("newest", "gpu", family, {switch: "1"}, checks, id=f"newest, {switch}: {family}")
+            way = "fast path" if family == "llama" else "FastModel"
+            yield case("newest", way, family, ("tokens, updates", "unpatch"), switch=switch)
 
 
-FOUND: dict[str, Any] = {}
+def case(
+    version: str, way: str, family: str, checks: tuple[str, ...], precision: str = "float32", switch: str | None = None
+) -> Any:
+    said = ", ".join([f"{version}, {way}: {family}", *([precision] if precision != "float32" else [])])
+    said += f" ({switch})" if switch else ""
+    return pytest.param(version, "cpu" if way == "CPU backend" else "gpu", family, precision, checks, switch, id=said)
 
 
-@pytest.fixture
-def record() -> Iterator[dict[str, Any]]:
-    """What the cases came to, written after each to the file that UNSLOTH_RESULTS names."""
-    yield FOUND
-    path = os.environ.get("UNSLOTH_RESULTS")
-    if path:
-        from real_unsloth.results import write
-
-        write(Path(path), FOUND)
-
-
-@pytest.mark.parametrize(("version", "backend", "family", "switches", "checks"), list(cases()))
+@pytest.mark.parametrize(("version", "backend", "family", "precision", "checks", "switch"), list(cases()))
 def test_case(
     version: str,
     backend: str,
     family: str,
-    switches: dict[str, str],
+    precision: str,
     checks: tuple[str, ...],
+    switch: str | None,
     tmp_path: Path,
-    record: dict[str, Any],
+    record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    environment = {
-        **os.environ,
-        **switches,
-        "CHECKS": "|".join(checks),
-        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "c"),
-    }
+    environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "c")}
+    if switch is not None:
+        environment[switch] = "1"
     if version == "older":
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(SCRIPT), backend, family, str(tmp_path / "model")]
+    command = [sys.executable, str(SCRIPT), backend, family, precision, str(tmp_path / "model"), *checks]
     run = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=3600, check=False
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, run.stdout[-2000:] + run.stderr[-4000:]
     result = json.loads(lines[0].removeprefix("RESULT "))
-    record[request.node.callspec.id] = {
-        "unsloth": result["unsloth"],
-        "passed": result["passed"],
-        "failed": sorted(result["failed"]),
-    }
+    found = {**result, "failed": sorted(result["failed"])}
+    record_property("case", (request.node.callspec.id, found))
     assert not result["failed"], "\n\n".join(f"{name}:\n{trace}" for name, trace in result["failed"].items())
     assert sorted(result["passed"]) == sorted(checks)

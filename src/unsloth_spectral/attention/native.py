@@ -32,11 +32,12 @@ _MOST_DIMS = 256  # of codes of 8 bits times weights of 15, in 31
 
 
 class _Block(ctypes.Structure):
-    """``Block`` of native/attend.cpp; an exact one's kind is the place of its dtype."""
+    """``Block`` of native/attend.cpp; an exact one's kinds are the places of its dtypes."""
 
     _fields_ = [
         ("num_tokens", c_int64),
         ("kind", c_int64),
+        ("value_kind", c_int64),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("key_strides", _Strides),
@@ -117,8 +118,8 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
                 return "positions that do not run on evenly"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
-        elif block.keys.dtype not in _DTYPES or block.keys.stride(-1) != 1 or block.values.stride(-1) != 1:
-            return f"exact tokens in {block.keys.dtype} or not contiguous"
+        elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
+            return f"exact tokens in {block.keys.dtype} and {block.values.dtype}, or not contiguous"
     return library.obstacle()
 
 
@@ -210,11 +211,10 @@ def _exact(block: ExactBlock, shape: tuple[int, int, int, int]) -> _Block:
     count = own.shape[-2]
     _require_shape("exact keys", own, (batch, num_heads, count, key_dim))
     _require_shape("exact values", values, (batch, num_heads, count, value_dim))
-    if values.dtype != own.dtype:
-        raise InvalidArgumentError(f"keys are {own.dtype}, values {values.dtype}: use one dtype")
     return _Block(
         count,
         _DTYPES.index(own.dtype),
+        _DTYPES.index(values.dtype),
         own.data_ptr(),
         values.data_ptr(),
         _Strides(*own.stride()[:3]),
@@ -259,6 +259,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
     nothing = _Strides()
     prepared = _Block(
         block.num_tokens,
+        _CODED,
         _CODED,
         None,
         None,

@@ -49,7 +49,9 @@ def count(
     coded = [block for block in cold if isinstance(block, CodedBlock)]
     sealed: list[SealedBlock] = [*ranked, *coded]
     tail = residual.block
-    per_token = tail.keys.shape[0] * tail.keys.shape[1] * (tail.keys.shape[-1] + tail.values.shape[-1])
+    heads = tail.keys.shape[0] * tail.keys.shape[1]
+    per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
+    dense = sum(heads * part.shape[-1] * part.element_size() for part in (tail.keys, tail.values))
     num_cold = sum(block.num_tokens for block in cold)
     num_tokens = (0 if sinks is None else sinks.num_leading) + num_cold + residual.num_tokens
     return LayerStats(
@@ -59,7 +61,7 @@ def count(
         sink_bytes=0 if sinks is None else sinks.nbytes,
         cold_bytes=sum(block.nbytes for block in cold) + sealer_bytes,
         residual_bytes=residual.nbytes + log_bytes,
-        dense_bytes=num_tokens * per_token * tail.keys.element_size(),
+        dense_bytes=num_tokens * dense,
         elements=num_tokens * per_token,
         cold_elements=num_cold * per_token,
         rank_keys=ranked[0].keys.rank if ranked else None,

@@ -80,7 +80,7 @@ class Held:
         """Of the tokens held, of which there must be some."""
         assert self.residual is not None, "an empty layer has no shape"
         keys, values = self.residual.block.keys, self.residual.block.values
-        return TokenShape(keys.shape[0], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
+        return TokenShape(keys.shape[0], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
 
     def to_fields(self) -> dict[str, Field]:
         """All of it, of a layer that is not empty."""
@@ -89,6 +89,7 @@ class Held:
         return {
             "shape": [shape.batch, shape.heads, shape.key_dim, shape.value_dim],
             "dtype": str(shape.dtype).removeprefix("torch."),
+            "value_dtype": str(shape.value_dtype).removeprefix("torch."),
             "sinks": None if self.sinks is None else self.sinks.to_fields(),
             "cold": [block_to_fields(block) for block in self.cold],
             "residual": self.residual.block.to_fields(),
@@ -108,7 +109,8 @@ class Held:
         """
         sizes = fields.integers("shape", 1)
         fields.require(len(sizes) == 4, "a shape of four sizes")
-        shape = TokenShape(sizes[0], sizes[1], sizes[2], sizes[3], fields.dtype("dtype"))
+        batch, heads, key_dim, value_dim = sizes
+        shape = TokenShape(batch, heads, key_dim, value_dim, fields.dtype("dtype"), fields.dtype("value_dtype"))
         residual = ExactBlock.from_fields(fields.sub("residual"), shape)
         cold = [block_from_fields(block, shape) for block in fields.subs("cold")]
         held = cls(None, cold, TokenBuffer(residual.keys, residual.values))

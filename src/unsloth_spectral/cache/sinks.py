@@ -70,9 +70,10 @@ class Sinks:
             return ExactBlock(
                 torch.cat([self.block.keys, tokens.keys], -2), torch.cat([self.block.values, tokens.values], -2)
             )
+        own = ExactBlock(self.block.keys.to(tokens.keys.dtype), self.block.values.to(tokens.values.dtype))
         return ExactBlock(
-            tokens.keys.scatter(-2, _index(positions, self.block.keys), self.block.keys),
-            tokens.values.scatter(-2, _index(positions, self.block.values), self.block.values),
+            tokens.keys.scatter(-2, _index(positions, own.keys), own.keys),
+            tokens.values.scatter(-2, _index(positions, own.values), own.values),
         )
 
     def map_batch(self, function: TensorFunction) -> "Sinks":

@@ -65,7 +65,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactBlock:
-    """Keys and values as they came, ``[B, H, tokens, head_dim]`` in the model's dtype."""
+    """Keys and values as they came, ``[B, H, tokens, head_dim]`` in the model's dtype, or in two under autocast."""
 
     kind: ClassVar[str] = "exact"
     keys: Tensor
@@ -114,7 +114,7 @@ class ExactBlock:
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "ExactBlock":
         keys = fields.tensor("keys", shape.dtype, (shape.batch, shape.heads, None, shape.key_dim))
         size = (shape.batch, shape.heads, keys.shape[-2], shape.value_dim)
-        return cls(keys, fields.tensor("values", shape.dtype, size))
+        return cls(keys, fields.tensor("values", shape.value_dtype, size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,13 +23,15 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TokenShape:
-    """What all tokens of one layer have in common: ``[batch, heads, tokens, key_dim or value_dim]`` of ``dtype``."""
+    """What all tokens of one layer have in common: keys ``[batch, heads, tokens, key_dim]`` of ``dtype``, values
+    ``[batch, heads, tokens, value_dim]`` of ``value_dtype``, which is another one under autocast."""
 
     batch: int
     heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    value_dtype: torch.dtype
 
 
 class Coded(Protocol):

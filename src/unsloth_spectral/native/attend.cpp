@@ -35,7 +35,8 @@ enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODED = 3 };
 struct Block {
     int64_t num_tokens;
     int64_t kind;
-    // Exact: [batch, head, token, dim], the last dimension contiguous.
+    // Exact: [batch, head, token, dim], the last dimension contiguous. Under autocast keys and values are of two types.
+    int64_t value_kind;
     const void* keys;
     const void* values;
     int64_t key_strides[3], value_strides[3];
@@ -891,13 +892,10 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
 }
 
 template <int KIND, int ROWS>
-void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
-                  int64_t column, Partial* partials) {
-    const Call& call = w.call;
+void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length) {
     const int64_t key_place = b * block.key_strides[0] + h * block.key_strides[1] + token * block.key_strides[2];
-    const int64_t value_place = b * block.value_strides[0] + h * block.value_strides[1] + token * block.value_strides[2];
     const float* query = w.query.data() + row * w.key_dim;
-    const int key_dim = static_cast<int>(call.key_dim), value_dim = static_cast<int>(call.value_dim);
+    const int key_dim = static_cast<int>(w.call.key_dim);
     for (int t0 = 0; t0 < length; t0 += LANES) {
         Floats found[ROWS][LANES] = {};
         for (int k = 0; k < std::min(LANES, length - t0); ++k) {
@@ -910,15 +908,12 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         }
         for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(found[r]));
     }
-    bool any = false;
-    for (int r = 0; r < ROWS; ++r) {
-        float *scores = w.scores.data() + r * RUN, unused;
-        if (exponentiate<false>(call, scores, length, b, row + r, column, partials[r], w.value_dim, nullptr, unused))
-            any = true;
-        else
-            std::fill(scores, scores + length, 0.0f);
-    }
-    if (!any) return;
+}
+
+template <int KIND, int ROWS>
+void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t token, int length, Partial* partials) {
+    const int64_t value_place = b * block.value_strides[0] + h * block.value_strides[1] + token * block.value_strides[2];
+    const int value_dim = static_cast<int>(w.call.value_dim);
     constexpr int TOGETHER = 4;  // vectors of a token, so that sums do not wait for each other
     for (int d0 = 0; d0 < value_dim; d0 += TOGETHER * LANES) {
         const int vectors = std::min(TOGETHER, round_up(value_dim - d0, LANES) / LANES);
@@ -944,15 +939,43 @@ void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     }
 }
 
+// Calls `function` with the kind of exact tokens as a constant.
+template <typename Function>
+void with_kind(int64_t kind, const Function& function) {
+    switch (kind) {
+        case FLOAT32: return function(std::integral_constant<int, FLOAT32>());
+        case BFLOAT16: return function(std::integral_constant<int, BFLOAT16>());
+        default: return function(std::integral_constant<int, FLOAT16>());
+    }
+}
+
+template <int ROWS>
+void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
+                  int64_t column, Partial* partials) {
+    with_kind(block.kind, [&](auto kind) {
+        score_exact<decltype(kind)::value, ROWS>(w, block, b, h, row, token, length);
+    });
+    bool any = false;
+    for (int r = 0; r < ROWS; ++r) {
+        float *scores = w.scores.data() + r * RUN, unused;
+        if (exponentiate<false>(w.call, scores, length, b, row + r, column, partials[r], w.value_dim, nullptr, unused))
+            any = true;
+        else
+            std::fill(scores, scores + length, 0.0f);
+    }
+    if (!any) return;
+    with_kind(block.value_kind, [&](auto kind) {
+        add_exact<decltype(kind)::value, ROWS>(w, block, b, h, token, length, partials);
+    });
+}
+
 template <int ROWS>
 void attend_run(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
                 int64_t column, Partial* partials) {
-    switch (block.kind) {
-        case FLOAT32: return attend_exact<FLOAT32, ROWS>(w, block, b, h, row, token, length, column, partials);
-        case BFLOAT16: return attend_exact<BFLOAT16, ROWS>(w, block, b, h, row, token, length, column, partials);
-        case FLOAT16: return attend_exact<FLOAT16, ROWS>(w, block, b, h, row, token, length, column, partials);
-        default: return attend_coded<ROWS>(w, block, b, h, row, token, length, column, partials);
-    }
+    if (block.kind == CODED)
+        attend_coded<ROWS>(w, block, b, h, row, token, length, column, partials);
+    else
+        attend_exact<ROWS>(w, block, b, h, row, token, length, column, partials);
 }
 
 struct Run {
