@@ -79,9 +79,12 @@ def test_case(
     record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "c")}
+    environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "c"), "HF_HUB_OFFLINE": "1"}
     if switch is not None:
         environment[switch] = "1"
+    # Nothing compiles behind the shims and all falls back; trying takes half a minute, so a few cases do.
+    if not (backend == "gpu" and (version, precision, switch) == ("newest", "float32", None)):
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     if version == "older":
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(SCRIPT), backend, family, precision, str(tmp_path / "model"), *checks]
