@@ -31,7 +31,7 @@ test: $(STAMP) ## ruff, mypy and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest -q -n 2 -m 'not slow'
 
 test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
@@ -39,11 +39,11 @@ test-slow: $(STAMP) ## the slow tests too
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[gguf]' pytest hypothesis
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
-	$(OLDEST)/bin/pytest -q -m 'not slow' tests/integrations tests/families
+	$(OLDEST)/bin/pytest -q -n 2 -m 'not slow' tests/integrations tests/families
 
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
@@ -55,7 +55,7 @@ $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	@touch $@
 
 test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in an environment of its own
-	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) $(UNSLOTH)/bin/pytest -q -n 2 tests/real_unsloth --results benchmarks/results/unsloth.json
+	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) $(UNSLOTH)/bin/pytest -q -n 2 --dist loadgroup tests/real_unsloth --cases benchmarks/results/unsloth.json
 
 models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \

@@ -1,10 +1,13 @@
-"""``python case.py BACKEND FAMILY PRECISION FOLDER CHECK ...``: one family on one backend of the real package.
+"""``python case.py BACKEND WAY``: a process that has loaded Unsloth, and runs each case in a fork of itself.
 
-Prints the checks passed and failed as a line of JSON.
+Cases come as lines of JSON with ``family``, ``precision``, ``folder`` and ``checks``, and ``output`` for what the case
+prints; each is answered by its exit status. What it came to is JSON in ``result.json`` in its folder.
 """
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,38 +19,65 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from real_unsloth import shims
 
-FAST = ("llama", "llama, scaled RoPE", "mistral", "gemma", "gemma2", "qwen2", "qwen3")
+MOST_SECONDS = 900
 
 
-def main(backend: str, family: str, precision: str, folder: Path, names: list[str]) -> None:
-    is_fast = backend == "gpu" and family in FAST
+def serve(backend: str, is_fast: bool) -> None:
+    """Load Unsloth once, which takes ten seconds, then run what comes."""
     if backend == "gpu":
         shims.install(is_fast)
     import torch
-    import unsloth  # before transformers, as it asks for
-    from real_unsloth import checkpoints
 
     torch.set_num_threads(1)
-    checkpoints.save(family, folder)
+    import unsloth  # before transformers, as it asks for
+    from real_unsloth import checks  # noqa: F401
+
+    print("LOADED", unsloth.__version__, flush=True)
+    for line in sys.stdin:
+        case = json.loads(line)
+        child = os.fork()
+        if not child:
+            signal.alarm(MOST_SECONDS)
+            output = os.open(case["output"], os.O_WRONLY | os.O_CREAT)
+            for stream in (1, 2):
+                os.dup2(output, stream)
+            try:
+                run(backend, is_fast, case)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print("ENDED", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def run(backend: str, is_fast: bool, case: dict[str, Any]) -> None:
+    """Load the model of ``case`` and put its checks to it."""
+    import torch
+    import unsloth
+    from real_unsloth import checkpoints
+
+    folder, precision = Path(case["folder"]), case["precision"]
+    os.chdir(folder)
+    checkpoints.save(case["family"], folder / "model")
     classes = unsloth.FastLanguageModel if is_fast or backend == "cpu" else unsloth.FastModel
     options = {"max_seq_length": 2048, "load_in_4bit": precision == "4 bit"}
     # In half precision Unsloth chooses the type by the card.
-    options["dtype"] = torch.float32 if precision == "float32" else None
+    options["dtype"] = None if precision in ("float16", "bfloat16") else torch.float32
     if backend == "gpu":
-        shims.claim(bfloat16=precision in ("float32", "bfloat16"))
+        shims.claim(bfloat16=precision != "float16")
         options |= {"device_map": {"": "cpu"}, "use_gradient_checkpointing": False}
-    model, tokenizer = classes.from_pretrained(str(folder), **options)
+    model, tokenizer = classes.from_pretrained(str(folder / "model"), **options)
     passed, failed = [], {}
-    chosen = all_checks(classes, tokenizer, shims.CudaOnCpu if is_fast else contextlib.nullcontext)
-    for name in names:
+    checks = all_checks(classes, tokenizer, shims.CudaOnCpu if is_fast else contextlib.nullcontext)
+    for name in case["checks"]:
         try:
-            chosen[name](model)
+            checks[name](model)
             passed.append(name)
         except Exception:
             failed[name] = traceback.format_exc()
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     facts = {"unsloth": unsloth.__version__, "weights": types, "passed": passed, "failed": failed}
-    print("RESULT " + json.dumps(facts))
+    (folder / "result.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def all_checks(classes: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> dict[str, Callable[[Any], Any]]:
@@ -72,4 +102,4 @@ def all_checks(classes: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> di
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], Path(sys.argv[4]), sys.argv[5:])
+    serve(sys.argv[1], sys.argv[2] == "fast path")

@@ -19,7 +19,7 @@ from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations import fast_path
 
 # Triton's kernels are interpreted row by row: no more of them than it takes to seal a prompt and what follows.
-LENGTH, NEW = 44, 24
+LENGTH, NEW = 60, 24
 PROMPT = {"input_ids": token_ids(length=LENGTH), "attention_mask": torch.ones(1, LENGTH, dtype=torch.int64)}
 RANKS = {"block_size": 16, "k_rank_keys": 8, "k_rank_values": 8}
 

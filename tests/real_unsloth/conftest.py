@@ -1,4 +1,4 @@
-"""Recording what each case came to: ``pytest tests/real_unsloth --results FILE``."""
+"""Recording what each case came to: ``pytest tests/real_unsloth --cases FILE``."""
 
 import json
 import platform
@@ -16,11 +16,11 @@ CASE = "case"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", metavar="FILE", help="write the checks that each case passed and failed, as JSON")
+    parser.addoption("--cases", metavar="FILE", help="write the checks that each case passed and failed, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--results", default=None)
+    path = config.getoption("--cases", default=None)
     # Workers report to the process that started them.
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(path)))

@@ -1,25 +1,23 @@
-"""The real Unsloth, every case in a process of its own: it replaces parts of transformers for good.
+"""The real Unsloth, every case in a process of its own, since it replaces parts of transformers for good.
 
 ``make test-unsloth`` makes the environment: Unsloth in its newest release, and the last before its per-module gate in a
 folder that is put before it. The GPU stack is run on the CPU behind the shims of ``shims.py``.
 """
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_unsloth.conftest import CASE
+from real_unsloth.process import Current, current
 
 OLDER = os.environ.get("OLDER_UNSLOTH")
 if find_spec("unsloth") is None or OLDER is None:
     pytest.skip("the real Unsloth has an environment of its own: make test-unsloth", allow_module_level=True)
 
-SCRIPT = Path(__file__).with_name("case.py")
 ALL = (
     *("tokens, updates", "left padding", "bytes", "ranks", "streaming", "unpatch", "own caches", "fast_generate"),
     *("training", "adapter"),
@@ -64,37 +62,38 @@ def case(
 ) -> Any:
     said = ", ".join([f"{version}, {way}: {family}", *([precision] if precision != "float32" else [])])
     said += f" ({switch})" if switch else ""
-    return pytest.param(version, "cpu" if way == "CPU backend" else "gpu", family, precision, checks, switch, id=said)
+    environment = {"HF_HUB_OFFLINE": "1"}
+    if version == "older":
+        environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if switch is not None:
+        environment[switch] = "1"
+    # Nothing compiles behind the shims and all falls back; trying takes half a minute, so a few cases do.
+    if (version, way, precision, switch) != ("newest", "FastModel", "float32", None):
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    group = pytest.mark.xdist_group(f"{way} {environment}")
+    return pytest.param(way, environment, family, precision, checks, id=said, marks=group)
 
 
-@pytest.mark.parametrize(("version", "backend", "family", "precision", "checks", "switch"), list(cases()))
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Current]:
+    with current() as kept:
+        yield kept
+
+
+@pytest.mark.parametrize(("way", "environment", "family", "precision", "checks"), list(cases()))
 def test_case(
-    version: str,
-    backend: str,
+    way: str,
+    environment: dict[str, str],
     family: str,
     precision: str,
     checks: tuple[str, ...],
-    switch: str | None,
+    processes: Current,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "c"), "HF_HUB_OFFLINE": "1"}
-    if switch is not None:
-        environment[switch] = "1"
-    # Nothing compiles behind the shims and all falls back; trying takes half a minute, so a few cases do.
-    if not (backend == "gpu" and (version, precision, switch) == ("newest", "float32", None)):
-        environment["TORCHDYNAMO_DISABLE"] = "1"
-    if version == "older":
-        environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(SCRIPT), backend, family, precision, str(tmp_path / "model"), *checks]
-    run = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=3600, check=False
-    )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stdout[-2000:] + run.stderr[-4000:]
-    result = json.loads(lines[0].removeprefix("RESULT "))
-    found = {**result, "failed": sorted(result["failed"])}
-    record_property("case", (request.node.callspec.id, found))
+    loaded = processes.get("cpu" if way == "CPU backend" else "gpu", way, environment, tmp_path)
+    result = loaded.run(tmp_path, family=family, precision=precision, checks=checks)
+    record_property(CASE, (request.node.callspec.id, {**result, "failed": sorted(result["failed"])}))
     assert not result["failed"], "\n\n".join(f"{name}:\n{trace}" for name, trace in result["failed"].items())
     assert sorted(result["passed"]) == sorted(checks)
