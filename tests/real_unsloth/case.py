@@ -91,6 +91,7 @@ def all_checks(classes: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> di
         "tokens as dense": checks.same_tokens_as_the_dense_cache,
         "logits as dense": checks.as_near_as_the_dense_cache,
         "bytes": checks.bytes_fall_with_the_balanced_preset,
+        "image": checks.an_image_is_seen,
         "ranks": checks.ranks_are_taken,
         "streaming": partial(checks.streaming, tokenizer=tokenizer, on_thread=on_thread),
         "unpatch": checks.unpatching_restores,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.lossless import LOSSLESS, padded_batch, sealed_tokens, token_ids, unrounded_encode
+from real_unsloth.checkpoints import IMAGE_BEGIN, IMAGE_END, IMAGE_SIZE, IMAGE_TOKEN
 from transformers import DynamicCache, LogitsProcessor, TextIteratorStreamer
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
@@ -170,6 +171,23 @@ def bytes_fall_with_the_balanced_preset(model: Any) -> None:
     assert stats.cold_bits_per_element < 1.05 * PRESETS["balanced"], spectral
     assert rotations, "no queries were seen"
     assert all(rotation is not None for rotation in rotations), "keys were compressed without their rotation"
+
+
+def an_image_is_seen(model: Any) -> None:
+    """Tokens of an image see each other both ways, while the prompt is read."""
+    ids = PROMPT["input_ids"].clone()
+    ids[0, 20:26] = torch.tensor([IMAGE_BEGIN, *[IMAGE_TOKEN] * 4, IMAGE_END])
+    image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    inputs = {**PROMPT, "input_ids": ids, "token_type_ids": (ids == IMAGE_TOKEN).long(), "pixel_values": image}
+    expected = generate(model, inputs, output_logits=True)
+    other = generate(model, {**inputs, "pixel_values": -image}, output_logits=True)
+    with lossless(model):
+        found = generate(model, inputs, output_logits=True)
+    assert isinstance(found.past_key_values, SpectralCache)
+    assert torch.equal(found.sequences, expected.sequences)
+    difference = (found.logits[0] - expected.logits[0]).abs().max()
+    assert difference < 1e-4
+    assert (other.logits[0] - expected.logits[0]).abs().max() > 100 * difference
 
 
 def ranks_are_taken(model: Any) -> None:

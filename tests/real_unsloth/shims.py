@@ -59,8 +59,12 @@ def install(fast: bool) -> None:
 
 
 def claim(bfloat16: bool) -> None:
-    """After ``import unsloth``: whether the card computes in bfloat16; and bitsandbytes' kernels are there."""
-    from unsloth.models import _utils, loader
+    """After ``import unsloth``: whether the card computes in bfloat16; and bitsandbytes' kernels are there.
+
+    Models that see are loaded without what prepares their images, which needs torchvision.
+    """
+    from unsloth.models import _utils, loader, vision
 
     _utils.SUPPORTS_BFLOAT16 = bfloat16
     loader.ALLOW_BITSANDBYTES = True
+    vision._missing_torchvision_error = lambda *_: False

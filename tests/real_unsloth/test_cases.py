@@ -39,6 +39,7 @@ def cases() -> Iterator[Any]:
             yield case(version, "fast path", family, ("bypass", *(ALL if family == "llama" else FEW)))
         for family, checks in (("phi", ALL), ("gemma3", NO_TRAINING), ("gpt-oss", NO_TRAINING)):
             yield case(version, "FastModel", family, checks)
+        yield case(version, "FastModel", "gemma3 with images", (*FEW, "image", "unpatch"))
     yield case("newest", "fast path", "llama", FEW, "float16")
     for family in ("gemma3", "gpt-oss"):
         yield case("newest", "FastModel", family, FEW, "float16")

@@ -53,14 +53,23 @@ def _originals(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
         if hasattr(kind, "get_cached"):
             yield "forward", _rotary_tables
         return
-    # FastModel's compiler names its copy of a file after it.
-    home = re.sub(r"^unsloth_compiled_module_(\w+)$", r"transformers.models.\1.modeling_\1", kind.__module__)
-    if not home.startswith("transformers.models."):
+    if not _home(kind).startswith("transformers.models."):
         return
     for name in _REPLACED:
         method = getattr(kind, name, None)
         if _is_unsloths(method) or (_is_attention(module) and _is_unsloths(method, "unsloth_zoo.")):
-            yield name, getattr(getattr(_pristine(home), kind.__name__), name)
+            yield name, getattr(getattr(_pristine(_home(kind)), kind.__name__), name)
+
+
+def copied_class(kind: type) -> Any:
+    """Transformers' class of which ``kind`` is a copy by FastModel's compiler; ``kind`` itself if it is none."""
+    home = _home(kind)
+    return kind if home == kind.__module__ else getattr(_pristine(home), kind.__name__)
+
+
+def _home(kind: type) -> str:
+    """The module ``kind`` is of. FastModel's compiler names its copy of a file after it."""
+    return re.sub(r"^unsloth_compiled_module_(\w+)$", r"transformers.models.\1.modeling_\1", kind.__module__)
 
 
 def _is_unsloths(thing: Any, package: str = "unsloth.") -> bool:

@@ -8,6 +8,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
+from unsloth_spectral.integrations.fast_path import copied_class
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 
 SUPPORTED = (
@@ -48,7 +49,8 @@ def check_model(model: object, config: SpectralConfig) -> None:
 def why_materialised(model: PreTrainedModel) -> str | None:
     """What keeps ``model`` from the spectral attention function, so that its keys and values are rebuilt for it, as the
     end of a sentence; None where that function serves."""
-    if not model._can_set_attn_implementation():
+    # A copy by Unsloth's compiler has an attention of its own, which is left while the model generates.
+    if not copied_class(type(model))._can_set_attn_implementation():
         return "does not use transformers' AttentionInterface"
     if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
         return "uses multi-head latent attention, which expands what it caches"

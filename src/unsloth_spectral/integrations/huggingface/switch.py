@@ -54,6 +54,9 @@ def enable(model: PreTrainedModel) -> None:
         hooks = tuple(module.register_forward_pre_hook(note, with_kwargs=True) for module in attention)
         setattr(model, _STATE, _Switched(before, (*hooks, model.register_forward_pre_hook(_check, with_kwargs=True))))
     text_config = model.config.get_text_config(decoder=True)
+    if not model._can_set_attn_implementation():
+        _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
+        return
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
 
