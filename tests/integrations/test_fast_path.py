@@ -1,13 +1,18 @@
 """Leaving a fast path and noticing a bypass, on models dressed as Unsloth's; the real ones are in real_unsloth."""
 
+import importlib
+import re
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from unsloth_spectral import (
     SpectralCache,
@@ -17,6 +22,7 @@ from unsloth_spectral import (
     unpatch_unsloth_attention,
 )
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
 
 IDS = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -138,6 +144,58 @@ def test_a_generate_that_asks_for_no_cache_is_an_error(model: LlamaForCausalLM) 
         model.fast_generate(IDS)
     unpatch_unsloth_attention(model)
     assert model.fast_generate(IDS) == "an answer from elsewhere"
+
+
+def test_fast_generate_in_vllm_is_refused_before_it_runs(model: LlamaForCausalLM) -> None:
+    calls = []
+    model.vllm_engine, model.fast_generate = object(), lambda *args, **kwargs: calls.append(args)
+    patch_unsloth_attention(model, **OPTIONS)
+    with pytest.raises(CacheBypassedError, match=r"vLLM.*fast_inference=False"):
+        model.fast_generate(IDS)
+    assert not calls
+    assert isinstance(generate(model).past_key_values, SpectralCache)
+
+
+@pytest.fixture
+def copied(model: LlamaForCausalLM, tmp_path: Path) -> Iterator[LlamaForCausalLM]:
+    """Of a copy of transformers' file with an attention of its own, as FastModel's compiler makes them."""
+    source = Path(modeling_llama.__file__).read_text(encoding="utf-8")
+    source = source.replace("from ...", "from transformers.").replace("from .", "from transformers.models.llama.")
+    # Not through the interface: to transformers it cannot be changed.
+    source, count = re.subn(r"ALL_ATTENTION_FUNCTIONS\.get_interface\(.*?\n        \)", "_own", source, flags=re.DOTALL)
+    assert count == 1
+    source += """
+
+def _own(module, query, key, value, mask, scaling=None, **kwargs):
+    return eager_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+_own.__module__ = LlamaAttention.forward.__module__ = "unsloth_zoo.temporary_patches"
+"""
+    name = "unsloth_compiled_module_llama"
+    (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        copy = importlib.import_module(name).LlamaForCausalLM(model.config).eval()
+        copy.load_state_dict(model.state_dict())
+        copy.generation_config = model.generation_config
+        copy.for_training = copy.train
+        yield copy
+    finally:
+        sys.path.remove(str(tmp_path))
+        del sys.modules[name]
+
+
+def test_a_copy_by_unsloths_compiler_is_attended_to_directly(copied: LlamaForCausalLM) -> None:
+    assert not copied._can_set_attn_implementation()
+    before, forward = generate(copied), copied.model.layers[0].self_attn.forward
+    patch_unsloth_attention(copied, **OPTIONS)
+    cache = generate(copied, max_new_tokens=40).past_key_values
+    assert isinstance(cache, SpectralCache)
+    assert {type(layer) for layer in cache.layers} == {SpectralCacheLayer}, "keys are rebuilt for it"
+    assert min(layer.spectral.stats().sealed_tokens for layer in cache.layers) > 0
+    assert copied.model.layers[0].self_attn.forward == forward
+    unpatch_unsloth_attention(copied)
+    assert torch.equal(generate(copied).sequences, before.sequences)
 
 
 def test_calls_that_use_no_spectral_cache_are_left_alone(model: LlamaForCausalLM) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import disable, enable, is_enabled
@@ -96,6 +97,11 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fast_generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if getattr(model, "vllm_engine", None) is not None:
+        raise CacheBypassedError(
+            f"{type(model).__name__}: fast_generate runs in vLLM, which holds keys and values itself: call generate, "
+            "load with fast_inference=False, or call unpatch_unsloth_attention(model)"
+        )
     return _run(model, "fast_generate", args, kwargs)
 
 
