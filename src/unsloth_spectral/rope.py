@@ -17,7 +17,7 @@ from unsloth_spectral.fields import Field, Fields
 
 Dims: TypeAlias = slice | Tensor
 
-# A model's own table has the rounding of bfloat16 (.0028 of a pair's length) in the worst case, and that of float32
+# A model's own table has the rounding of bfloat16 (.004 of a pair's length) in the worst case, and that of float32
 # angles, which grows with the position. What is off by so little does no harm: keys are read with the rotation they
 # were written with.
 _TOLERANCE, _ROUNDING = 5e-3, 1e-7

@@ -33,6 +33,7 @@ class _Noted(threading.local):
 
 
 _noted = _Noted()
+_stance = threading.Lock()
 
 
 def note(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
@@ -119,8 +120,9 @@ def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: i
 
 
 def _turn(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # Attention is kept from the compiler, and one that was compiled to be whole refuses to run there.
-    with torch.compiler.set_stance("force_eager"):
+    # Attention is kept from the compiler, and a function that was compiled to be whole refuses to run there. The stance
+    # is the whole process's: of two threads the second would take the first one's for what to go back to.
+    with _stance, torch.compiler.set_stance("force_eager"):
         return apply(keys, keys, cos, sin)[1]
 
 
