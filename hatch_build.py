@@ -62,9 +62,9 @@ def _build(folder: Path) -> str | None:
         if variant != "portable" and not is_x86:
             continue
         target = folder / f"kernel_{variant}.so"
-        # Beside the target and then over it: a process may have the old one loaded.
+        # Beside the target and then over it: a process may have the old one loaded, and others may build it too.
         command = [compiler, *_COMMON, *flags, "-fopenmp", *(str(folder / name) for name in _SOURCES)]
-        running[target] = [*command, "-o", f"{target}.new"]
+        running[target] = [*command, "-o", str(_beside(target))]
     started = {target: _start(command) for target, command in running.items()}
     for target, process in started.items():
         output = process.communicate()[1]
@@ -76,8 +76,12 @@ def _build(folder: Path) -> str | None:
         if process.returncode:
             lines = [line for line in output.splitlines() if "error" in line] or output.splitlines() or ["no message"]
             return f"{compiler} failed: {lines[0][:200]}"
-        Path(f"{target}.new").replace(target)
+        _beside(target).replace(target)
     return None
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{os.getpid()}.new")
 
 
 def _start(command: list[str]) -> "subprocess.Popen[str]":
