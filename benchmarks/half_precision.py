@@ -1,4 +1,4 @@
-"""SmolLM2 in float32, bfloat16 and float16: bits, bytes and agreement, dense against spectral.
+"""SmolLM2 in float32 and bfloat16: bits, bytes and agreement, dense against spectral.
 
 Agreement is measured with the float32 model and its dense cache, so that what the type itself costs is seen beside
 what the codec adds, and with the dense cache in the same type. No profile is used.
@@ -16,9 +16,9 @@ from unsloth_spectral import SpectralCache
 from unsloth_spectral.codec.config import PRESETS
 from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-METHODS = ("dense", *PRESETS)
-# A CPU reads these types slowly.
+# A CPU reads bfloat16 slowly, and float16 slower still: one slice and no float16.
+DTYPES = (torch.float32, torch.bfloat16)
+METHODS = ("dense", "balanced")
 SLICES = STARTS[:1]
 
 
