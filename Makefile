@@ -82,7 +82,7 @@ eval: $(STAMP) ## every method on the fidelity task and the report: about half a
 	$(BIN)/unsloth-spectral report results
 
 bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
-	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end snapshots soak; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end half_precision snapshots soak; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
