@@ -68,13 +68,12 @@ class Rotation:
             assert relative is not None
             # Of all tokens, as each has a rounding of its own.
             start = (table[:, free:] * relative[free:].conj()).mean(1, keepdim=True)
-            even = replace(even, start=start)
-            error = (even.table() - table).abs().amax(-1)
+            error = (start * relative - table).abs().amax(-1)
             if padding is not None:
                 places = torch.arange(num_tokens, device=table.device)
                 error = error.masked_fill(places < padding.to(table.device)[:, None], 0.0)
             if float(error.max()) <= (_TOLERANCE + _ROUNDING * num_tokens) * float(table.abs().max()):
-                return even
+                return replace(even, start=start)
         return cls(first, second, table.clone(), None, num_tokens)
 
     @property

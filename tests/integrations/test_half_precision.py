@@ -1,6 +1,6 @@
 """Half precision and autocast: as few bits as in float32, the codec's own arithmetic, keys and values of two types."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def model(tiny_llama: Build) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+def paths(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Why the kernel did not serve, for each call over blocks."""
     found: list[str | None] = []
     obstacle = native.obstacle

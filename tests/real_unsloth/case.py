@@ -1,7 +1,7 @@
-"""``python case.py BACKEND WAY``: a process that has loaded Unsloth, and runs each case in a fork of itself.
+"""``python case.py WAY``: a process that has loaded Unsloth, and runs each case in a fork of itself.
 
-Cases come as lines of JSON with ``family``, ``precision``, ``folder`` and ``checks``, and ``output`` for what the case
-prints; each is answered by its exit status. What it came to is JSON in ``result.json`` in its folder.
+Cases come as lines of JSON with ``family``, ``precision``, ``folder`` and ``checks``; each is answered by its exit
+status. What it prints is in ``output.txt`` in its folder, and what it came to in ``result.json``.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from real_unsloth import shims
 
 MOST_SECONDS = 900
+FAST_PATH, FAST_MODEL, CPU_BACKEND = "fast path", "FastModel", "CPU backend"
 
 
-def serve(backend: str, is_fast: bool) -> None:
+def serve(way: str) -> None:
     """Load Unsloth once, which takes ten seconds, then run what comes."""
-    if backend == "gpu":
-        shims.install(is_fast)
+    if way != CPU_BACKEND:
+        shims.install(way == FAST_PATH)
     import torch
 
     torch.set_num_threads(1)
@@ -38,11 +39,13 @@ def serve(backend: str, is_fast: bool) -> None:
         child = os.fork()
         if not child:
             signal.alarm(MOST_SECONDS)
-            output = os.open(case["output"], os.O_WRONLY | os.O_CREAT)
+            output = os.open(Path(case["folder"]) / "output.txt", os.O_WRONLY | os.O_CREAT)
             for stream in (1, 2):
                 os.dup2(output, stream)
+            # torch makes its thread pool anew in a fork, and two threads that ask for it at once may find none.
+            torch.set_num_threads(1)
             try:
-                run(backend, is_fast, case)
+                run(way, case)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -50,7 +53,7 @@ def serve(backend: str, is_fast: bool) -> None:
         print("ENDED", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run(backend: str, is_fast: bool, case: dict[str, Any]) -> None:
+def run(way: str, case: dict[str, Any]) -> None:
     """Load the model of ``case`` and put its checks to it."""
     import torch
     import unsloth
@@ -59,16 +62,16 @@ def run(backend: str, is_fast: bool, case: dict[str, Any]) -> None:
     folder, precision = Path(case["folder"]), case["precision"]
     os.chdir(folder)
     checkpoints.save(case["family"], folder / "model")
-    classes = unsloth.FastLanguageModel if is_fast or backend == "cpu" else unsloth.FastModel
+    classes = unsloth.FastModel if way == FAST_MODEL else unsloth.FastLanguageModel
     options = {"max_seq_length": 2048, "load_in_4bit": precision == "4 bit"}
     # In half precision Unsloth chooses the type by the card.
     options["dtype"] = None if precision in ("float16", "bfloat16") else torch.float32
-    if backend == "gpu":
+    if way != CPU_BACKEND:
         shims.claim(bfloat16=precision != "float16")
         options |= {"device_map": {"": "cpu"}, "use_gradient_checkpointing": False}
     model, tokenizer = classes.from_pretrained(str(folder / "model"), **options)
     passed, failed = [], {}
-    checks = all_checks(classes, tokenizer, shims.CudaOnCpu if is_fast else contextlib.nullcontext)
+    checks = all_checks(classes, tokenizer, shims.CudaOnCpu if way == FAST_PATH else contextlib.nullcontext)
     for name in case["checks"]:
         try:
             checks[name](model)
@@ -103,4 +106,4 @@ def all_checks(classes: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> di
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2] == "fast path")
+    serve(sys.argv[1])

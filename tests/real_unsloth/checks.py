@@ -81,16 +81,19 @@ def state(model: Any) -> list[dict[str, Any]]:
     ]
 
 
+def took_every_step(cache: Any, updates: dict[int, int]) -> None:
+    assert isinstance(cache, SpectralCache), type(cache)
+    assert min(sealed_tokens(cache)) > 0
+    assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
+
+
 def same_tokens_and_every_update(model: Any, **options: Any) -> None:
     expected = generate(model, **options)
     assert not isinstance(expected.past_key_values, SpectralCache)
     with lossless(model), counted() as updates:
         found = generate(model, **options)
-    cache = found.past_key_values
-    assert isinstance(cache, SpectralCache), type(cache)
+    took_every_step(found.past_key_values, updates)
     assert torch.equal(found.sequences, expected.sequences), (found.sequences, expected.sequences)
-    assert min(sealed_tokens(cache)) > 0
-    assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
 
 
 def same_tokens_as_the_dense_cache(model: Any) -> None:
@@ -99,10 +102,8 @@ def same_tokens_as_the_dense_cache(model: Any) -> None:
         expected = generate(model, past_key_values=DynamicCache(config=model.config)).sequences
         assert not updates
         found = generate(model)
-    assert isinstance(found.past_key_values, SpectralCache)
+    took_every_step(found.past_key_values, updates)
     assert torch.equal(found.sequences, expected), (found.sequences, expected)
-    assert min(sealed_tokens(found.past_key_values)) > 0
-    assert set(updates.values()) == {NEW}, updates
 
 
 def same_tokens_with_left_padding(model: Any) -> None:
@@ -130,7 +131,7 @@ def as_near_as_the_dense_cache(model: Any) -> None:
     """In half precision two ways of adding part: what the type costs the dense cache, it may cost the spectral one."""
     tokens = token_ids(length=NEW, seed=1)[0].tolist()
 
-    def logits(asked: Any, **options: Any) -> torch.Tensor:
+    def logits(asked: Any, **options: Any) -> tuple[torch.Tensor, Any]:
         result = generate(asked, logits_processor=[_Given(tokens)], output_logits=True, **options)
         return torch.cat(result.logits).float(), result.past_key_values
 
@@ -142,9 +143,7 @@ def as_near_as_the_dense_cache(model: Any) -> None:
         dense, _ = logits(model, past_key_values=DynamicCache(config=model.config))
         assert not updates
         found, cache = logits(model)
-    assert isinstance(cache, SpectralCache), type(cache)
-    assert min(sealed_tokens(cache)) > 0
-    assert list(updates.values()) == [NEW] * len(sealed_tokens(cache)), updates
+    took_every_step(cache, updates)
     cost, own = (dense - exact).abs(), (found - exact).abs()
     assert cost.max() > 0, "nothing was computed in half precision"
     assert own.mean() < 1.25 * cost.mean(), (own.mean(), cost.mean())

@@ -37,7 +37,7 @@ class Recorder:
         if report.when == "call":
             self._cases.update(value for name, value in report.user_properties if name == CASE)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self) -> None:
         if not self._cases:
             return
         record = {

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ SCRIPT = Path(__file__).with_name("case.py")
 
 
 class Loaded:
-    """Unsloth in a process, loaded with ``environment`` for ``backend`` and ``way``; it runs cases in forks."""
+    """Unsloth in a process, loaded for ``way`` with ``environment``; it runs cases in forks."""
 
-    def __init__(self, backend: str, way: str, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, way: str, environment: dict[str, str], folder: Path) -> None:
         self._log = folder / "loading.txt"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), backend, way],
+                [sys.executable, str(SCRIPT), way],
                 env={**os.environ, **environment, "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled")},
                 cwd=folder,
                 stdin=subprocess.PIPE,
@@ -31,12 +30,11 @@ class Loaded:
 
     def run(self, folder: Path, **case: Any) -> dict[str, Any]:
         """What a case came to, run in ``folder``."""
-        output = folder / "output.txt"
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**case, "folder": str(folder), "output": str(output)}) + "\n")
+        self._process.stdin.write(json.dumps({**case, "folder": str(folder)}) + "\n")
         self._process.stdin.flush()
         status = self._answer("ENDED")
-        assert status == "0", f"exit status {status}: {output.read_text()[-4000:]}"
+        assert status == "0", f"exit status {status}: {(folder / 'output.txt').read_text()[-4000:]}"
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return result
 
@@ -64,23 +62,14 @@ class Current:
         self._key: object = None
         self._process: Loaded | None = None
 
-    def get(self, backend: str, way: str, environment: dict[str, str], folder: Path) -> Loaded:
-        key = (backend, way, environment)
+    def get(self, way: str, environment: dict[str, str], folder: Path) -> Loaded:
+        key = (way, environment)
         if self._process is None or key != self._key:
             self.close()
-            self._process, self._key = Loaded(backend, way, environment, folder), key
+            self._process, self._key = Loaded(way, environment, folder), key
         return self._process
 
     def close(self) -> None:
         if self._process is not None:
             self._process.close()
             self._process = None
-
-
-@contextlib.contextmanager
-def current() -> Iterator[Current]:
-    kept = Current()
-    try:
-        yield kept
-    finally:
-        kept.close()

@@ -4,6 +4,7 @@
 folder that is put before it. The GPU stack is run on the CPU behind the shims of ``shims.py``.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from real_unsloth.conftest import CASE
-from real_unsloth.process import Current, current
+from real_unsloth.process import Current
 
 OLDER = os.environ.get("OLDER_UNSLOTH")
 if find_spec("unsloth") is None or OLDER is None:
@@ -77,7 +78,7 @@ def case(
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Current]:
-    with current() as kept:
+    with contextlib.closing(Current()) as kept:
         yield kept
 
 
@@ -93,8 +94,7 @@ def test_case(
     record_property: Callable[[str, object], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    loaded = processes.get("cpu" if way == "CPU backend" else "gpu", way, environment, tmp_path)
-    result = loaded.run(tmp_path, family=family, precision=precision, checks=checks)
+    result = processes.get(way, environment, tmp_path).run(tmp_path, family=family, precision=precision, checks=checks)
     record_property(CASE, (request.node.callspec.id, {**result, "failed": sorted(result["failed"])}))
     assert not result["failed"], "\n\n".join(f"{name}:\n{trace}" for name, trace in result["failed"].items())
     assert sorted(result["passed"]) == sorted(checks)

@@ -58,13 +58,16 @@ def _originals(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in _REPLACED:
         method = getattr(kind, name, None)
         if _is_unsloths(method) or (_is_attention(module) and _is_unsloths(method, "unsloth_zoo.")):
-            yield name, getattr(getattr(_pristine(_home(kind)), kind.__name__), name)
+            yield name, getattr(_pristine_class(kind), name)
 
 
 def copied_class(kind: type) -> Any:
     """Transformers' class of which ``kind`` is a copy by FastModel's compiler; ``kind`` itself if it is none."""
-    home = _home(kind)
-    return kind if home == kind.__module__ else getattr(_pristine(home), kind.__name__)
+    return kind if _home(kind) == kind.__module__ else _pristine_class(kind)
+
+
+def _pristine_class(kind: type) -> Any:
+    return getattr(_pristine(_home(kind)), kind.__name__)
 
 
 def _home(kind: type) -> str:
