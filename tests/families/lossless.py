@@ -1,7 +1,7 @@
 """Settings that lose nothing but the order of additions, and those that lose some."""
 
 import torch
-from families.models import HEAD_DIM
+from families.models import DEVICE, HEAD_DIM
 from transformers import DynamicCache, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
@@ -20,12 +20,13 @@ def unrounded_encode(block: torch.Tensor, rank: int) -> RankFactors:
 
 
 def token_ids(batch: int = 1, length: int = 80, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def padded_batch(length: int = 80) -> dict[str, torch.Tensor]:
     """Three prompts, padded on the left by nothing, 30 tokens and all but 9."""
-    ids, mask = token_ids(3, length), torch.ones(3, length, dtype=torch.int64)
+    ids = token_ids(3, length)
+    mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 30, length - 9)):
         ids[row, :padding], mask[row, :padding] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}

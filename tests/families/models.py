@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+# Where there is a GPU the whole matrix runs there.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD_DIM = 16
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -255,4 +257,4 @@ def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     model = make(family, **overrides).eval()
     model.load_state_dict(weights(family, seed))
     model.generation_config.eos_token_id = None
-    return model
+    return model.to(DEVICE)

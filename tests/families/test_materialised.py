@@ -56,7 +56,8 @@ def test_it_stores_less_and_hands_out_dense(family: str) -> None:
     assert set(sealed_tokens(spectral)) == {8 * 128}
     assert stats.compression_factor > 5
     layer, native = spectral.layers[0], dense.layers[0]
-    new = torch.randn(2, *native.keys[:, :, :1].shape[:3], max(native.keys.shape[-1], native.values.shape[-1]))
+    widest = max(native.keys.shape[-1], native.values.shape[-1])
+    new = torch.randn(2, *native.keys[:, :, :1].shape[:3], widest, device=native.keys.device)
     keys, values = layer.update(new[0][..., : native.keys.shape[-1]], new[1][..., : native.values.shape[-1]])
     for handed, exact in ((keys, native.keys), (values, native.values)):
         assert type(handed) is torch.Tensor

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families.lossless import BLOCK, LOSSLESS, dense_cache, sealed_tokens, token_ids
-from families.models import FAMILIES, build, served
+from families.models import DEVICE, FAMILIES, build, served
 from transformers.cache_utils import LinearAttentionLayer
 
 from unsloth_spectral import SpectralCache
@@ -22,7 +22,7 @@ def crop(cache: Any) -> Any:
 
 
 def reorder(cache: Any) -> Any:
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.reorder_cache(torch.tensor([2, 0, 0], device=DEVICE))
     return cache
 
 
@@ -32,7 +32,7 @@ def repeat(cache: Any) -> Any:
 
 
 def select(cache: Any) -> Any:
-    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_select_indices(torch.tensor([2, 0], device=DEVICE))
     return cache
 
 

@@ -22,7 +22,8 @@ def forced_logits(model: PreTrainedModel, past: Any, length: int, unseen: slice 
 
     One is padded on the left to the ``length`` of the other. Later ones do not see the tokens that are ``unseen``.
     """
-    ids, mask = token_ids(2, length), torch.ones(2, length, dtype=torch.int64)
+    ids = token_ids(2, length)
+    mask = torch.ones_like(ids)
     ids[1, :PADDING], mask[1, :PADDING] = 0, 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     model(ids, past_key_values=past, attention_mask=mask, position_ids=positions)

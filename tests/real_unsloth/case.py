@@ -2,6 +2,8 @@
 
 Cases come as lines of JSON with ``family``, ``precision``, ``folder`` and ``checks``; each is answered by its exit
 status. What it prints is in ``output.txt`` in its folder, and what it came to in ``result.json``.
+
+Where there is a GPU there are no shims, and each fork loads Unsloth for itself: CUDA does not survive a fork.
 """
 
 import contextlib
@@ -25,15 +27,12 @@ FAST_PATH, FAST_MODEL, CPU_BACKEND = "fast path", "FastModel", "CPU backend"
 
 def serve(way: str) -> None:
     """Load Unsloth once, which takes ten seconds, then run what comes."""
-    if way != CPU_BACKEND:
-        shims.install(way == FAST_PATH)
     import torch
 
-    torch.set_num_threads(1)
-    import unsloth  # before transformers, as it asks for
-    from real_unsloth import checks  # noqa: F401
-
-    print("LOADED", unsloth.__version__, flush=True)
+    on_gpu = torch.cuda.device_count() > 0
+    if not on_gpu:
+        load(way)
+    print("LOADED", way, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         child = os.fork()
@@ -45,7 +44,9 @@ def serve(way: str) -> None:
             # torch makes its thread pool anew in a fork, and two threads that ask for it at once may find none.
             torch.set_num_threads(1)
             try:
-                run(way, case)
+                if on_gpu:
+                    load(way)
+                run(way, case, on_gpu)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -53,7 +54,17 @@ def serve(way: str) -> None:
         print("ENDED", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run(way: str, case: dict[str, Any]) -> None:
+def load(way: str) -> None:
+    import torch
+
+    if way != CPU_BACKEND and not torch.cuda.device_count():
+        shims.install(way == FAST_PATH)
+    torch.set_num_threads(1)
+    import unsloth  # noqa: F401, before transformers, as it asks for
+    from real_unsloth import checks  # noqa: F401
+
+
+def run(way: str, case: dict[str, Any], on_gpu: bool) -> None:
     """Load the model of ``case`` and put its checks to it."""
     import torch
     import unsloth
@@ -66,12 +77,15 @@ def run(way: str, case: dict[str, Any]) -> None:
     options = {"max_seq_length": 2048, "load_in_4bit": precision == "4 bit"}
     # In half precision Unsloth chooses the type by the card.
     options["dtype"] = None if precision in ("float16", "bfloat16") else torch.float32
-    if way != CPU_BACKEND:
+    if on_gpu and precision == "float16":
+        options["dtype"] = torch.float16
+    elif not on_gpu and way != CPU_BACKEND:
         shims.claim(bfloat16=precision != "float16")
         options |= {"device_map": {"": "cpu"}, "use_gradient_checkpointing": False}
     model, tokenizer = classes.from_pretrained(str(folder / "model"), **options)
     passed, failed = [], {}
-    checks = all_checks(classes, tokenizer, shims.CudaOnCpu if way == FAST_PATH else contextlib.nullcontext)
+    on_thread = shims.CudaOnCpu if way == FAST_PATH and not on_gpu else contextlib.nullcontext
+    checks = all_checks(classes, tokenizer, on_thread)
     for name in case["checks"]:
         try:
             checks[name](model)
@@ -79,7 +93,8 @@ def run(way: str, case: dict[str, Any]) -> None:
         except Exception:
             failed[name] = traceback.format_exc()
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-    facts = {"unsloth": unsloth.__version__, "weights": types, "passed": passed, "failed": failed}
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    facts = {"unsloth": unsloth.__version__, "device": device, "weights": types, "passed": passed, "failed": failed}
     (folder / "result.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -93,6 +108,7 @@ def all_checks(classes: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> di
         "left padding": checks.same_tokens_with_left_padding,
         "tokens as dense": checks.same_tokens_as_the_dense_cache,
         "logits as dense": checks.as_near_as_the_dense_cache,
+        "logits as unpatched": partial(checks.as_near_as_the_dense_cache, unpatched=True),
         "bytes": checks.bytes_fall_with_the_balanced_preset,
         "image": checks.an_image_is_seen,
         "ranks": checks.ranks_are_taken,

@@ -26,9 +26,12 @@ RANKS = {"block_size": 16, "k_rank_keys": 8, "k_rank_values": 8}
 
 
 def generate(model: Any, inputs: dict[str, Any] = PROMPT, **options: Any) -> Any:
-    given = {name: value.clone() for name, value in inputs.items()}
     options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(**given, **options)
+    return model.generate(**on_device(inputs, model), **options)
+
+
+def on_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    return {name: value.to(model.device, copy=True) for name, value in inputs.items()}
 
 
 @contextmanager
@@ -127,8 +130,11 @@ class _Given(LogitsProcessor):
         return forced
 
 
-def as_near_as_the_dense_cache(model: Any) -> None:
-    """In half precision two ways of adding part: what the type costs the dense cache, it may cost the spectral one."""
+def as_near_as_the_dense_cache(model: Any, unpatched: bool = False) -> None:
+    """In half precision two ways of adding part: what the type costs the dense cache, it may cost the spectral one.
+
+    The dense cache is transformers', or if ``unpatched`` what Unsloth's own code uses.
+    """
     tokens = token_ids(length=NEW, seed=1)[0].tolist()
 
     def logits(asked: Any, **options: Any) -> tuple[torch.Tensor, Any]:
@@ -139,8 +145,10 @@ def as_near_as_the_dense_cache(model: Any) -> None:
     single.config.dtype = torch.float32
     with patched(single):
         exact, _ = logits(single, past_key_values=DynamicCache(config=single.config))
+    dense = logits(model)[0] if unpatched else None
     with lossless(model), counted() as updates:
-        dense, _ = logits(model, past_key_values=DynamicCache(config=model.config))
+        if dense is None:
+            dense, _ = logits(model, past_key_values=DynamicCache(config=model.config))
         assert not updates
         found, cache = logits(model)
     took_every_step(cache, updates)
@@ -253,7 +261,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def training_in_between(model: Any, classes: Any) -> None:
     """What ``for_training`` gets is Unsloth's own code, whatever was generated before; ``for_inference`` goes on."""
-    ids = token_ids(2, 12)
+    ids = token_ids(2, 12).to(model.device)
 
     def loss() -> torch.Tensor:
         classes.for_training(model)
@@ -292,7 +300,7 @@ def own_caches_and_turns(model: Any) -> None:
         assert torch.equal(found.sequences, plain.sequences)
         assert not isinstance(found.past_key_values, SpectralCache)
         first = generate(model)
-        longer = torch.cat([first.sequences, token_ids(length=10, seed=1)], dim=1)
+        longer = torch.cat([first.sequences.cpu(), token_ids(length=10, seed=1)], dim=1)
         inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
         expected = generate(model, inputs).sequences
         second = generate(model, inputs, past_key_values=first.past_key_values)
@@ -307,7 +315,9 @@ def fast_generate_without_vllm(model: Any) -> None:
     then = model.fast_generate
     with lossless(model):
         expected = generate(model).sequences
-        found = model.fast_generate(**PROMPT, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+        found = model.fast_generate(
+            **on_device(PROMPT, model), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
+        )
         assert isinstance(found.past_key_values, SpectralCache)
         assert torch.equal(found.sequences, expected)
     assert model.fast_generate is then

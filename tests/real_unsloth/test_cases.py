@@ -1,7 +1,7 @@
 """The real Unsloth, every case in a process of its own, since it replaces parts of transformers for good.
 
 ``make test-unsloth`` makes the environment: Unsloth in its newest release, and the last before its per-module gate in a
-folder that is put before it. The GPU stack is run on the CPU behind the shims of ``shims.py``.
+folder that is put before it. Without a GPU, its GPU stack is run on the CPU behind the shims of ``shims.py``.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from real_unsloth.conftest import CASE
 from real_unsloth.process import Current
 
@@ -19,6 +20,7 @@ OLDER = os.environ.get("OLDER_UNSLOTH")
 if find_spec("unsloth") is None or OLDER is None:
     pytest.skip("the real Unsloth has an environment of its own: make test-unsloth", allow_module_level=True)
 
+ON_GPU = torch.cuda.device_count() > 0
 ALL = (
     *("tokens, updates", "left padding", "bytes", "ranks", "streaming", "unpatch", "own caches", "fast_generate"),
     *("training", "adapter"),
@@ -27,10 +29,10 @@ ALL = (
 FEW = ("tokens, updates", "left padding", "bytes")
 FEWEST = ("tokens, updates", "bytes")
 # FlexAttention, which these train with, has no backward pass on a CPU.
-NO_TRAINING = tuple(name for name in ALL if name != "training")
+NO_TRAINING = ALL if ON_GPU else tuple(name for name in ALL if name != "training")
 # Triton's interpreter knows no bfloat16, and no fast path its 4 bits: they are held against transformers' code.
-BFLOAT16 = ("logits as dense", "bytes")
-FOUR_BITS = ("tokens as dense", "bytes")
+BFLOAT16 = ("logits as dense", *(["logits as unpatched"] if ON_GPU else []), "bytes")
+FOUR_BITS = FEW if ON_GPU else ("tokens as dense", "bytes")
 FAST = ("llama", "gemma2", "qwen3", "mistral", "gemma", "qwen2", "llama, scaled RoPE")
 SWITCHES = ("UNSLOTH_DISABLE_FAST_GENERATION", "UNSLOTH_DISABLE_STATIC_GENERATION", "UNSLOTH_COMPILE_DISABLE")
 
@@ -75,9 +77,11 @@ def case(
     if version == "older":
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment |= dict.fromkeys(switches, "1")
+    if way == "CPU backend":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     # Nothing compiles behind the shims and all falls back; trying takes half a minute, so a few cases do.
     is_tried = (version, way, precision, switches) == ("newest", "FastModel", "float32", ())
-    if not is_tried or family == "gemma3 with images":
+    if not ON_GPU and (not is_tried or family == "gemma3 with images"):
         environment["TORCHDYNAMO_DISABLE"] = "1"
     group = pytest.mark.xdist_group(f"{way} {environment}")
     return pytest.param(way, environment, family, precision, checks, id=said, marks=group)
