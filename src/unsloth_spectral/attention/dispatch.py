@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor
 
-from unsloth_spectral.attention import direct, native
+from unsloth_spectral.attention import direct, gpu, native
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.codec.block import Block, ExactBlock
@@ -38,7 +39,11 @@ def available_paths() -> tuple[AttentionPath, ...]:
             + (f" ({library.chosen()})" if library.chosen() else ""),
             library.obstacle(),
         ),
-        AttentionPath("triton", "decoding on a GPU", "this version ships no compiled kernel"),
+        AttentionPath(
+            "triton",
+            f"up to {DIRECT_QUERY_LENGTH} queries at a time on a GPU: compiled kernels on the spectral codec's codes",
+            gpu.missing(),
+        ),
     )
 
 
@@ -50,8 +55,15 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     with no_autocast(query.device):
         if query.shape[2] > DIRECT_QUERY_LENGTH:
             return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
-        path = direct if native.obstacle(query, blocks) is not None else native
+        path = _path(query, blocks)
         return path.attend(query, blocks, mask, options).to(query.dtype)
+
+
+def _path(query: Tensor, blocks: Sequence[Block]) -> ModuleType:
+    for path in (native, gpu):
+        if path.obstacle(query, blocks) is None:
+            return path
+    return direct
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:

@@ -21,7 +21,7 @@ TILE_TOKENS = GROUP_SIZE  # a tile's tokens share scales too
 PLANE_BYTES = TILE_TOKENS // 8
 MAX_NBITS = 8
 QUAD = 4
-_QUAD_TOKENS = 16  # of which a quad's planes lie together
+QUAD_TOKENS = 16  # of which a quad's planes lie together
 
 
 def num_tiles(num_tokens: int) -> int:
@@ -117,7 +117,7 @@ def _pack(codes: Tensor, layout: _Layout) -> Tensor:
     planes = codes.new_empty(batch, tiles, layout.num_planes, PLANE_BYTES)
     for count, (components, rows) in layout.shared.items():
         # [B, quad, tile, 16 tokens, plane, token and component]
-        runs = codes[:, components].movedim(2, -1).unflatten(3, (-1, _QUAD_TOKENS)).flatten(-2)
+        runs = codes[:, components].movedim(2, -1).unflatten(3, (-1, QUAD_TOKENS)).flatten(-2)
         shifts = torch.arange(count, dtype=torch.uint8, device=codes.device)[:, None]
         packed = _bytes(runs[..., None, :] >> shifts & 1)
         planes[:, :, rows] = packed.transpose(1, 2).reshape(batch, tiles, len(rows), PLANE_BYTES)

@@ -1,0 +1,297 @@
+"""Decoding on a GPU: Triton kernels over the blocks as they are stored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.attention.scores import ScoreOptions
+from unsloth_spectral.codec import keys, values
+from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.keys import KeyCodes, Widths
+from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS
+from unsloth_spectral.rope import Dims, Rotation
+
+_NAME = "triton kernel"
+_ROWS = 16
+_MOST_DIMS = 256
+_EXACT_TOKENS = 256  # of a split
+_PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
+_COLUMNS = 32  # of the output, a program's of the merging
+_PIECE, _WARPS = 64, 4
+
+
+@lru_cache
+def missing() -> str | None:
+    """Why no kernel can run on this machine; None where one can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no GPU that torch's CUDA knows"
+    return None
+
+
+def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
+    """Why the kernels cannot attend with ``query`` to ``blocks``; None where they can."""
+    if torch.compiler.is_compiling():
+        return "inside a compiled graph"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"queries in {query.dtype}"
+    if query.requires_grad and torch.is_grad_enabled():
+        return "gradients are wanted"
+    if query.shape[-1] > _MOST_DIMS:
+        return f"a head_dim of {query.shape[-1]}"
+    if not any(isinstance(block, CodedBlock) for block in blocks):
+        return "nothing sealed"
+    for block in blocks:
+        if isinstance(block, CodedBlock):
+            rotation = block.keys.rotation
+            if rotation is not None and (rotation.step is None or not block.keys.is_rotated):
+                return "un-rotated keys, or positions that do not run on evenly"
+        elif not isinstance(block, ExactBlock):
+            return f"a block of another codec ({type(block).__name__})"
+        elif not all(part.stride(-1) == 1 for part in (block.keys, block.values)):
+            return "exact tokens that are not contiguous"
+    return missing() if query.device.type == "cuda" else f"queries on {query.device.type}"
+
+
+def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
+    """Attention of ``query [B, num_attention_heads, Q, D]`` over ``blocks``, float32, for which no ``obstacle`` exists.
+
+    ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, or None for no mask at all. Returns
+    ``[B, num_attention_heads, Q, value head_dim]``.
+    """
+    from unsloth_spectral.attention import triton_kernels
+
+    batch, num_attention_heads, query_length, key_dim = query.shape
+    num_heads = blocks[0].num_key_value_heads
+    value_dim = _value_dim(blocks[0])
+    num_rows = num_attention_heads // num_heads * query_length
+    row_blocks = -(-num_rows // _ROWS)
+    query = query.contiguous()
+    wanted = max(1, _PROGRAMS // (row_blocks * batch * num_heads))
+    pieces, num_splits, first_token = [], 0, 0
+    for block in blocks:
+        is_coded = isinstance(block, CodedBlock)
+        units = -(-block.num_tokens // (_PIECE if is_coded else _EXACT_TOKENS))
+        size = -(-units // wanted) if is_coded else 1
+        pieces.append((block, first_token, size, -(-units // size) if units else 0))
+        first_token += block.num_tokens
+    # The coded ones first: their sums are rotated, and turned back together.
+    pieces = sorted((piece for piece in pieces if piece[3]), key=lambda piece: isinstance(piece[0], ExactBlock))
+    num_splits = sum(piece[3] for piece in pieces)
+    num_coded = sum(piece[3] for piece in pieces if isinstance(piece[0], CodedBlock))
+    places = (batch, num_heads, num_splits, num_rows)
+    partial = torch.empty(*places, value_dim, device=query.device)
+    maxima, totals = torch.empty(2, *places, device=query.device)
+    covering, shared = _mask_arguments(mask, query)
+    constants = {
+        "KEY_DIM": _power(key_dim),
+        "VALUE_DIM": _power(value_dim),
+        "HAS_CAP": options.softcap is not None,
+        **shared,
+    }
+    first_split = 0
+    for block, start, size, splits in pieces:
+        grid = (row_blocks, splits, batch * num_heads)
+        common = (partial, maxima, totals, options.scaling, options.softcap or 1.0)
+        counts = (num_heads, num_rows, query_length, key_dim, value_dim)
+        if isinstance(block, CodedBlock):
+            own = _coded(block)
+            triton_kernels.attend_coded[grid](
+                query,
+                *own.arguments,
+                *covering,
+                *common,
+                *counts,
+                own.num_pairs,
+                block.num_tokens,
+                size,
+                start,
+                first_split,
+                num_splits,
+                **constants,
+                **own.constants,
+                PIECE=_PIECE,
+                num_warps=_WARPS,
+            )
+        else:
+            assert isinstance(block, ExactBlock)
+            triton_kernels.attend_exact[grid](
+                query,
+                block.keys,
+                *block.keys.stride()[:3],
+                block.values,
+                *block.values.stride()[:3],
+                *covering,
+                *common,
+                *counts,
+                block.num_tokens,
+                size * _EXACT_TOKENS,
+                start,
+                first_split,
+                num_splits,
+                **constants,
+            )
+        first_split += splits
+    output = torch.empty(batch, num_attention_heads, query_length, value_dim, device=query.device)
+    sinks = options.sinks
+    triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _COLUMNS))](
+        partial,
+        maxima,
+        totals,
+        query if sinks is None else sinks.detach(),
+        _turn(value_dim, query.device),
+        output,
+        num_heads,
+        num_rows,
+        query_length,
+        value_dim,
+        num_coded,
+        num_splits,
+        VALUE_DIM=constants["VALUE_DIM"],
+        HAS_SINKS=sinks is not None,
+    )
+    return output
+
+
+def _value_dim(block: Block) -> int:
+    if isinstance(block, CodedBlock):
+        return block.values.head_dim
+    assert isinstance(block, ExactBlock)
+    return block.values.shape[-1]
+
+
+def _power(number: int) -> int:
+    """The next power of two, of at least as many as a dot takes."""
+    return max(_ROWS, 1 << (number - 1).bit_length())
+
+
+@lru_cache
+def _turn(dim: int, device: torch.device) -> Tensor:
+    return values.hadamard(dim).to(device)
+
+
+def _mask_arguments(mask: Tensor | None, query: Tensor) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    if mask is None:
+        return (query, 0, 0, 0), {"HAS_MASK": False, "IS_BOOL": False}
+    is_bool = mask.dtype == torch.bool
+    strides = [0 if mask.shape[place] == 1 else mask.stride(place) for place in (0, 2, 3)]
+    return (mask.view(torch.uint8) if is_bool else mask, *strides), {"HAS_MASK": True, "IS_BOOL": is_bool}
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """What the kernel takes of a sealed block."""
+
+    arguments: tuple[Any, ...]
+    num_pairs: int
+    constants: dict[str, int]
+
+
+def _coded(block: CodedBlock) -> _Coded:
+    # A sealed block never changes: what was found out about it once holds.
+    found: _Coded | None = block.memo.get(_NAME)
+    if found is None:
+        found = block.memo[_NAME] = _prepare(block)
+    return found
+
+
+def _prepare(block: CodedBlock) -> _Coded:
+    own, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
+    heads, components = _components(own.widths, own.planes.device)
+    # Slices of a block are views; within a tile they have no gaps, and batches and tiles come with their strides.
+    arguments = (
+        own.planes,
+        *own.planes.stride()[:2],
+        own.scales,
+        *own.scales.stride()[:2],
+        own.vectors,
+        own.vectors.stride(0),
+        own.vector_scales,
+        own.vector_scales.stride(0),
+        own.mean,
+        own.mean.stride(0),
+        heads,
+        components,
+        *_rotation(own, key_dim),
+        coded.planes,
+        *coded.planes.stride()[:2],
+        coded.scales,
+        *coded.scales.stride()[:2],
+        coded.largest,
+        coded.largest.stride(0),
+    )
+    num_pairs = 0 if own.rotation is None else own.rotation.start.shape[-1]
+    constants = {
+        "COMPONENTS": _power(max(map(len, own.widths))),
+        "PAIRS": _power(num_pairs) if num_pairs else 0,
+        "VALUE_NBITS": coded.nbits,
+        "KEY_STEPS": keys.STEPS_PER_OCTAVE,
+        "VALUE_STEPS": values.STEPS_PER_OCTAVE,
+    }
+    return _Coded(arguments, num_pairs, constants)
+
+
+@lru_cache(maxsize=256)
+def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where planes lie, see ``codec.packing``, both int32.
+
+    Of each head, ``[H, 3]``, its first component, how many it has, and the most bits of any. Of each component,
+    ``[C, 5]``, its bits, the planes that its quad has in common, the first byte of these, its place in the quad, and
+    the first byte of its further planes.
+    """
+    heads: list[tuple[int, ...]] = []
+    components: list[tuple[int, ...]] = []
+    byte = 0
+    for own in widths:
+        heads.append((len(components), len(own), max(own, default=0)))
+        for at in range(0, len(own), QUAD):
+            quad = own[at : at + QUAD]
+            common = min(quad) if len(quad) == QUAD else 0
+            first, byte = byte, byte + QUAD * common * PLANE_BYTES
+            for lane, nbits in enumerate(quad):
+                components.append((nbits, common, first, lane, byte))
+                byte += (nbits - common) * PLANE_BYTES
+    assert QUAD_TOKENS * QUAD == 64, "the kernel takes 16 tokens of four components at a time"
+    return (
+        torch.tensor(heads, dtype=torch.int32, device=device),
+        torch.tensor(components, dtype=torch.int32, device=device),
+    )
+
+
+def _rotation(own: KeyCodes, key_dim: int) -> tuple[Any, ...]:
+    """The kernel's arguments from ``first`` to ``sines``."""
+    device, rotation = own.planes.device, own.rotation
+    fixed = torch.ones(key_dim, dtype=torch.int32, device=device)
+    if rotation is None:
+        # Never read.
+        return (*[fixed] * 4, 0, *[fixed] * 3)
+    assert rotation.step is not None
+    first, second = (_dims(dims, key_dim, device) for dims in (rotation.first, rotation.second))
+    fixed[first.long()], fixed[second.long()] = 0, 0
+    start = torch.view_as_real(rotation.start.to(torch.complex64)).contiguous()
+    start_batch = 0 if len(start) == 1 else start.stride(0)
+    return first, second, fixed, start, start_batch, rotation.step.double(), *_waves(rotation)
+
+
+def _dims(dims: Dims, key_dim: int, device: torch.device) -> Tensor:
+    return torch.arange(key_dim, dtype=torch.int32, device=device)[dims].contiguous()
+
+
+def _waves(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[P, 128]`` float32 of the angles within a tile, the same for all blocks of a model."""
+    assert rotation.step is not None
+    return _waves_of(rotation.step.cpu().double().numpy().tobytes(), rotation.step.device)
+
+
+@lru_cache(maxsize=8)
+def _waves_of(steps: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
+    step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
+    angles = step[:, None] * torch.arange(TILE_TOKENS)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
