@@ -300,7 +300,7 @@ def own_caches_and_turns(model: Any) -> None:
         assert torch.equal(found.sequences, plain.sequences)
         assert not isinstance(found.past_key_values, SpectralCache)
         first = generate(model)
-        longer = torch.cat([first.sequences.cpu(), token_ids(length=10, seed=1)], dim=1)
+        longer = torch.cat([first.sequences.cpu(), token_ids(length=10, seed=1).cpu()], dim=1)
         inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
         expected = generate(model, inputs).sequences
         second = generate(model, inputs, past_key_values=first.past_key_values)

@@ -22,7 +22,7 @@ _ROWS = 16
 _MOST_DIMS = 256
 _EXACT_TOKENS = 256  # of a split
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
-_COLUMNS = 32  # of the output, a program's of the merging
+_CHUNK = 32  # components, or dimensions of the output, of a program
 _PIECE, _WARPS = 64, 4
 
 
@@ -91,7 +91,6 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     maxima, totals = torch.empty(2, *places, device=query.device)
     covering, shared = _mask_arguments(mask, query)
     constants = {
-        "KEY_DIM": _power(key_dim),
         "VALUE_DIM": _power(value_dim),
         "HAS_CAP": options.softcap is not None,
         **shared,
@@ -103,9 +102,17 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
         counts = (num_heads, num_rows, query_length, key_dim, value_dim)
         if isinstance(block, CodedBlock):
             own = _coded(block)
+            components = own.constants["COMPONENTS"]
+            projected = torch.empty(batch, num_heads, num_rows, components, device=query.device)
+            fixed = torch.empty(batch, num_heads, num_rows, device=query.device)
+            triton_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
+                query, *own.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
+            )
             triton_kernels.attend_coded[grid](
                 query,
                 *own.arguments,
+                projected,
+                fixed,
                 *covering,
                 *common,
                 *counts,
@@ -136,12 +143,13 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
                 start,
                 first_split,
                 num_splits,
+                KEY_DIM=_power(key_dim),
                 **constants,
             )
         first_split += splits
     output = torch.empty(batch, num_attention_heads, query_length, value_dim, device=query.device)
     sinks = options.sinks
-    triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _COLUMNS))](
+    triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
         partial,
         maxima,
         totals,
@@ -187,8 +195,9 @@ def _mask_arguments(mask: Tensor | None, query: Tensor) -> tuple[tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
-    """What the kernel takes of a sealed block."""
+    """What the kernels take of a sealed block."""
 
+    basis: tuple[Any, ...]
     arguments: tuple[Any, ...]
     num_pairs: int
     constants: dict[str, int]
@@ -205,12 +214,9 @@ def _coded(block: CodedBlock) -> _Coded:
 def _prepare(block: CodedBlock) -> _Coded:
     own, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
     heads, components = _components(own.widths, own.planes.device)
+    fixed, turning = _rotation(own, key_dim)
     # Slices of a block are views; within a tile they have no gaps, and batches and tiles come with their strides.
-    arguments = (
-        own.planes,
-        *own.planes.stride()[:2],
-        own.scales,
-        *own.scales.stride()[:2],
+    basis = (
         own.vectors,
         own.vectors.stride(0),
         own.vector_scales,
@@ -218,8 +224,18 @@ def _prepare(block: CodedBlock) -> _Coded:
         own.mean,
         own.mean.stride(0),
         heads,
+        fixed,
+    )
+    arguments = (
+        own.planes,
+        *own.planes.stride()[:2],
+        own.scales,
+        *own.scales.stride()[:2],
+        own.mean,
+        own.mean.stride(0),
+        heads,
         components,
-        *_rotation(own, key_dim),
+        *turning,
         coded.planes,
         *coded.planes.stride()[:2],
         coded.scales,
@@ -229,28 +245,28 @@ def _prepare(block: CodedBlock) -> _Coded:
     )
     num_pairs = 0 if own.rotation is None else own.rotation.start.shape[-1]
     constants = {
-        "COMPONENTS": _power(max(map(len, own.widths))),
+        "COMPONENTS": max(1, -(-max(map(len, own.widths)) // _CHUNK)) * _CHUNK,
         "PAIRS": _power(num_pairs) if num_pairs else 0,
         "VALUE_NBITS": coded.nbits,
         "KEY_STEPS": keys.STEPS_PER_OCTAVE,
         "VALUE_STEPS": values.STEPS_PER_OCTAVE,
     }
-    return _Coded(arguments, num_pairs, constants)
+    return _Coded(basis, arguments, num_pairs, constants)
 
 
 @lru_cache(maxsize=256)
 def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where planes lie, see ``codec.packing``, both int32.
 
-    Of each head, ``[H, 3]``, its first component, how many it has, and the most bits of any. Of each component,
-    ``[C, 5]``, its bits, the planes that its quad has in common, the first byte of these, its place in the quad, and
-    the first byte of its further planes.
+    Of each head, ``[H, 2]``, its first component and how many it has. Of each component, ``[C, 5]``, its bits, the
+    planes that its quad has in common, the first byte of these, its place in the quad, and the first byte of its
+    further planes.
     """
     heads: list[tuple[int, ...]] = []
     components: list[tuple[int, ...]] = []
     byte = 0
     for own in widths:
-        heads.append((len(components), len(own), max(own, default=0)))
+        heads.append((len(components), len(own)))
         for at in range(0, len(own), QUAD):
             quad = own[at : at + QUAD]
             common = min(quad) if len(quad) == QUAD else 0
@@ -265,19 +281,19 @@ def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rotation(own: KeyCodes, key_dim: int) -> tuple[Any, ...]:
-    """The kernel's arguments from ``first`` to ``sines``."""
+def _rotation(own: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
+    """Which dimensions are not rotated, ``[D]`` int32, and the kernel's arguments from ``first`` to ``sines``."""
     device, rotation = own.planes.device, own.rotation
     fixed = torch.ones(key_dim, dtype=torch.int32, device=device)
     if rotation is None:
         # Never read.
-        return (*[fixed] * 4, 0, *[fixed] * 3)
+        return fixed, (*[fixed] * 3, 0, *[fixed] * 3)
     assert rotation.step is not None
     first, second = (_dims(dims, key_dim, device) for dims in (rotation.first, rotation.second))
     fixed[first.long()], fixed[second.long()] = 0, 0
     start = torch.view_as_real(rotation.start.to(torch.complex64)).contiguous()
     start_batch = 0 if len(start) == 1 else start.stride(0)
-    return first, second, fixed, start, start_batch, rotation.step.double(), *_waves(rotation)
+    return fixed, (first, second, start, start_batch, rotation.step.double(), *_waves(rotation))
 
 
 def _dims(dims: Dims, key_dim: int, device: torch.device) -> Tensor:

@@ -4,7 +4,8 @@ Work is split over the tokens (Dao et al., "Flash-Decoding", 2023): a program ta
 16 of its query rows and a run of tokens, and leaves ``sum of values under exp(score - maximum)``, that maximum and the
 sum of the weights. ``merge`` adds these up. Values of sealed tokens stay rotated until then.
 
-Dots are in three tf32 products, which is as good as float32.
+Codes are whole numbers that half precision holds exactly. What they are multiplied with is split into two numbers in
+half precision, other dots are made of three tf32 products; both are as good as float32.
 """
 
 import triton
@@ -16,11 +17,24 @@ TILE = tl.constexpr(128)  # tokens of a tile of codes
 _CHUNK = tl.constexpr(32)
 _ZERO = tl.constexpr(255)  # the code of a scale of 0
 _TURN = tl.constexpr(6.283185307179586)
+# Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
+_CHANGING = ("mask_batch", "mask_row", "mask_token", "first_token", "first_split", "num_splits")
 
 
 @triton.jit
 def _dot(a, b):
     return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _dot_codes(a, codes):
+    """``a [ROWS, k]`` float32 times whole numbers ``codes [k, n]`` of up to 8 bits."""
+    largest = tl.maximum(tl.max(tl.abs(a), 1), 1e-30)
+    a = a / largest[:, None]
+    high = a.to(tl.float16)
+    low = ((a - high.to(tl.float32)) * 2048.0).to(tl.float16)
+    codes = codes.to(tl.float16)
+    return (tl.dot(high, codes) + tl.dot(low, codes) * (1.0 / 2048.0)) * largest[:, None]
 
 
 @triton.jit
@@ -64,6 +78,53 @@ def _store(output, maxima, totals, result, maximum, total, place, rows, num_rows
 
 
 @triton.jit
+def project(
+    query,
+    vectors,
+    vectors_batch,
+    vector_scales,
+    vector_scales_batch,
+    mean,
+    mean_batch,
+    heads,
+    fixed,
+    projected,
+    constants,
+    num_heads,
+    num_rows,
+    key_dim,
+    COMPONENTS: tl.constexpr,
+):
+    """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with what of the mean does not
+    turn, ``[B, H, rows]``."""
+    row_block, batch_head = tl.program_id(0), tl.program_id(1)
+    begin = tl.program_id(2) * _CHUNK
+    batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    at = batch_head.to(tl.int64) * num_rows + rows
+    means = mean + batch * mean_batch + head * key_dim
+    slots = begin + tl.arange(0, _CHUNK)
+    is_slot = slots < tl.load(heads + head * 2 + 1)
+    number = tl.load(heads + head * 2) + slots
+    result = tl.zeros([ROWS, _CHUNK], dtype=tl.float32)
+    constant = tl.zeros([ROWS], dtype=tl.float32)
+    for first in range(0, key_dim, _CHUNK):
+        dims = first + tl.arange(0, _CHUNK)
+        is_dim = dims < key_dim
+        some = tl.load(query + at[:, None] * key_dim + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+        some = some.to(tl.float32)
+        row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
+        result += _dot_codes(some, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
+        is_still = tl.load(fixed + dims, mask=is_dim, other=0) != 0
+        still = tl.load(means + dims, mask=is_dim & is_still, other=0.0).to(tl.float32)
+        constant += tl.sum(some * still[None, :], 1)
+    scale = tl.load(vector_scales + batch * vector_scales_batch + number, mask=is_slot, other=0.0)
+    tl.store(projected + at[:, None] * COMPONENTS + slots[None, :], result * scale[None, :], mask=is_row[:, None])
+    tl.store(constants + at, constant, mask=is_row)  # every chunk's program finds the same
+
+
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split"])
 def attend_coded(
     query,
     planes,
@@ -72,17 +133,12 @@ def attend_coded(
     scales,
     scales_batch,
     scales_tile,
-    vectors,
-    vectors_batch,
-    vector_scales,
-    vector_scales_batch,
     mean,
     mean_batch,
     heads,
     components,
     first,
     second,
-    fixed,
     start,
     start_batch,
     step,
@@ -96,6 +152,8 @@ def attend_coded(
     value_scales_head,
     largest,
     largest_batch,
+    projected,
+    constants,
     mask,
     mask_batch,
     mask_row,
@@ -116,7 +174,6 @@ def attend_coded(
     first_token,
     first_split,
     num_splits,
-    KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     COMPONENTS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -137,38 +194,10 @@ def attend_coded(
     batch = batch.to(tl.int64)
     rows = row_block * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
-
-    # The query in the block's basis, and its product with what of the mean does not turn.
-    slots = tl.arange(0, COMPONENTS)
     queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
-    means = mean + batch * mean_batch + head * key_dim
-    own, count = tl.load(heads + head * 3), tl.load(heads + head * 3 + 1)
-    most = tl.load(heads + head * 3 + 2)
-    is_slot = slots < count
-    number = own + slots
-    projected = tl.zeros([ROWS, COMPONENTS], dtype=tl.float32)
-    constant = tl.zeros([ROWS], dtype=tl.float32)
-    for begin in range(0, key_dim, _CHUNK):
-        dims = begin + tl.arange(0, _CHUNK)
-        is_dim = dims < key_dim
-        some = tl.load(queries + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
-        rows_of = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
-        basis = tl.load(rows_of, mask=is_slot[None, :] & is_dim[:, None], other=0).to(tl.float32)
-        projected += _dot(some, basis)
-        is_still = tl.load(fixed + dims, mask=is_dim, other=0) != 0
-        still = tl.load(means + dims, mask=is_dim & is_still, other=0.0).to(tl.float32)
-        constant += tl.sum(some * still[None, :], 1)
-    row_scales = tl.load(vector_scales + batch * vector_scales_batch + number, mask=is_slot, other=0.0)
-    projected *= row_scales[None, :]
-
-    # Where the components' planes lie: of the quad's common planes, then of those of its own.
-    table = components + number * 5
-    width = tl.load(table, mask=is_slot, other=0)
-    common = tl.load(table + 1, mask=is_slot, other=0)
-    quad = tl.load(table + 2, mask=is_slot, other=0)
-    lane = tl.load(table + 3, mask=is_slot, other=0)
-    single = tl.load(table + 4, mask=is_slot, other=0)
-    centre = tl.where(is_slot, tl.exp2(width.to(tl.float32) - 1) - 0.5, 0.0)
+    in_basis = projected + ((batch * num_heads + head) * num_rows + rows)[:, None] * COMPONENTS
+    constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
+    own, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
 
     # Pairs of the mean, which turn.
     if PAIRS > 0:
@@ -179,6 +208,7 @@ def attend_coded(
         both = is_row[:, None] & is_pair[None, :]
         q_real = tl.load(queries + real[None, :], mask=both, other=0.0).to(tl.float32)
         q_imaginary = tl.load(queries + imaginary[None, :], mask=both, other=0.0).to(tl.float32)
+        means = mean + batch * mean_batch + head * key_dim
         m_real = tl.load(means + real, mask=is_pair, other=0.0).to(tl.float32)
         m_imaginary = tl.load(means + imaginary, mask=is_pair, other=0.0).to(tl.float32)
         along = q_real * m_real[None, :] + q_imaginary * m_imaginary[None, :]
@@ -200,20 +230,36 @@ def attend_coded(
         tile = piece * PIECE // TILE
         place = piece * PIECE + tl.arange(0, PIECE)
         tokens = place % TILE
-        bit = (tokens % 16)[None, :] * 4 + lane[:, None]
-        in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
-        in_single = single[:, None] + (tokens // 8)[None, :]
+        scores = tl.zeros([ROWS, PIECE], dtype=tl.float32) + constant[:, None]
         at = planes + batch * planes_batch + tile * planes_tile
-        codes = tl.zeros([COMPONENTS, PIECE], dtype=tl.int32)
-        for plane in range(most):
-            is_common = (plane < common)[:, None]
-            byte = tl.where(is_common, in_quad + plane * 8, in_single + ((plane - common) * 16)[:, None])
-            shift = tl.where(is_common, bit % 8, (tokens % 8)[None, :])
-            held = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
-            codes |= ((held >> shift) & 1) << plane
-        scale = tl.load(scales + batch * scales_batch + tile * scales_tile + number, mask=is_slot, other=255)
-        scale = tl.where(scale == _ZERO, 0.0, tl.exp2(scale.to(tl.float32) * (-1.0 / KEY_STEPS)))
-        scores = constant[:, None] + _dot(projected * scale[None, :], codes.to(tl.float32) - centre[:, None])
+        for begin in range(0, count, _CHUNK):
+            slots = begin + tl.arange(0, _CHUNK)
+            is_slot = slots < count
+            # Where the components' planes lie: of the quad's common planes, then of those of its own.
+            table = components + (own + slots) * 5
+            width = tl.load(table, mask=is_slot, other=0)
+            common = tl.load(table + 1, mask=is_slot, other=0)
+            quad = tl.load(table + 2, mask=is_slot, other=0)
+            lane = tl.load(table + 3, mask=is_slot, other=0)
+            single = tl.load(table + 4, mask=is_slot, other=0)
+            bit = (tokens % 16)[None, :] * 4 + lane[:, None]
+            in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
+            in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
+            codes = tl.zeros([_CHUNK, PIECE], dtype=tl.int32)
+            # Widths fall, so the first has the most planes.
+            for plane in range(tl.load(components + (own + begin) * 5)):
+                is_common = (plane < common)[:, None]
+                byte = tl.where(is_common, in_quad + plane * 8, in_single + plane * 16)
+                shift = tl.where(is_common, bit % 8, (tokens % 8)[None, :])
+                held = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
+                codes |= ((held >> shift) & 1) << plane
+            scale = scales + batch * scales_batch + tile * scales_tile + own + slots
+            scale = tl.load(scale, mask=is_slot, other=255)
+            scale = tl.where(scale == _ZERO, 0.0, tl.exp2(scale.to(tl.float32) * (-1.0 / KEY_STEPS)))
+            share = tl.load(in_basis + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
+            share *= scale[None, :]
+            centre = tl.exp2(width.to(tl.float32) - 1) - 0.5
+            scores += _dot_codes(share, codes) - tl.sum(share * centre[None, :], 1)[:, None]
         if PAIRS > 0:
             # The angle of the tile's first token, in float64: it grows with the context.
             turns = angle_step * (tile * TILE) / _TURN
@@ -244,13 +290,15 @@ def attend_coded(
         at = value_scales + batch * value_scales_batch + head * value_scales_head
         scale = tl.load(at + place)
         scale = tl.where(scale == _ZERO, 0.0, tl.exp2(scale.to(tl.float32) * (-1.0 / VALUE_STEPS)) * top)
+        weights *= scale[None, :]
         half: tl.constexpr = 2 ** (VALUE_NBITS - 1) - 0.5
-        result = result * fade[:, None] + _dot(weights * scale[None, :], coded.to(tl.float32) - half)
+        more = _dot_codes(weights, coded) - half * tl.sum(weights, 1)[:, None]
+        result = result * fade[:, None] + more
     place = (batch * num_heads + head) * num_splits + first_split + split
     _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, value_dims, value_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "tokens_a_split"])
 def attend_exact(
     query,
     keys,
@@ -321,7 +369,7 @@ def attend_exact(
     _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, value_dims, value_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_coded", "num_splits"])
 def merge(
     partial,
     maxima,
