@@ -23,7 +23,7 @@ _MOST_DIMS = 256
 _EXACT_TOKENS = 256  # of a split
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _CHUNK = 32  # components, or dimensions of the output, of a program
-_PIECE, _WARPS = 64, 4
+_PIECE, _WARPS = 32, 2
 
 
 @lru_cache
