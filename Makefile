@@ -12,7 +12,7 @@ UNSLOTH := .venv-unsloth
 ENGINES := .venv-engines
 ENGINES_STAMP := $(ENGINES)/.installed
 
-.PHONY: help demo test test-slow test-oldest test-unsloth test-engines models eval bench bench-engines wheel clean
+.PHONY: help demo test test-slow test-oldest test-unsloth test-triton test-engines models eval bench bench-engines wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,7 +33,7 @@ test: $(STAMP) ## ruff, mypy and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 -m 'not slow'
+	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP) ## the slow tests too
 	$(BIN)/pytest -q
@@ -45,7 +45,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
-	$(OLDEST)/bin/pytest -q -n 2 -m 'not slow' tests/integrations tests/families
+	$(OLDEST)/bin/pytest -q -n 2 --dist worksteal -m 'not slow' tests/integrations tests/families
 
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
@@ -58,6 +58,9 @@ $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 
 test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in an environment of its own
 	OLDER_UNSLOTH=$(abspath $(UNSLOTH)/older) $(UNSLOTH)/bin/pytest -q -n 2 --dist loadgroup tests/real_unsloth --cases benchmarks/results/unsloth.json
+
+test-triton: $(UNSLOTH)/.installed ## the GPU kernels in Triton's interpreter, on a CPU
+	TRITON_INTERPRET=1 $(UNSLOTH)/bin/pytest -q -n 2 tests/attention/test_gpu.py
 
 models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \

@@ -20,8 +20,15 @@ if gpu.missing() is not None and not IS_INTERPRETED:
 
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 OBSTACLE = "queries on cpu" if IS_INTERPRETED else None
-# Of float32 products in three tf32 ones.
+# Two products in half precision for one in single, and softmax in single.
 TOLERANCE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one after another."""
+    if IS_INTERPRETED:
+        monkeypatch.setattr(gpu, "_PROGRAMS", 6)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,12 +58,13 @@ def check(query, blocks, mask, options, assert_close, tolerance=TOLERANCE) -> No
     assert_close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(9 if IS_INTERPRETED else 60))
 def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
     draw = python_random.Random(seed)
-    batch, heads, group = draw.randint(1, 3), draw.randint(1, 3), draw.choice([1, 3, 4, 8, 16])
-    head_dim, tokens = draw.choice([40, 64, 80, 128]), draw.choice([1, 63, 128, 500, 1100])
-    query_length, mask_kind = draw.choice([1, 1, 1, 2, 5]), draw.choice(["none", "none", "bool", "additive", "shared"])
+    batch, heads, group = draw.randint(1, 2), draw.randint(1, 3), draw.choice([1, 3, 4, 8, 20])
+    head_dim, tokens = draw.choice([40, 64, 80, 128]), draw.choice([1, 63, 128, 300 if IS_INTERPRETED else 1100])
+    query_length = draw.choice([1, 1, 2, 5] if group < 8 else [1])
+    mask_kind = draw.choice(["none", "none", "bool", "additive", "shared"])
     rows, frame = draw.choice([1, batch]), draw.choice(["rotated", "rotated", "none"])
     interleaved, pairs = draw.random() < 0.3, draw.choice([None, 16])
     options = {"rows": rows, "interleaved": interleaved, "pairs": pairs}
@@ -94,8 +102,8 @@ def test_heads_without_any_component(assert_close) -> None:
 
 
 def test_slices_are_read_where_they_lie(assert_close) -> None:
-    block = coded(2, 2, 64, 700, "rotated")
-    pieces = [*block.tiles(256), exact(2, 2, 9, 64)]
+    block = coded(2, 1, 64, 300, "rotated")
+    pieces = [*block.tiles(128), exact(2, 1, 9, 64)]
     assert len(pieces) == 4
     check(random(2, 4, 1, 64), pieces, None, ScoreOptions(0.125), assert_close)
 

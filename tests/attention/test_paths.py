@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unsloth_spectral.attention import direct, dispatch, naive
+from unsloth_spectral.attention import direct, dispatch, gpu, naive, native
 from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, rebuilt_tiles
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
@@ -233,3 +233,22 @@ def test_a_change_in_one_token_is_seen(make_blocks) -> None:
 def test_attention_over_no_tokens_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="no tokens"):
         direct.attend(random(1, 1, 1, 16), [], None, ScoreOptions(0.25))
+
+
+def test_kernels_that_fail_on_a_gpu_are_left_for_good(make_blocks, monkeypatch, caplog) -> None:
+    def attend(*_: object) -> torch.Tensor:
+        calls.append(1)
+        raise RuntimeError("no such card")
+
+    calls: list[int] = []
+    monkeypatch.setattr(gpu, "_failed", {})
+    monkeypatch.setattr(gpu, "attend", attend)
+    monkeypatch.setattr(gpu, "obstacle", lambda query, _: gpu._failed.get(query.device))
+    monkeypatch.setattr(native, "obstacle", lambda *_: "none here")
+    query, blocks = random(1, 2, 1, 64), make_blocks(1, 2, 64, [("exact", 4), ("sealed", 63)])
+    expected = direct.attend(query, blocks, None, ScoreOptions(0.125))
+    for _ in range(2):
+        assert torch.equal(dispatch.attend(query, blocks, None, ScoreOptions(0.125)), expected)
+    assert len(calls) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no such card" in caplog.text

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from unsloth_spectral.attention import direct, gpu, native
@@ -55,15 +55,16 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     with no_autocast(query.device):
         if query.shape[2] > DIRECT_QUERY_LENGTH:
             return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
-        path = _path(query, blocks)
-        return path.attend(query, blocks, mask, options).to(query.dtype)
-
-
-def _path(query: Tensor, blocks: Sequence[Block]) -> ModuleType:
-    for path in (native, gpu):
-        if path.obstacle(query, blocks) is None:
-            return path
-    return direct
+        if native.obstacle(query, blocks) is None:
+            return native.attend(query, blocks, mask, options).to(query.dtype)
+        if gpu.obstacle(query, blocks) is None:
+            try:
+                return gpu.attend(query, blocks, mask, options).to(query.dtype)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler says of a card that nobody has tried
+                gpu.give_up(query.device, error)
+        return direct.attend(query, blocks, mask, options).to(query.dtype)
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:

@@ -1,5 +1,6 @@
 """Decoding on a GPU: Triton kernels over the blocks as they are stored."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,29 @@ from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_
 from unsloth_spectral.rope import Dims, Rotation
 
 _NAME = "triton kernel"
+_logger = logging.getLogger(__name__)
 _ROWS = 16
 _MOST_DIMS = 256
 _EXACT_TOKENS = 256  # of a split
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _CHUNK = 32  # components, or dimensions of the output, of a program
 _PIECE, _WARPS = 32, 2
+
+
+# Devices on which the kernels have failed, and why.
+_failed: dict[torch.device, str] = {}
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """Leave ``device`` to other paths from now on, and say so once."""
+    if device not in _failed:
+        _failed[device] = f"{type(error).__name__}: {error}"
+        _logger.warning(
+            "The Triton kernels of unsloth-spectral do not run on %s (%s). Decoding goes on in torch, which is slower "
+            "and as right; please report this with the name of your GPU.",
+            device,
+            _failed[device].splitlines()[0][:300],
+        )
 
 
 @lru_cache
@@ -57,7 +75,9 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
             return f"a block of another codec ({type(block).__name__})"
         elif not all(part.stride(-1) == 1 for part in (block.keys, block.values)):
             return "exact tokens that are not contiguous"
-    return missing() if query.device.type == "cuda" else f"queries on {query.device.type}"
+    if query.device.type != "cuda":
+        return f"queries on {query.device.type}"
+    return missing() or _failed.get(query.device)
 
 
 def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
@@ -66,6 +86,11 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, or None for no mask at all. Returns
     ``[B, num_attention_heads, Q, value head_dim]``.
     """
+    with torch.cuda.device_of(query):
+        return _attend(query, blocks, mask, options)
+
+
+def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
     from unsloth_spectral.attention import triton_kernels
 
     batch, num_attention_heads, query_length, key_dim = query.shape
