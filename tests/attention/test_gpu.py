@@ -132,3 +132,9 @@ def test_what_it_leaves_to_others() -> None:
     assert "SpectralBlock" in gpu.obstacle(query, [ranks, sealed])
     assert "gradients" in gpu.obstacle(query.requires_grad_(), [sealed])
     assert "head_dim" in gpu.obstacle(random(1, 4, 1, 512), [sealed])
+
+
+def test_both_sides_cut_the_work_alike() -> None:
+    from unsloth_spectral.attention import triton_kernels
+
+    assert (triton_kernels.ROWS.value, triton_kernels.CHUNK.value) == (gpu._ROWS, gpu._CHUNK)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,14 @@ from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_
 from unsloth_spectral.rope import Dims, Rotation
 
 _NAME = "triton kernel"
-_logger = logging.getLogger(__name__)
-_ROWS = 16
 _MOST_DIMS = 256
-_EXACT_TOKENS = 256  # of a split
-_PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
-_CHUNK = 32  # components, or dimensions of the output, of a program
+_ROWS, _CHUNK = 16, 32  # as in the kernels: query rows, and components or dimensions of the output, of a program
+# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory.
 _PIECE, _WARPS = 32, 2
+_PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
+_EXACT_TOKENS = 256  # of a split
 
-
+_logger = logging.getLogger(__name__)
 # Devices on which the kernels have failed, and why.
 _failed: dict[torch.device, str] = {}
 
@@ -94,35 +93,21 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
     from unsloth_spectral.attention import triton_kernels
 
     batch, num_attention_heads, query_length, key_dim = query.shape
-    num_heads = blocks[0].num_key_value_heads
-    value_dim = _value_dim(blocks[0])
+    num_heads, value_dim = blocks[0].num_key_value_heads, _value_dim(blocks[0])
     num_rows = num_attention_heads // num_heads * query_length
     row_blocks = -(-num_rows // _ROWS)
     query = query.contiguous()
-    wanted = max(1, _PROGRAMS // (row_blocks * batch * num_heads))
-    pieces, num_splits, first_token = [], 0, 0
-    for block in blocks:
-        is_coded = isinstance(block, CodedBlock)
-        units = -(-block.num_tokens // (_PIECE if is_coded else _EXACT_TOKENS))
-        size = -(-units // wanted) if is_coded else 1
-        pieces.append((block, first_token, size, -(-units // size) if units else 0))
-        first_token += block.num_tokens
-    # The coded ones first: their sums are rotated, and turned back together.
-    pieces = sorted((piece for piece in pieces if piece[3]), key=lambda piece: isinstance(piece[0], ExactBlock))
-    num_splits = sum(piece[3] for piece in pieces)
-    num_coded = sum(piece[3] for piece in pieces if isinstance(piece[0], CodedBlock))
+    runs = _runs(blocks, max(1, _PROGRAMS // (row_blocks * batch * num_heads)))
+    num_splits = sum(run.num_splits for run in runs)
+    num_coded = sum(run.num_splits for run in runs if isinstance(run.block, CodedBlock))
     places = (batch, num_heads, num_splits, num_rows)
     partial = torch.empty(*places, value_dim, device=query.device)
     maxima, totals = torch.empty(2, *places, device=query.device)
     covering, shared = _mask_arguments(mask, query)
-    constants = {
-        "VALUE_DIM": _power(value_dim),
-        "HAS_CAP": options.softcap is not None,
-        **shared,
-    }
+    constants = {"VALUE_DIM": _power(value_dim), "HAS_CAP": options.softcap is not None, **shared}
     first_split = 0
-    for block, start, size, splits in pieces:
-        grid = (row_blocks, splits, batch * num_heads)
+    for run in runs:
+        block, grid = run.block, (row_blocks, run.num_splits, batch * num_heads)
         common = (partial, maxima, totals, options.scaling, options.softcap or 1.0)
         counts = (num_heads, num_rows, query_length, key_dim, value_dim)
         if isinstance(block, CodedBlock):
@@ -143,8 +128,8 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
                 *counts,
                 own.num_pairs,
                 block.num_tokens,
-                size,
-                start,
+                run.size,
+                run.first_token,
                 first_split,
                 num_splits,
                 **constants,
@@ -164,14 +149,14 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
                 *common,
                 *counts,
                 block.num_tokens,
-                size * _EXACT_TOKENS,
-                start,
+                run.size * _EXACT_TOKENS,
+                run.first_token,
                 first_split,
                 num_splits,
                 KEY_DIM=_power(key_dim),
                 **constants,
             )
-        first_split += splits
+        first_split += run.num_splits
     output = torch.empty(batch, num_attention_heads, query_length, value_dim, device=query.device)
     sinks = options.sinks
     triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
@@ -191,6 +176,27 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         HAS_SINKS=sinks is not None,
     )
     return output
+
+
+class _Run(NamedTuple):
+    """A block, where it begins, and how its tokens are split: so many units each, pieces or exact tokens."""
+
+    block: Block
+    first_token: int
+    size: int
+    num_splits: int
+
+
+def _runs(blocks: Sequence[Block], most_splits: int) -> list[_Run]:
+    """The blocks that hold tokens, the coded ones first: their sums are rotated, and turned back together."""
+    found, first_token = [], 0
+    for block in blocks:
+        is_coded = isinstance(block, CodedBlock)
+        units = -(-block.num_tokens // (_PIECE if is_coded else _EXACT_TOKENS))
+        size = max(1, -(-units // most_splits)) if is_coded else 1
+        found.append(_Run(block, first_token, size, -(-units // size)))
+        first_token += block.num_tokens
+    return sorted((run for run in found if run.num_splits), key=lambda run: isinstance(run.block, ExactBlock))
 
 
 def _value_dim(block: Block) -> int:
@@ -240,33 +246,19 @@ def _prepare(block: CodedBlock) -> _Coded:
     own, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
     heads, components = _components(own.widths, own.planes.device)
     fixed, turning = _rotation(own, key_dim)
-    # Slices of a block are views; within a tile they have no gaps, and batches and tiles come with their strides.
-    basis = (
-        own.vectors,
-        own.vectors.stride(0),
-        own.vector_scales,
-        own.vector_scales.stride(0),
-        own.mean,
-        own.mean.stride(0),
-        heads,
-        fixed,
-    )
+    mean = _strided(own.mean, 1)
+    # Slices of a block are views: batches, tiles and heads come with their strides.
+    basis = (*_strided(own.vectors, 1), *_strided(own.vector_scales, 1), *mean, heads, fixed)
     arguments = (
-        own.planes,
-        *own.planes.stride()[:2],
-        own.scales,
-        *own.scales.stride()[:2],
-        own.mean,
-        own.mean.stride(0),
+        *_strided(own.planes, 2),
+        *_strided(own.scales, 2),
+        *mean,
         heads,
         components,
         *turning,
-        coded.planes,
-        *coded.planes.stride()[:2],
-        coded.scales,
-        *coded.scales.stride()[:2],
-        coded.largest,
-        coded.largest.stride(0),
+        *_strided(coded.planes, 2),
+        *_strided(coded.scales, 2),
+        *_strided(coded.largest, 1),
     )
     num_pairs = 0 if own.rotation is None else own.rotation.start.shape[-1]
     constants = {
@@ -277,6 +269,13 @@ def _prepare(block: CodedBlock) -> _Coded:
         "VALUE_STEPS": values.STEPS_PER_OCTAVE,
     }
     return _Coded(basis, arguments, num_pairs, constants)
+
+
+def _strided(tensor: Tensor, leading: int) -> tuple[Any, ...]:
+    """``tensor``, without gaps behind its ``leading`` dimensions, and their strides."""
+    if not tensor[(0,) * leading].is_contiguous():
+        tensor = tensor.contiguous()
+    return tensor, *tensor.stride()[:leading]
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import triton.language as tl
 ROWS = tl.constexpr(16)  # the fewest that a dot takes
 TILE = tl.constexpr(128)  # tokens of a tile of codes
 # Of larger pieces, the two sides of a dot take more shared memory than small cards have.
-_CHUNK = tl.constexpr(32)
+CHUNK = tl.constexpr(32)
 _ZERO = tl.constexpr(255)  # the code of a scale of 0
 _TURN = tl.constexpr(6.283185307179586)
 # Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
@@ -98,19 +98,19 @@ def project(
     """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with what of the mean does not
     turn, ``[B, H, rows]``."""
     row_block, batch_head = tl.program_id(0), tl.program_id(1)
-    begin = tl.program_id(2) * _CHUNK
+    begin = tl.program_id(2) * CHUNK
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
     rows = row_block * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
     at = batch_head.to(tl.int64) * num_rows + rows
     means = mean + batch * mean_batch + head * key_dim
-    slots = begin + tl.arange(0, _CHUNK)
+    slots = begin + tl.arange(0, CHUNK)
     is_slot = slots < tl.load(heads + head * 2 + 1)
     number = tl.load(heads + head * 2) + slots
-    result = tl.zeros([ROWS, _CHUNK], dtype=tl.float32)
+    result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     constant = tl.zeros([ROWS], dtype=tl.float32)
-    for first in range(0, key_dim, _CHUNK):
-        dims = first + tl.arange(0, _CHUNK)
+    for first in range(0, key_dim, CHUNK):
+        dims = first + tl.arange(0, CHUNK)
         is_dim = dims < key_dim
         some = tl.load(query + at[:, None] * key_dim + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
         some = some.to(tl.float32)
@@ -232,8 +232,8 @@ def attend_coded(
         tokens = place % TILE
         scores = tl.zeros([ROWS, PIECE], dtype=tl.float32) + constant[:, None]
         at = planes + batch * planes_batch + tile * planes_tile
-        for begin in range(0, count, _CHUNK):
-            slots = begin + tl.arange(0, _CHUNK)
+        for begin in range(0, count, CHUNK):
+            slots = begin + tl.arange(0, CHUNK)
             is_slot = slots < count
             # Where the components' planes lie: of the quad's common planes, then of those of its own.
             table = components + (own + slots) * 5
@@ -245,7 +245,7 @@ def attend_coded(
             bit = (tokens % 16)[None, :] * 4 + lane[:, None]
             in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
             in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
-            codes = tl.zeros([_CHUNK, PIECE], dtype=tl.int32)
+            codes = tl.zeros([CHUNK, PIECE], dtype=tl.int32)
             # Widths fall, so the first has the most planes.
             for plane in range(tl.load(components + (own + begin) * 5)):
                 is_common = (plane < common)[:, None]
@@ -348,8 +348,8 @@ def attend_exact(
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     last = tl.minimum((split + 1) * tokens_a_split, num_tokens)
-    for begin in range(split * tokens_a_split, last, _CHUNK):
-        place = begin + tl.arange(0, _CHUNK)
+    for begin in range(split * tokens_a_split, last, CHUNK):
+        place = begin + tl.arange(0, CHUNK)
         is_real = place < last
         at = keys + batch * keys_batch + head * keys_head + place[None, :].to(tl.int64) * keys_token + dims[:, None]
         key = tl.load(at, mask=is_real[None, :] & (dims < key_dim)[:, None], other=0.0).to(tl.float32)
@@ -391,7 +391,7 @@ def merge(
     A program answers for a few of the value's dimensions.
     """
     row_block, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(2) * _CHUNK + tl.arange(0, _CHUNK)
+    columns = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     rows = row_block * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
     dims = tl.arange(0, VALUE_DIM)
@@ -411,7 +411,7 @@ def merge(
         # A learned sink is a token with a score and the value zero.
         total += tl.exp(sink - level)
     rotated = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
-    result = tl.zeros([ROWS, _CHUNK], dtype=tl.float32)
+    result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     for split in range(num_splits):
         at = (batch_head * num_splits + split) * num_rows + rows
         share = tl.exp(tl.load(maxima + at, mask=is_row, other=float("-inf")) - level)
