@@ -81,6 +81,11 @@ class Rotation:
         tensors = (self.start,) if self.step is None else (self.start, self.step)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
+    def indices(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """``first`` and ``second`` as ``[P]`` int32 each, of ``head_dim`` dimensions."""
+        every = torch.arange(head_dim, dtype=torch.int32, device=self.start.device)
+        return every[self.first].contiguous(), every[self.second].contiguous()
+
     def table(self) -> Tensor:
         """``[B or 1, num_tokens, P]`` complex64."""
         relative = self.relative()

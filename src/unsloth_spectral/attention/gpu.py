@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ from unsloth_spectral.codec import keys, values
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.keys import KeyCodes, Widths
-from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS
-from unsloth_spectral.rope import Dims, Rotation
+from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS, places_in_quads
 
 _NAME = "triton kernel"
 _MOST_DIMS = 256
@@ -93,7 +93,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
     from unsloth_spectral.attention import triton_kernels
 
     batch, num_attention_heads, query_length, key_dim = query.shape
-    num_heads, value_dim = blocks[0].num_key_value_heads, _value_dim(blocks[0])
+    num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
     num_rows = num_attention_heads // num_heads * query_length
     row_blocks = -(-num_rows // _ROWS)
     query = query.contiguous()
@@ -199,13 +199,6 @@ def _runs(blocks: Sequence[Block], most_splits: int) -> list[_Run]:
     return sorted((run for run in found if run.num_splits), key=lambda run: isinstance(run.block, ExactBlock))
 
 
-def _value_dim(block: Block) -> int:
-    if isinstance(block, CodedBlock):
-        return block.values.head_dim
-    assert isinstance(block, ExactBlock)
-    return block.values.shape[-1]
-
-
 def _power(number: int) -> int:
     """The next power of two, of at least as many as a dot takes."""
     return max(_ROWS, 1 << (number - 1).bit_length())
@@ -286,18 +279,12 @@ def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     planes that its quad has in common, the first byte of these, its place in the quad, and the first byte of its
     further planes.
     """
-    heads: list[tuple[int, ...]] = []
-    components: list[tuple[int, ...]] = []
-    byte = 0
-    for own in widths:
-        heads.append((len(components), len(own)))
-        for at in range(0, len(own), QUAD):
-            quad = own[at : at + QUAD]
-            common = min(quad) if len(quad) == QUAD else 0
-            first, byte = byte, byte + QUAD * common * PLANE_BYTES
-            for lane, nbits in enumerate(quad):
-                components.append((nbits, common, first, lane, byte))
-                byte += (nbits - common) * PLANE_BYTES
+    counts = [len(own) for own in widths]
+    heads = list(zip(accumulate(counts, initial=0), counts, strict=False))
+    components = [
+        (place.nbits, place.common, place.quad * PLANE_BYTES, place.lane, place.single * PLANE_BYTES)
+        for place in places_in_quads(widths)
+    ]
     assert QUAD_TOKENS * QUAD == 64, "the kernel takes 16 tokens of four components at a time"
     return (
         torch.tensor(heads, dtype=torch.int32, device=device),
@@ -313,25 +300,20 @@ def _rotation(own: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
         # Never read.
         return fixed, (*[fixed] * 3, 0, *[fixed] * 3)
     assert rotation.step is not None
-    first, second = (_dims(dims, key_dim, device) for dims in (rotation.first, rotation.second))
+    first, second = rotation.indices(key_dim)
     fixed[first.long()], fixed[second.long()] = 0, 0
     start = torch.view_as_real(rotation.start.to(torch.complex64)).contiguous()
     start_batch = 0 if len(start) == 1 else start.stride(0)
-    return fixed, (first, second, start, start_batch, rotation.step.double(), *_waves(rotation))
-
-
-def _dims(dims: Dims, key_dim: int, device: torch.device) -> Tensor:
-    return torch.arange(key_dim, dtype=torch.int32, device=device)[dims].contiguous()
-
-
-def _waves(rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[P, 128]`` float32 of the angles within a tile, the same for all blocks of a model."""
-    assert rotation.step is not None
-    return _waves_of(rotation.step.cpu().double().numpy().tobytes(), rotation.step.device)
+    step = rotation.step.double()
+    return fixed, (first, second, start, start_batch, step, *_waves(step.cpu().numpy().tobytes(), device))
 
 
 @lru_cache(maxsize=8)
-def _waves_of(steps: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
+def _waves(steps: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[P, 128]`` float32 of the angles within a tile, the same for all blocks of a model.
+
+    ``steps`` are the angles from token to token, float64.
+    """
     step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
     angles = step[:, None] * torch.arange(TILE_TOKENS)
     return angles.cos().float().to(device), angles.sin().float().to(device)

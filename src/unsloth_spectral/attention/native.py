@@ -16,7 +16,7 @@ from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
-from unsloth_spectral.rope import Dims, Rotation
+from unsloth_spectral.rope import Rotation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODED = len(_DTYPES)
@@ -135,7 +135,7 @@ def attend(
         InvalidArgumentError: a tensor's shape is not what the others say, so that the kernel would read elsewhere.
     """
     batch, num_attention_heads, query_length, key_dim = query.shape
-    num_heads, value_dim = blocks[0].num_key_value_heads, _value_dim(blocks[0])
+    num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
     _require(num_heads > 0 and num_attention_heads % num_heads == 0, "query heads", num_attention_heads, num_heads)
     shape = (batch, num_heads, key_dim, value_dim)
     query = query.to(torch.float32).contiguous()
@@ -184,13 +184,6 @@ def _function(variant: str | None) -> Any:
     if sizes != (ctypes.sizeof(_Block), ctypes.sizeof(_Call)):
         raise InvalidArgumentError("the compiled kernel is of another version: install unsloth-spectral again")
     return function
-
-
-def _value_dim(block: Block) -> int:
-    if isinstance(block, CodedBlock):
-        return block.values.head_dim
-    assert isinstance(block, ExactBlock)
-    return block.values.shape[-1]
 
 
 def _prepare(block: Block, shape: tuple[int, int, int, int]) -> _Block:
@@ -279,7 +272,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
 def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
     """The structure's fields from ``num_pairs`` to ``reach``, fast pairs first."""
     assert rotation.step is not None
-    first, second = (_dims(dims, key_dim) for dims in (rotation.first, rotation.second))
+    first, second = rotation.indices(key_dim)
     count = len(rotation.step)
     for dims in (first, second):
         _require(len(dims) == count and int(dims.max()) < key_dim, "rotary dimensions", dims, f"below {key_dim}")
@@ -297,10 +290,6 @@ def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
         0 if len(start) == 1 else 2 * count,
         *tables[1:],
     )
-
-
-def _dims(dims: Dims, key_dim: int) -> Tensor:
-    return torch.arange(key_dim, dtype=torch.int32)[dims].contiguous()
 
 
 class _Tables(NamedTuple):

@@ -11,11 +11,13 @@ half precision, other dots are made of three tf32 products; both are as good as 
 import triton
 import triton.language as tl
 
+from unsloth_spectral.codec import logscale, packing
+
 ROWS = tl.constexpr(16)  # the fewest that a dot takes
-TILE = tl.constexpr(128)  # tokens of a tile of codes
+TILE = tl.constexpr(packing.TILE_TOKENS)
 # Of larger pieces, the two sides of a dot take more shared memory than small cards have.
 CHUNK = tl.constexpr(32)
-_ZERO = tl.constexpr(255)  # the code of a scale of 0
+_ZERO = tl.constexpr(logscale.ZERO)
 _TURN = tl.constexpr(6.283185307179586)
 # Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
 _CHANGING = ("mask_batch", "mask_row", "mask_token", "first_token", "first_split", "num_splits")
@@ -57,8 +59,34 @@ def _capped(scores, scaling, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _weighed(scores, maximum, total):
-    """The weights of more scores, the new maximum and sum, and what earlier sums are to be multiplied with."""
+def _decoded(codes, STEPS: tl.constexpr):
+    """Scales over the largest of their row, see ``codec.logscale``."""
+    return tl.where(codes == _ZERO, 0.0, tl.exp2(codes.to(tl.float32) * (-1.0 / STEPS)))
+
+
+@triton.jit
+def _weighed(
+    products,
+    maximum,
+    total,
+    scaling,
+    softcap,
+    mask,
+    rows,
+    tokens,
+    is_real,
+    query_length,
+    mask_row,
+    mask_token,
+    HAS_CAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+):
+    """The weights of more dot products, the new maximum and sum, and what earlier sums are to be multiplied with."""
+    scores = _capped(products, scaling, softcap, HAS_CAP)
+    if HAS_MASK:
+        scores = _masked(scores, mask, rows, tokens, is_real, query_length, mask_row, mask_token, IS_BOOL)
+    scores = tl.where(is_real[None, :], scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, 1))
     # A row that may attend to nothing so far has no maximum.
     level = tl.where(highest == float("-inf"), 0.0, highest)
@@ -254,8 +282,7 @@ def attend_coded(
                 held = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
                 codes |= ((held >> shift) & 1) << plane
             scale = scales + batch * scales_batch + tile * scales_tile + own + slots
-            scale = tl.load(scale, mask=is_slot, other=255)
-            scale = tl.where(scale == _ZERO, 0.0, tl.exp2(scale.to(tl.float32) * (-1.0 / KEY_STEPS)))
+            scale = _decoded(tl.load(scale, mask=is_slot, other=_ZERO), KEY_STEPS)
             share = tl.load(in_basis + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
             share *= scale[None, :]
             centre = tl.exp2(width.to(tl.float32) - 1) - 0.5
@@ -272,14 +299,10 @@ def attend_coded(
             scores += _dot(along * turn_real[None, :] + across * turn_imaginary[None, :], cosine)
             scores += _dot(across * turn_real[None, :] - along * turn_imaginary[None, :], sine)
         is_real = place < num_tokens
-        scores = _capped(scores, scaling, softcap, HAS_CAP)
-        if HAS_MASK:
-            scores = _masked(
-                scores, mask + batch * mask_batch, rows, first_token + place, is_real, query_length, mask_row,
-                mask_token, IS_BOOL,
-            )  # fmt: skip
-        scores = tl.where(is_real[None, :], scores, float("-inf"))
-        weights, maximum, total, fade = _weighed(scores, maximum, total)
+        weights, maximum, total, fade = _weighed(
+            scores, maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
+            is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
+        )  # fmt: skip
 
         at = value_planes + batch * value_planes_batch + tile * value_planes_tile
         coded = tl.zeros([PIECE, VALUE_DIM], dtype=tl.int32)
@@ -288,9 +311,7 @@ def attend_coded(
             held = tl.load(at + byte, mask=is_value, other=0).to(tl.int32)
             coded |= ((held >> (tokens % 8)[:, None]) & 1) << plane
         at = value_scales + batch * value_scales_batch + head * value_scales_head
-        scale = tl.load(at + place)
-        scale = tl.where(scale == _ZERO, 0.0, tl.exp2(scale.to(tl.float32) * (-1.0 / VALUE_STEPS)) * top)
-        weights *= scale[None, :]
+        weights *= (_decoded(tl.load(at + place), VALUE_STEPS) * top)[None, :]
         half: tl.constexpr = 2 ** (VALUE_NBITS - 1) - 0.5
         more = _dot_codes(weights, coded) - half * tl.sum(weights, 1)[:, None]
         result = result * fade[:, None] + more
@@ -353,14 +374,10 @@ def attend_exact(
         is_real = place < last
         at = keys + batch * keys_batch + head * keys_head + place[None, :].to(tl.int64) * keys_token + dims[:, None]
         key = tl.load(at, mask=is_real[None, :] & (dims < key_dim)[:, None], other=0.0).to(tl.float32)
-        scores = _capped(_dot(whole, key), scaling, softcap, HAS_CAP)
-        if HAS_MASK:
-            scores = _masked(
-                scores, mask + batch * mask_batch, rows, first_token + place, is_real, query_length, mask_row,
-                mask_token, IS_BOOL,
-            )  # fmt: skip
-        scores = tl.where(is_real[None, :], scores, float("-inf"))
-        weights, maximum, total, fade = _weighed(scores, maximum, total)
+        weights, maximum, total, fade = _weighed(
+            _dot(whole, key), maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
+            is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
+        )  # fmt: skip
         at = values + batch * values_batch + head * values_head
         at = at + place[:, None].to(tl.int64) * values_token + value_dims[None, :]
         value = tl.load(at, mask=is_real[:, None] & (value_dims < value_dim)[None, :], other=0.0).to(tl.float32)

@@ -34,6 +34,9 @@ class Block(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
+    def value_dim(self) -> int: ...
+
+    @property
     def nbytes(self) -> int: ...
 
     def scores(self, query: Tensor) -> Tensor:
@@ -78,6 +81,10 @@ class ExactBlock:
     @property
     def num_tokens(self) -> int:
         return self.keys.shape[-2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.values.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +155,10 @@ class SpectralBlock:
     @property
     def num_tokens(self) -> int:
         return self.num_blocks * self.block_length
+
+    @property
+    def value_dim(self) -> int:
+        return self.values.basis.shape[-1]
 
     @property
     def nbytes(self) -> int:

@@ -52,6 +52,10 @@ class CodedBlock:
         return self.keys.num_tokens
 
     @property
+    def value_dim(self) -> int:
+        return self.values.head_dim
+
+    @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 

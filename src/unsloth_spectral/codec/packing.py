@@ -52,6 +52,40 @@ def unpack_quads(planes: Tensor, widths: Sequence[Sequence[int]]) -> Tensor:
     return _unpack(planes, _Layout.of_quads(tuple(map(tuple, widths)), planes.device))
 
 
+class Place(NamedTuple):
+    """Where a component's planes lie; rows are of 16 bytes and counted over all components.
+
+    Attributes:
+        nbits: the component's planes.
+        common: how many of them its quad has in common.
+        quad: the first row of these.
+        lane: the component's place in the quad.
+        single: the row of the first of its further planes.
+    """
+
+    nbits: int
+    common: int
+    quad: int
+    lane: int
+    single: int
+
+
+def places_in_quads(widths: Sequence[Sequence[int]]) -> list[Place]:
+    """Of each component, head by head, as ``pack_quads`` puts them."""
+    return _places([own[at : at + QUAD] for own in widths for at in range(0, len(own), QUAD)])
+
+
+def _places(runs: Sequence[Sequence[int]]) -> list[Place]:
+    found, row = [], 0
+    for run in runs:
+        common = min(run) if len(run) == QUAD else 0
+        quad, row = row, row + QUAD * common
+        for lane, nbits in enumerate(run):
+            found.append(Place(nbits, common, quad, lane, row))
+            row += nbits - common
+    return found
+
+
 class _Layout(NamedTuple):
     """Where planes lie; components and planes are counted over all heads.
 
@@ -72,32 +106,26 @@ class _Layout(NamedTuple):
     @staticmethod
     @lru_cache(maxsize=256)
     def of(widths: tuple[int, ...], device: torch.device) -> "_Layout":
-        return _Layout._found([[nbits] for nbits in widths], device)
+        return _Layout._found(_places([[nbits] for nbits in widths]), device)
 
     @staticmethod
     @lru_cache(maxsize=256)
     def of_quads(widths: tuple[tuple[int, ...], ...], device: torch.device) -> "_Layout":
-        return _Layout._found([own[at : at + QUAD] for own in widths for at in range(0, len(own), QUAD)], device)
+        return _Layout._found(places_in_quads(widths), device)
 
     @staticmethod
-    def _found(runs: Sequence[Sequence[int]], device: torch.device) -> "_Layout":
+    def _found(places: Sequence[Place], device: torch.device) -> "_Layout":
         shared: dict[int, tuple[list[int], list[int]]] = {}
         single: dict[int, tuple[list[int], list[int]]] = {}
-        component, row = 0, 0
-        for run in runs:
-            least = min(run) if len(run) == QUAD else 0
-            if least:
-                components, rows = shared.setdefault(least, ([], []))
+        for component, place in enumerate(places):
+            if place.common and not place.lane:
+                components, rows = shared.setdefault(place.common, ([], []))
                 components.append(component)
-                rows.extend(range(row, row + QUAD * least))
-                row += QUAD * least
-            for nbits in run:
-                for plane in range(least, nbits):
-                    components, rows = single.setdefault(plane, ([], []))
-                    components.append(component)
-                    rows.append(row)
-                    row += 1
-                component += 1
+                rows.extend(range(place.quad, place.quad + QUAD * place.common))
+            for plane in range(place.common, place.nbits):
+                components, rows = single.setdefault(plane, ([], []))
+                components.append(component)
+                rows.append(place.single + plane - place.common)
         tensors = [
             {
                 key: (torch.tensor(first, device=device), torch.tensor(rows, device=device))
@@ -108,7 +136,7 @@ class _Layout(NamedTuple):
         quads = {
             key: (first[:, None] + torch.arange(QUAD, device=device), rows) for key, (first, rows) in tensors[0].items()
         }
-        return _Layout(component, row, quads, tensors[1])
+        return _Layout(len(places), sum(place.nbits for place in places), quads, tensors[1])
 
 
 def _pack(codes: Tensor, layout: _Layout) -> Tensor:
