@@ -1,4 +1,4 @@
-"""Coded blocks of any shape, made through the codec, for tests of attention."""
+"""Exact and coded blocks of any shape, the latter made through the codec, for tests of attention."""
 
 import math
 
@@ -7,8 +7,20 @@ import torch
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
 from unsloth_spectral.codec.basis import covariance, principal_basis
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.rope import Rotation
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(
+    batch: int, heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> ExactBlock:
+    keys, values = random(2, batch, heads, num_tokens, head_dim, seed=seed).to(dtype)
+    return ExactBlock(keys, values)
 
 
 def rotation_of(

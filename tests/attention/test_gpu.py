@@ -5,13 +5,13 @@ import random as python_random
 from dataclasses import replace
 from importlib.util import find_spec
 
+import coded as cpu
 import pytest
 import torch
-from coded import coded_block
 
 from unsloth_spectral.attention import gpu, naive
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock, seal
+from unsloth_spectral.codec.block import Block, SpectralBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
 
 IS_INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,16 +32,15 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return cpu.random(*shape, seed=seed).to(DEVICE)
 
 
-def exact(batch: int, heads: int, num_tokens: int, head_dim: int, dtype=torch.float32, seed: int = 0) -> ExactBlock:
-    keys, values = random(2, batch, heads, num_tokens, head_dim, seed=seed).to(dtype)
-    return ExactBlock(keys, values)
+def exact(*args, **options) -> Block:
+    return cpu.exact(*args, **options).map_batch(lambda tensor: tensor.to(DEVICE))
 
 
 def coded(*args, **options) -> Block:
-    made = coded_block(*args, **options).map_batch(lambda tensor: tensor.to(DEVICE))
+    made = cpu.coded_block(*args, **options).map_batch(lambda tensor: tensor.to(DEVICE))
     rotation = made.keys.rotation
     if rotation is not None and rotation.step is not None:
         # Rows that have it in common are not mapped.

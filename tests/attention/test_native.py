@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from coded import coded_block
+from coded import coded_block, exact, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,15 +31,6 @@ TOLERANCE, TOLERANCE_OF_CODEC = 6e-3, 6e-4
 # of the codes themselves is tested by itself.
 ROUGH_TOLERANCE, ROUGH_TOLERANCE_OF_CODEC = 5e-2, 5e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def exact(batch: int, heads: int, num_tokens: int, head_dim: int, dtype=torch.float32, seed: int = 0) -> ExactBlock:
-    keys, values = random(2, batch, heads, num_tokens, head_dim, seed=seed).to(dtype)
-    return ExactBlock(keys, values)
 
 
 def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = False) -> None:

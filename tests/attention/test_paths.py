@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from coded import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +20,6 @@ LAYOUTS = [
     [("stacked", 2), ("sealed", 1), ("exact", 500)],
 ]
 MASKS = ["none", "bool", "additive", "causal", "left_padding", "shared"]
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_mask(kind: str, batch: int, query_length: int, kv_length: int, seed: int) -> torch.Tensor | None:

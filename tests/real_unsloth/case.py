@@ -31,7 +31,7 @@ def serve(way: str) -> None:
 
     on_gpu = torch.cuda.device_count() > 0
     if not on_gpu:
-        load(way)
+        load(way, on_gpu)
     print("LOADED", way, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
@@ -45,7 +45,7 @@ def serve(way: str) -> None:
             torch.set_num_threads(1)
             try:
                 if on_gpu:
-                    load(way)
+                    load(way, on_gpu)
                 run(way, case, on_gpu)
             except BaseException:
                 traceback.print_exc()
@@ -54,10 +54,10 @@ def serve(way: str) -> None:
         print("ENDED", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def load(way: str) -> None:
+def load(way: str, on_gpu: bool) -> None:
     import torch
 
-    if way != CPU_BACKEND and not torch.cuda.device_count():
+    if way != CPU_BACKEND and not on_gpu:
         shims.install(way == FAST_PATH)
     torch.set_num_threads(1)
     import unsloth  # noqa: F401, before transformers, as it asks for
