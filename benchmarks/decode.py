@@ -25,6 +25,7 @@ from unsloth_spectral.codec.block import Block
 from unsloth_spectral.codec.config import KEY_FRAMES
 from unsloth_spectral.codec.sealer import make_sealers
 from unsloth_spectral.eval.methods.peers import peers
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.plots.style import blank_figure, save_figure, tidy
 from unsloth_spectral.rope import Rotation
 
@@ -187,7 +188,7 @@ def end_to_end(repeats: int) -> list[dict[str, Any]]:
             for name, cache in caches.items():
                 started = time.perf_counter()
                 with torch.inference_mode():
-                    subject.model(input_ids=token, past_key_values=cache, use_cache=True)
+                    subject.model(input_ids=token, **cache_argument(cache), use_cache=True)
                 steps[name].append(1e3 * (time.perf_counter() - started))
         timings = {name: summarize(measured) for name, measured in steps.items()}
         dense = min(timing.median for name, timing in timings.items() if name.startswith("dense"))

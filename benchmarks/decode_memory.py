@@ -15,6 +15,7 @@ from smollm2 import Subject
 from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 TOKENS, STEPS = 8064, 16
 CACHES = ("none", "dense", "spectral")
@@ -36,7 +37,7 @@ def measure(kind: str) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     for step in range(STEPS):
         with torch.inference_mode():
-            subject.model(input_ids=subject.ids(length + step, 1), past_key_values=cache, use_cache=True)
+            subject.model(input_ids=subject.ids(length + step, 1), **cache_argument(cache), use_cache=True)
     stored = cache.stats().stored_bytes / 1e6 if kind == "spectral" else None
     return {"cache": kind, "peak_mb": megabytes("VmHWM"), "now_mb": megabytes("VmRSS"), "stored_mb": stored}
 

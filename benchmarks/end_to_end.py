@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 LENGTHS = (1024, 2048, 4096, 8064)  # the last leaves room for decoding within the model's 8,192 positions
 
@@ -35,7 +36,7 @@ def stored_bytes(cache: Any) -> int:
 def decode_step(subject: Subject, token: torch.Tensor, cache: Any) -> float:
     started = time.perf_counter()
     with torch.inference_mode():
-        subject.model(input_ids=token, past_key_values=cache, use_cache=True)
+        subject.model(input_ids=token, **cache_argument(cache), use_cache=True)
     return 1e3 * (time.perf_counter() - started)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import load_model
 
 # Where the slices begin in the default document, in tokens, and how they are cut.
@@ -47,11 +48,11 @@ class Subject:
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, cache: Any = None) -> Any:
         """The cache after one forward pass over ``input_ids``; the model's default one if None is given."""
-        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        return cache_of(self.model(input_ids=input_ids, **cache_argument(cache), use_cache=True, logits_to_keep=1))
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, cache: Any) -> Tensor:
-        return self.model(input_ids=input_ids, past_key_values=cache).logits[0]
+        return self.model(input_ids=input_ids, **cache_argument(cache)).logits[0]
 
     def slices(self) -> Iterator[Slice]:
         """The three slices, one after another, each with its dense prefill."""

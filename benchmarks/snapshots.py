@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.integrations.huggingface import identity
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 LENGTHS = (1024, 2048, 4096, 8064)
 QUESTION = 16
@@ -37,7 +38,7 @@ def measure(subject: Subject, length: int, repeats: int, path: Path) -> dict[str
 
     def first_token(cache: Any, input_ids: torch.Tensor) -> int:
         with torch.inference_mode():
-            found = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            found = model(input_ids=input_ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
             return int(found.logits[0, -1].argmax())
 
     def cold(make: Callable[[], Any]) -> int:

@@ -14,6 +14,7 @@ from harness import Target, arguments, finish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 TOKENS, WINDOW = 20_000, 1_000
 # Before that tables, buffers and the allocator's pools are still being made.
@@ -50,7 +51,7 @@ def decode() -> list[dict[str, Any]]:
         times = []
         for _ in range(WINDOW):
             started = time.perf_counter()
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(input_ids=token, **cache_argument(cache), use_cache=True).logits[:, -1:].argmax(-1)
             times.append(1e3 * (time.perf_counter() - started))
         stats = cache.stats()
         row = {

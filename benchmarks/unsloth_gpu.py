@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
 from unsloth_spectral import patch_unsloth_attention, unpatch_unsloth_attention
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_of
 
 CASES = ((1, 4096), (1, 32_000), (8, 4096))  # sequences, tokens of each
 LONGEST = 33_000
@@ -85,7 +86,7 @@ def measure(model: Any, ids: torch.Tensor, new_tokens: int, weights: int) -> dic
     peak = torch.cuda.max_memory_allocated() - weights
     steps = [1e3 * (b - a) for a, b in zip(clock.times[WARM_STEPS:], clock.times[WARM_STEPS + 1 :], strict=False)]
     timing = summarize(steps)
-    stats = getattr(output.past_key_values, "stats", None)
+    stats = getattr(cache_of(output), "stats", None)
     found = stats() if stats else None
     return {
         "prefill_s": clock.times[0] - started,

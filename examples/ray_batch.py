@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import ray
 
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
+
 # Only what the actors need is imported there: a document's text travels, the model does not.
 QUESTION = "\n\nIn one sentence, the text above says that"
 
@@ -38,7 +40,7 @@ class Summarizer:
         for text in batch["text"]:
             inputs = self.tokenizer(str(text) + QUESTION, return_tensors="pt")
             cache = SpectralCache(self.model, preset=self.preset)
-            output = self.model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
+            output = self.model.generate(**inputs, **cache_argument(cache), max_new_tokens=24, do_sample=False)
             answers.append(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
             factors.append(cache.stats().compression_factor)
         count = len(answers)

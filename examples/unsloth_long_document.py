@@ -58,7 +58,8 @@ def generate(name: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     output = model.generate(**inputs, max_new_tokens=options.new_tokens, do_sample=False, return_dict_in_generate=True)
-    stats = getattr(output.past_key_values, "stats", None)
+    cache = output.get("cache") or output.get("past_key_values")  # the name before transformers 5.24
+    stats = getattr(cache, "stats", None)
     if stats is not None:
         found = stats()
         print(f"{name}: {found.stored_bytes / 1e6:,.1f} MB stored, dense {found.dense_bytes / 1e6:,.1f} MB, ", end="")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from unsloth_spectral import SpectralCache, cli
 from unsloth_spectral.cli import shared
 from unsloth_spectral.cli.app import app
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
 LOAD = "unsloth_spectral.integrations.models.load_model"
@@ -139,7 +140,7 @@ def test_a_snapshot_of_another_model(
     path = document.parent / "a.safetensors"
     cache = SpectralCache(smollm2.model)
     with torch.no_grad():
-        smollm2.model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        smollm2.model(torch.tensor([[5, 6, 7]]), **cache_argument(cache))
     cache.save(path)
     monkeypatch.setattr(smollm2.model.config, "rms_norm_eps", 1e-3)
     assert main(monkeypatch, "snapshot", "verify", str(path), "--model", "x") == 2

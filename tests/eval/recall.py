@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unsloth_spectral.eval.methods.base import Footprint, Method
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -52,13 +53,13 @@ class RecallModel(nn.Module):
         self.device, self.reply, self._written = torch.device("cpu"), None, 0
         self.config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(max_position_embeddings=4096))
 
-    def forward(self, input_ids: Tensor, past_key_values: Any = None, **_: Any) -> Any:
-        cache = Memory(10_000) if past_key_values is None else past_key_values
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        cache = Memory(10_000) if cache_in(options) is None else cache_in(options)
         known = cache.text[-cache.span :]
         cache.text = known + "".join(map(chr, input_ids[0].tolist()))
         logits = torch.zeros(1, 1, 128)
         logits[0, 0, ord(self._next(known, cache.text, input_ids.shape[1]))] = 1
-        return SimpleNamespace(logits=logits, past_key_values=cache)
+        return SimpleNamespace(logits=logits, **cache_argument(cache))
 
     def _next(self, known: str, text: str, length: int) -> str:
         if self.reply is not None:

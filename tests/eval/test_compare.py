@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralF
 from unsloth_spectral import SpectralCache, SpectralConfig, unpatch_unsloth_attention
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, UnsupportedModelError
 from unsloth_spectral.eval.compare import CONTINUATION_TOKENS, Comparison, compare
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
 LENGTH = 300
@@ -59,11 +60,11 @@ def test_fidelity_and_text_are_those_of_the_caches(loaded: LoadedModel, document
     context, rest = ids[:, :LENGTH], ids[:, LENGTH : LENGTH + CONTINUATION_TOKENS + 1]
     with torch.inference_mode():
         dense_cache = DynamicCache(config=model.config)
-        model(context, past_key_values=dense_cache)
-        expected = model(rest[:, :-1], past_key_values=dense_cache).logits[0].double().log_softmax(-1)
+        model(context, **cache_argument(dense_cache))
+        expected = model(rest[:, :-1], **cache_argument(dense_cache)).logits[0].double().log_softmax(-1)
         cache = SpectralCache(model, config=FAR)
-        model(context, past_key_values=cache)
-        actual = model(rest[:, :-1], past_key_values=cache).logits[0].double().log_softmax(-1)
+        model(context, **cache_argument(cache))
+        actual = model(rest[:, :-1], **cache_argument(cache)).logits[0].double().log_softmax(-1)
         kl = (expected.exp() * (expected - actual)).sum(-1).mean().item()
         assert result.caches[1].fidelity.kl == pytest.approx(kl, rel=1e-4)
         loss = -actual.gather(-1, rest[0, 1:, None]).mean()

@@ -15,6 +15,7 @@ from unsloth_spectral.eval.methods import peers as peers_module
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax, gaussian_codebook, rotation
 from unsloth_spectral.eval.methods.peers import peers, unavailable
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 NAMES = [
     *("quanto 4", "quanto 2", "hqq 8", "hqq 4", "hqq 3", "hqq 2", "hqq 1", "kivi 4", "kivi 3", "kivi 2"),
@@ -246,9 +247,9 @@ def test_every_method_makes_caches_and_counts_them(tiny_llama: Callable[..., Any
     assert method.footprint(cache).cold_bits_per_element is None
     ids = torch.randint(3, 128, (1, 197), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         footprint = method.footprint(cache)
-        model(ids[:, :5], past_key_values=cache)
+        model(ids[:, :5], **cache_argument(cache))
     assert cache is not method.make_cache(model)
     assert footprint.dense_bytes == 2 * 2 * 2 * 197 * 16 * 4
     assert 0 < footprint.stored_bytes < footprint.dense_bytes
@@ -274,7 +275,7 @@ def test_tiny_turboquant_counts_as_by_hand(tiny_llama: Callable[..., Any], prese
     assert method.footprint(cache).cold_bits_per_element is None
     ids = torch.randint(3, 128, (1, 330), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     # Two blocks of 128; a scale and a zero per channel of a block, and per token, of 32 channels in the last preset.
     elements = 2 * 2 * 256 * 64
     metadata = 32 * (elements // 128 + elements // (32 if name == "aggressive" else 64))

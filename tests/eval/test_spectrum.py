@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qw
 
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.eval.spectrum import SpectrumReport, measure_spectrum
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 
 
 class Cached(nn.Module):
@@ -24,7 +25,7 @@ class Cached(nn.Module):
     def forward(self, input_ids: Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
         assert use_cache
         assert logits_to_keep == 1
-        return SimpleNamespace(past_key_values=SimpleNamespace(layers=self.layers))
+        return SimpleNamespace(**cache_argument(SimpleNamespace(layers=self.layers)))
 
 
 def block(singular_values: list[float], num_tokens: int, head_dim: int | None = None, seed: int = 0) -> Tensor:
@@ -200,7 +201,7 @@ class TestModels:
         ]
         assert (report.head_dim, report.num_tokens, report.block_size) == (head_dim, 73, 31)
         with torch.no_grad():
-            cache = model(ids, use_cache=True).past_key_values
+            cache = cache_of(model(ids, use_cache=True))
         for head in report.heads:
             for name in ("keys", "values"):
                 states = getattr(cache.layers[head.layer_idx], name)[0, head.head_idx]
@@ -271,7 +272,7 @@ class TestRefused:
     def test_no_cache_at_all(self) -> None:
         class Bare(nn.Module):
             def forward(self, input_ids: Tensor, **options: object) -> SimpleNamespace:
-                return SimpleNamespace(past_key_values=None)
+                return SimpleNamespace(**cache_argument(None))
 
         for model in (Bare(), Cached()):
             with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__} fills no key-value cache"):

@@ -11,6 +11,7 @@ from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.tasks.drift import Drift
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
 LENGTH, TOKENS = 100, 60
@@ -52,10 +53,10 @@ def prompt_of(loaded: LoadedModel, document: str, start: int = 0) -> tuple[torch
 def generate(loaded: LoadedModel, cache: Any, document: str) -> list[int]:
     """By ``generate``, its end token ruled out."""
     context, question = prompt_of(loaded, document)
-    loaded.model(context, past_key_values=cache)
+    loaded.model(context, **cache_argument(cache))
     ids = torch.cat([context, question], 1)
     output = loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=TOKENS, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=TOKENS, do_sample=False,
         suppress_tokens=[2], pad_token_id=0,
     )  # fmt: skip
     return output[0, ids.shape[1] :].tolist()
@@ -83,9 +84,9 @@ def test_divergences_are_those_worked_out_by_hand(loaded: LoadedModel, task: Dri
     with torch.inference_mode():
         whole = loaded.model(torch.cat([context, fed], 1), use_cache=False).logits[0, -TOKENS:].double()
         cache = spectral(1).make_cache(loaded.model)
-        loaded.model(context, past_key_values=cache)
-        rows = [loaded.model(question, past_key_values=cache).logits[0, -1]]
-        rows += [loaded.model(torch.tensor([[t]]), past_key_values=cache).logits[0, -1] for t in tokens[:-1]]
+        loaded.model(context, **cache_argument(cache))
+        rows = [loaded.model(question, **cache_argument(cache)).logits[0, -1]]
+        rows += [loaded.model(torch.tensor([[t]]), **cache_argument(cache)).logits[0, -1] for t in tokens[:-1]]
     allowed = [token for token in range(128) if token != 2]
     expected, actual = (each[:, allowed].log_softmax(-1) for each in (whole, torch.stack(rows).double()))
     divergences = (expected.exp() * (expected - actual)).sum(-1).tolist()

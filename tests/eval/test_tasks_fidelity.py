@@ -16,6 +16,7 @@ from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.methods.spectral import bits_by_layer, spectral_methods
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
 LENGTH, REST = 200, 40
@@ -54,8 +55,8 @@ def slice_of(loaded: LoadedModel, document: str, start: int) -> tuple[Tensor, Te
 @torch.inference_mode()
 def by_hand(loaded: LoadedModel, cache: Any, context: Tensor, rest: Tensor) -> Tensor:
     """Log-probabilities ``[REST, vocabulary]``."""
-    loaded.model(context, past_key_values=cache)
-    rows = [loaded.model(rest[step : step + 1][None], past_key_values=cache).logits[0, -1] for step in range(REST)]
+    loaded.model(context, **cache_argument(cache))
+    rows = [loaded.model(rest[step : step + 1][None], **cache_argument(cache)).logits[0, -1] for step in range(REST)]
     return torch.stack(rows).double().log_softmax(-1)
 
 
@@ -71,8 +72,8 @@ def test_figures_are_those_worked_out_by_hand(
     # All of the rest at once, as the task has it: a token at a time seals at other places.
     cache = spectral(1).make_cache(loaded.model)
     with torch.inference_mode():
-        loaded.model(context, past_key_values=cache)
-        actual = loaded.model(rest[None, :-1], past_key_values=cache).logits[0].double().log_softmax(-1)
+        loaded.model(context, **cache_argument(cache))
+        actual = loaded.model(rest[None, :-1], **cache_argument(cache)).logits[0].double().log_softmax(-1)
     perplexity, dense_perplexity = ((-p[range(REST), rest[1:]]).mean().exp().item() for p in (actual, expected))
     dense = task.run(loaded, DENSE, case)
     assert dense.metrics == {

@@ -12,6 +12,7 @@ from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
 from unsloth_spectral.eval.tasks.lengths import Lengths
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
 REST, START, LONGEST = 20, 30, 200
@@ -47,9 +48,9 @@ def test_figures_are_those_worked_out_by_hand(loaded: LoadedModel, task: Lengths
     cache = spectral(1).make_cache(loaded.model)
     with torch.inference_mode():
         whole = loaded.model(torch.cat([context, rest], 1), use_cache=False).logits[0, length:]
-        loaded.model(context, past_key_values=cache)
+        loaded.model(context, **cache_argument(cache))
         stats = cache.stats()
-        actual = loaded.model(rest, past_key_values=cache).logits[0].double().log_softmax(-1)
+        actual = loaded.model(rest, **cache_argument(cache)).logits[0].double().log_softmax(-1)
     expected = whole.double().log_softmax(-1)
     kl = (expected.exp() * (expected - actual)).sum(-1).mean().item()
     assert kl > 0.01

@@ -6,6 +6,7 @@ from families.lossless import LOSSLESS, dense_cache, token_ids
 from families.models import FAMILIES, build
 
 from unsloth_spectral import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 WINDOW, STATE, NONE = "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"
 SPECTRAL = "spectral"
@@ -32,7 +33,7 @@ def test_only_full_attention_is_spectral_and_stats_say_so(family: str) -> None:
     model = build(family)
     spectral, dense = SpectralCache(model, config=LOSSLESS), dense_cache(model)
     for past in (spectral, dense):
-        model(token_ids(2, 90), past_key_values=past)
+        model(token_ids(2, 90), **cache_argument(past))
     layers = spectral.stats().layers
     expected = HYBRIDS.get(family, [SPECTRAL] * len(layers))
     if len(dense.layers) < len(expected):  # the first supported releases leave out layers that hold nothing

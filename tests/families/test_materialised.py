@@ -9,6 +9,7 @@ from families.models import FAMILIES, build
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
 from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.huggingface.switch import is_enabled
 
 MATERIALISED = [family for family, row in FAMILIES.items() if row.is_materialised]
@@ -51,7 +52,7 @@ def test_it_stores_less_and_hands_out_dense(family: str) -> None:
     spectral, dense = SpectralCache(model, config=config), dense_cache(model)
     ids = token_ids(1, 4 + 16 + 8 * 128)
     # A prefill is attended to exactly, then sealed.
-    assert torch.equal(model(ids, past_key_values=spectral).logits, model(ids, past_key_values=dense).logits)
+    assert torch.equal(model(ids, **cache_argument(spectral)).logits, model(ids, **cache_argument(dense)).logits)
     stats = spectral.stats()
     assert set(sealed_tokens(spectral)) == {8 * 128}
     assert stats.compression_factor > 5
@@ -78,7 +79,7 @@ def test_patching_works_and_leaves_the_attention_alone(family: str) -> None:
     result = model.generate(
         token_ids(length=120), max_new_tokens=8, do_sample=False, return_dict_in_generate=True, use_cache=True
     )
-    assert min(sealed_tokens(result.past_key_values)) >= 3 * BLOCK
+    assert min(sealed_tokens(cache_of(result))) >= 3 * BLOCK
     assert torch.equal(result.sequences, expected)
     assert not is_enabled(model)
     assert model.config._attn_implementation == before
@@ -94,7 +95,7 @@ def test_a_rank_larger_than_what_latent_attention_caches() -> None:
     model = build("DeepSeek-V3")
     spectral = SpectralCache(model, config=SpectralConfig(24, 24, 32))
     with pytest.raises(InvalidArgumentError, match="head_dim, 16; got 24"):
-        model(token_ids(), past_key_values=spectral)
+        model(token_ids(), **cache_argument(spectral))
     assert spectral.get_seq_length() == 0
 
 

@@ -11,6 +11,7 @@ from families.models import DEVICE, FAMILIES, build, served
 from transformers.cache_utils import LinearAttentionLayer
 
 from unsloth_spectral import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Check = Callable[..., None]
 PROMPT = 86
@@ -67,7 +68,7 @@ def test_operations_on_the_cache(family: str, operation: str, cell: Check, asser
     for candidate, past in ((plain, dense), (model, spectral)):
         if operation == "crop":  # layers with a window or a state can go back only so
             past.activate_past_recording()
-        candidate(token_ids(3, PROMPT), past_key_values=past)
+        candidate(token_ids(3, PROMPT), **cache_argument(past))
     if refused and operation == "crop":
         assert not dense.is_croppable
         assert not spectral.is_croppable
@@ -89,7 +90,7 @@ def test_operations_on_the_cache(family: str, operation: str, cell: Check, asser
     # Several tokens in one pass, many in one pass, then one by one.
     for step, count in enumerate((5, 40, 1, 1)):
         ids = token_ids(batch, count, seed=10 + step)
-        found, expected = model(ids, past_key_values=spectral), plain(ids, past_key_values=dense)
+        found, expected = model(ids, **cache_argument(spectral)), plain(ids, **cache_argument(dense))
         assert_close(found.logits, expected.logits, 1e-4)
         if operation == "crop":
             spectral.crop(0), dense.crop(0)
@@ -107,8 +108,8 @@ def test_one_cache_serves_several_turns(family: str, cell: Check) -> None:
     for turn in range(3):
         question = token_ids(length=15, seed=20 + turn)
         text, expected = torch.cat([text, question], -1), torch.cat([expected, question], -1)
-        text = model.generate(text, past_key_values=spectral, max_new_tokens=12, do_sample=False)
-        expected = plain.generate(expected, past_key_values=dense, max_new_tokens=12, do_sample=False)
+        text = model.generate(text, **cache_argument(spectral), max_new_tokens=12, do_sample=False)
+        expected = plain.generate(expected, **cache_argument(dense), max_new_tokens=12, do_sample=False)
         assert torch.equal(text, expected)
         # The last token of each turn is not in the cache yet.
         assert spectral.get_seq_length() == text.shape[1] - 1 == dense.get_seq_length()

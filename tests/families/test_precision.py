@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.config import PRESETS
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Check = Callable[..., None]
 STEPS, PADDING = 8, 40
@@ -26,14 +27,16 @@ def forced_logits(model: PreTrainedModel, past: Any, length: int, unseen: slice 
     mask = torch.ones_like(ids)
     ids[1, :PADDING], mask[1, :PADDING] = 0, 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    model(ids, past_key_values=past, attention_mask=mask, position_ids=positions)
+    model(ids, **cache_argument(past), attention_mask=mask, position_ids=positions)
     if unseen is not None:
         mask[:, unseen] = 0
     given, found = token_ids(2, STEPS, seed=1), []
     positions = positions[:, -1:]
     for step in range(STEPS):
         mask, positions = torch.cat([mask, mask.new_ones(2, 1)], -1), positions + 1
-        found.append(model(given[:, [step]], past_key_values=past, attention_mask=mask, position_ids=positions).logits)
+        found.append(
+            model(given[:, [step]], **cache_argument(past), attention_mask=mask, position_ids=positions).logits
+        )
     return torch.cat(found, 1).float()
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from unsloth_spectral import SpectralCache, patch_unsloth_attention
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Check = Callable[..., None]
 families = pytest.mark.parametrize("family", served())
@@ -40,7 +41,7 @@ def test_streaming(family: str, cell: Check) -> None:
     model = build(family)
     expected = build(family).generate(token_ids(), **GREEDY)
     spectral, streamer = SpectralCache(model, config=LOSSLESS), Collected()
-    model.generate(token_ids(), **GREEDY, past_key_values=spectral, streamer=streamer)
+    model.generate(token_ids(), **GREEDY, **cache_argument(spectral), streamer=streamer)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
     assert streamer.tokens == expected[0].tolist()
     assert streamer.is_ended
@@ -80,7 +81,7 @@ def test_a_pipeline_with_one_prompt(family: str, caches: list[SpectralCache], ce
     prompt = words(token_ids(length=120)[0])
     expected = text_pipeline(build(family))(prompt, **GREEDY)
     spectral = SpectralCache(model, config=LOSSLESS)
-    assert text_pipeline(model)(prompt, **GREEDY, past_key_values=spectral) == expected
+    assert text_pipeline(model)(prompt, **GREEDY, **cache_argument(spectral)) == expected
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
     # A fresh one: dynamic RoPE answers otherwise once the model has seen a longer text.
     model = build(family)
@@ -122,7 +123,7 @@ def test_two_caches_in_two_threads(family: str, cell: Check) -> None:
 
     def work(index: int) -> None:
         try:
-            found[index] = model.generate(prompts[index], **GREEDY, past_key_values=caches[index])
+            found[index] = model.generate(prompts[index], **GREEDY, **cache_argument(caches[index]))
         except BaseException as error:
             found[index] = error
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral import SpectralCache
 from unsloth_spectral.errors import UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Check = Callable[..., None]
 # Of the prompt four blocks are sealed, and one more after six tokens.
@@ -46,7 +47,7 @@ def generate(model: PreTrainedModel, way: str, assistant: PreTrainedModel | None
     if assistant is not None:
         options["assistant_model"] = assistant
     return model.generate(
-        **inputs_of(way), **options, past_key_values=past, return_dict_in_generate=True, output_logits=True
+        **inputs_of(way), **options, **cache_argument(past), return_dict_in_generate=True, output_logits=True
     )
 
 
@@ -100,4 +101,4 @@ def test_contrastive_search_is_not_in_the_library() -> None:
     model = build("Llama")
     for past in (dense_cache(model), SpectralCache(model, config=LOSSLESS)):
         with pytest.raises(ValueError, match="Contrastive Search requires `trust_remote_code=True`"):
-            model.generate(token_ids(), past_key_values=past, penalty_alpha=0.6, top_k=4, max_new_tokens=3)
+            model.generate(token_ids(), **cache_argument(past), penalty_alpha=0.6, top_k=4, max_new_tokens=3)

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 PROMPT, NEW, BLOCK, RESIDUAL = 400, 320, 128, 16
 
@@ -21,13 +22,13 @@ def test_beam_search_over_several_sealings(frame: str, tiny_llama: Callable[...,
     cache = SpectralCache(model, config=config)
     prefill_only = SpectralCache(model, config=config)
     with torch.no_grad():
-        model(ids.expand(3, -1), past_key_values=prefill_only)
+        model(ids.expand(3, -1), **cache_argument(prefill_only))
     found = model.generate(
         ids,
         max_new_tokens=NEW,
         num_beams=3,
         do_sample=False,
-        past_key_values=cache,
+        **cache_argument(cache),
         return_dict_in_generate=True,
         output_logits=True,
     )

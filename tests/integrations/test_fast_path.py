@@ -22,6 +22,7 @@ from unsloth_spectral import (
     unpatch_unsloth_attention,
 )
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
 
@@ -44,7 +45,7 @@ def fast(model: LlamaForCausalLM) -> LlamaForCausalLM:
     def gated(*args: Any, **kwargs: Any) -> Any:
         if model._unsloth_fast_path:
             # As the real one does: whatever cache there is, it gets nothing.
-            kwargs["past_key_values"] = DynamicCache(config=model.config)
+            kwargs |= cache_argument(DynamicCache(config=model.config))
         return forward(*args, **kwargs)
 
     model.forward = gated
@@ -71,8 +72,8 @@ def test_the_fast_path_is_left_for_the_time_of_a_call(fast: LlamaForCausalLM) ->
     patch_unsloth_attention(fast, **OPTIONS)
     assert flags(fast) == {True}
     result = generate(fast)
-    assert isinstance(result.past_key_values, SpectralCache)
-    assert result.past_key_values.get_seq_length() == 79
+    assert isinstance(cache_of(result), SpectralCache)
+    assert cache_of(result).get_seq_length() == 79
     assert seen == [({False}, ATTENTION_NAME)] * 20
     assert flags(fast) == {True}
     assert fast.config._attn_implementation == "sdpa"
@@ -84,7 +85,7 @@ def test_it_is_given_back_after_an_error(fast: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(fast, max_new_tokens=-1)
     assert flags(fast) == {True}
-    assert isinstance(generate(fast).past_key_values, SpectralCache)
+    assert isinstance(cache_of(generate(fast)), SpectralCache)
 
 
 def test_an_adapter_that_sets_the_flags_again_does_not_matter(fast: LlamaForCausalLM) -> None:
@@ -92,13 +93,13 @@ def test_an_adapter_that_sets_the_flags_again_does_not_matter(fast: LlamaForCaus
     generate(fast)
     for module in fast.modules():
         module._unsloth_fast_path = True
-    assert generate(fast).past_key_values.get_seq_length() == 79
+    assert cache_of(generate(fast)).get_seq_length() == 79
 
 
 def test_a_cache_of_ones_own_switches_until_unpatching(fast: LlamaForCausalLM) -> None:
     cache = SpectralCache(fast, config=SpectralConfig(8, 8, 16))
     assert flags(fast) == {False}
-    assert generate(fast, past_key_values=cache).past_key_values is cache
+    assert cache_of(generate(fast, **cache_argument(cache))) is cache
     assert cache.get_seq_length() == 79
     patch_unsloth_attention(fast, **OPTIONS)
     generate(fast)
@@ -117,7 +118,7 @@ def test_the_last_of_two_threads_gives_the_fast_path_back(fast: LlamaForCausalLM
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(result.past_key_values.get_seq_length() for result in results) == [64, 99]
+    assert sorted(cache_of(result).get_seq_length() for result in results) == [64, 99]
     assert flags(fast) == {True}
 
 
@@ -127,7 +128,7 @@ def test_a_step_past_the_cache_is_an_error(model: LlamaForCausalLM) -> None:
     def third_step_past_it(*args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         if len(steps) == 3:
-            kwargs["past_key_values"] = DynamicCache(config=model.config)
+            kwargs |= cache_argument(DynamicCache(config=model.config))
         return forward(*args, **kwargs)
 
     model.forward = third_step_past_it
@@ -153,7 +154,7 @@ def test_fast_generate_in_vllm_is_refused_before_it_runs(model: LlamaForCausalLM
     with pytest.raises(CacheBypassedError, match=r"vLLM.*fast_inference=False"):
         model.fast_generate(IDS)
     assert not calls
-    assert isinstance(generate(model).past_key_values, SpectralCache)
+    assert isinstance(cache_of(generate(model)), SpectralCache)
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_a_copy_by_unsloths_compiler_is_attended_to_directly(copied: LlamaForCau
     assert not copied._can_set_attn_implementation()
     before, forward = generate(copied), copied.model.layers[0].self_attn.forward
     patch_unsloth_attention(copied, **OPTIONS)
-    cache = generate(copied, max_new_tokens=40).past_key_values
+    cache = cache_of(generate(copied, max_new_tokens=40))
     assert isinstance(cache, SpectralCache)
     assert {type(layer) for layer in cache.layers} == {SpectralCacheLayer}, "keys are rebuilt for it"
     assert min(layer.spectral.stats().sealed_tokens for layer in cache.layers) > 0
@@ -202,16 +203,16 @@ def test_calls_that_use_no_spectral_cache_are_left_alone(model: LlamaForCausalLM
     expected = generate(model).sequences
     patch_unsloth_attention(model, **OPTIONS)
     assert torch.equal(generate(model, use_cache=False).sequences, expected)
-    assert torch.equal(generate(model, past_key_values=DynamicCache(config=model.config)).sequences, expected)
+    assert torch.equal(generate(model, **cache_argument(DynamicCache(config=model.config))).sequences, expected)
 
 
 def test_pefts_wrapper_is_looked_through(model: LlamaForCausalLM) -> None:
     wrapper = SimpleNamespace(peft_config={}, get_base_model=lambda: model)
     patch_unsloth_attention(wrapper, **OPTIONS)
-    assert isinstance(generate(model).past_key_values, SpectralCache)
+    assert isinstance(cache_of(generate(model)), SpectralCache)
     unpatch_unsloth_attention(wrapper)
-    assert isinstance(generate(model).past_key_values, DynamicCache)
+    assert isinstance(cache_of(generate(model)), DynamicCache)
     with spectral(wrapper) as given:
         assert given is wrapper
-        assert isinstance(generate(model).past_key_values, SpectralCache)
-    assert isinstance(generate(model, past_key_values=SpectralCache(wrapper)).past_key_values, SpectralCache)
+        assert isinstance(cache_of(generate(model)), SpectralCache)
+    assert isinstance(cache_of(generate(model, **cache_argument(SpectralCache(wrapper)))), SpectralCache)

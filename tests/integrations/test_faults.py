@@ -17,6 +17,7 @@ from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attent
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import rank as rank_codec
 from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Build = Callable[..., LlamaForCausalLM]
 PACKAGE = str(Path(unsloth_spectral.__file__).parent)
@@ -50,11 +51,11 @@ def token_ids(batch: int = 1, length: int = 300, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+    return model(ids, **cache_argument(cache), use_cache=True).logits[:, -1]
 
 
 def greedy(model: Any, ids: torch.Tensor, cache: Any, count: int = 12) -> torch.Tensor:
-    return model.generate(ids, max_new_tokens=count, do_sample=False, past_key_values=cache)
+    return model.generate(ids, max_new_tokens=count, do_sample=False, **cache_argument(cache))
 
 
 class Lines:

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import LoadError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.fingerprint import fingerprint, profile_of, profile_path, save_profile
 
 PROFILE = ModelProfile((0.5, 0.001), (0.02, 0.01), ((3.0, 1.0), (2.0, 0.5)))
@@ -122,7 +123,7 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
 
     def widths(**options: bool) -> list[float | None]:
         cache = SpectralCache(model, config=config, **options)
-        model(input_ids=torch.randint(0, 99, (1, 800)), past_key_values=cache)
+        model(input_ids=torch.randint(0, 99, (1, 800)), **cache_argument(cache))
         return [layer.bits_values for layer in cache.stats().layers]
 
     assert widths()[0] > widths()[1]

@@ -13,6 +13,7 @@ from unsloth_spectral.attention import dispatch, native
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import PRESETS
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 
 Build = Callable[..., LlamaForCausalLM]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -45,7 +46,7 @@ def generate(model: LlamaForCausalLM, padding: int = 0, **options: Any) -> Spect
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(ids, attention_mask=mask, **options).past_key_values
+    return cache_of(model.generate(ids, attention_mask=mask, **options))
 
 
 @HALVES
@@ -56,7 +57,7 @@ def test_a_model_in_half_precision_takes_no_more_bits(
 ) -> None:
     model = model.to(dtype)
     config = SpectralConfig(preset="balanced", key_frame=frame)
-    cache = generate(model, padding, past_key_values=SpectralCache(model, config=config))
+    cache = generate(model, padding, **cache_argument(SpectralCache(model, config=config)))
     stats = cache.stats()
     assert {layer.sealed_tokens for layer in stats.layers} == {512}
     assert stats.cold_bits_per_element < 1.05 * PRESETS["balanced"]
@@ -77,7 +78,7 @@ def test_under_autocast(
 ) -> None:
     """Values come in half precision, and keys in float32, as they were rotated by a float32 table."""
     with torch.autocast("cpu", dtype):
-        cache = generate(model, padding, past_key_values=SpectralCache(model, preset="balanced"))
+        cache = generate(model, padding, **cache_argument(SpectralCache(model, preset="balanced")))
     assert set(paths) == {native.library.obstacle()}
     stats = cache.stats()
     assert stats.cold_bits_per_element < 1.05 * PRESETS["balanced"]
@@ -99,7 +100,7 @@ def test_under_autocast(
 @HALVES
 def test_autocast_changes_no_code(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
     """The same tokens, sealed and attended to within autocast and without."""
-    cache = generate(model, past_key_values=SpectralCache(model, preset="balanced"), max_new_tokens=1)
+    cache = generate(model, **cache_argument(SpectralCache(model, preset="balanced")), max_new_tokens=1)
     keys, values = cache.layers[0].spectral.reconstruct()
     generator = torch.Generator().manual_seed(1)
     one, many = (torch.randn(2, 4, count, 16, generator=generator) for count in (1, 40))

@@ -25,6 +25,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.huggingface.attention import attend
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -42,7 +43,7 @@ def build(family: str = "Llama", **options: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor, past: Any = None, **options: Any) -> torch.Tensor:
-    return model(ids, past_key_values=past, use_cache=past is not None, **options).logits
+    return model(ids, **cache_argument(past), use_cache=past is not None, **options).logits
 
 
 @families
@@ -53,7 +54,7 @@ def test_with_int8_codes_only_near_ties_are_decided_otherwise(family: str, padde
     dense = build(family).generate(**inputs, **options)
     model = build(family)
     spectral = SpectralCache(model, config=LOSSLESS)
-    found = model.generate(**inputs, past_key_values=spectral, **options)
+    found = model.generate(**inputs, **cache_argument(spectral), **options)
     assert min(sealed_tokens(spectral)) >= 5 * BLOCK
     agreed = 0
     for row in range(3):
@@ -120,8 +121,8 @@ def test_one_cache_serves_several_turns() -> None:
     for turn in range(4):
         question = token_ids(1, 15, seed=20 + turn)
         text, dense_text = torch.cat([text, question], -1), torch.cat([dense_text, question], -1)
-        text = model.generate(text, past_key_values=spectral, max_new_tokens=20, do_sample=False)
-        dense_text = dense_model.generate(dense_text, past_key_values=dense, max_new_tokens=20, do_sample=False)
+        text = model.generate(text, **cache_argument(spectral), max_new_tokens=20, do_sample=False)
+        dense_text = dense_model.generate(dense_text, **cache_argument(dense), max_new_tokens=20, do_sample=False)
         assert torch.equal(text, dense_text)
         # The last token of each turn is not in the cache yet.
         assert spectral.get_seq_length() == text.shape[1] - 1 == dense.get_seq_length()
@@ -154,7 +155,7 @@ def test_prefill_under_inference_mode_then_generate(assert_close: Callable[..., 
     model = build()
     spectral, expected = SpectralCache(model, config=LOSSLESS), SpectralCache(model, config=LOSSLESS)
     with torch.inference_mode():
-        model(token_ids(), past_key_values=spectral)
+        model(token_ids(), **cache_argument(spectral))
     logits(model, token_ids(), expected)
     for step in range(20):
         ids = token_ids(1, 1, seed=step)
@@ -188,7 +189,7 @@ def test_short_prompts_have_the_very_logits_of_the_model(
     dense = build(family).generate(**inputs, **options)
     model = build(family)
     spectral = SpectralCache(model, config=LAZY)
-    found = model.generate(**inputs, past_key_values=spectral, **options)
+    found = model.generate(**inputs, **cache_argument(spectral), **options)
     assert set(sealed_tokens(spectral)) == {0}
     assert torch.equal(found.sequences, dense.sequences)
     for actual, expected in zip(found.logits, dense.logits, strict=True):
@@ -295,7 +296,7 @@ def test_stats_are_consistent(family: str) -> None:
     model = build(family)
     spectral = SpectralCache(model, config=LOSSLESS)
     assert spectral.stats().stored_bytes == 0
-    model.generate(**padded_batch(), past_key_values=spectral, max_new_tokens=20, do_sample=False)
+    model.generate(**padded_batch(), **cache_argument(spectral), max_new_tokens=20, do_sample=False)
     stats = spectral.stats()
     assert len(stats.layers) == model.config.num_hidden_layers
     windowed = family in ("Gemma 2", "gpt-oss")

@@ -20,6 +20,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.rope import Rotation
 
 Path: TypeAlias = tuple[str, ...]
@@ -116,7 +117,7 @@ def test_every_storage_is_counted(kind: str, padding: int, tiny_llama: Callable[
             mask = torch.cat([mask, new], -1)
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -count:]
             ids = torch.randint(3, 128, (2, count), generator=generator)
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(ids, attention_mask=mask, position_ids=positions, **cache_argument(cache))
             check_bytes(cache)
         sealed.append(cache.stats().layers[0].sealed_tokens)
 
@@ -195,7 +196,7 @@ def by_model(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple[
     model = LlamaForCausalLM(LlamaConfig(**options)).eval()
     cache = SpectralCache(model, config=config)
     with torch.inference_mode():
-        model(torch.randint(0, 128, (1, num_tokens)), past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(0, 128, (1, num_tokens)), **cache_argument(cache), logits_to_keep=1)
     return [layer.spectral for layer in cache.layers], cache.stats()
 
 

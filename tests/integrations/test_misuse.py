@@ -16,6 +16,7 @@ from unsloth_spectral import SpectralCache, patch_unsloth_attention, unpatch_uns
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import SpectralError
 from unsloth_spectral.integrations.huggingface import support
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 
 MEND = r"cache = SpectralCache\(model\)$"
@@ -34,7 +35,7 @@ def test_an_attention_set_anew_is_named_and_the_line_given_mends_it(family: str,
     spectral = SpectralCache(model, config=LOSSLESS)
     model.set_attn_implementation(attention)
     with pytest.raises(SpectralError, match=MEND) as caught:
-        model.generate(token_ids(), **GREEDY, past_key_values=spectral)
+        model.generate(token_ids(), **GREEDY, **cache_argument(spectral))
     message = str(caught.value)
     assert "\n" not in message
     assert f"attends with '{attention}'" in message
@@ -42,7 +43,7 @@ def test_an_attention_set_anew_is_named_and_the_line_given_mends_it(family: str,
     assert "Attention attends" in message, "the module is named"
     model.generate(token_ids(), **GREEDY)  # a cache of the model's own works
     cache = SpectralCache(model, config=LOSSLESS)
-    model.generate(token_ids(), **GREEDY, past_key_values=cache)
+    model.generate(token_ids(), **GREEDY, **cache_argument(cache))
     assert min(sealed_tokens(cache)) > 0
 
 
@@ -50,7 +51,7 @@ def test_an_attention_set_anew_is_named_and_the_line_given_mends_it(family: str,
 def test_a_cache_made_for_another_model_that_was_never_switched() -> None:
     spectral = SpectralCache(build("Llama"), config=LOSSLESS)
     with pytest.raises(SpectralError, match=MEND) as caught:
-        build("Qwen2")(token_ids(), past_key_values=spectral)
+        build("Qwen2")(token_ids(), **cache_argument(spectral))
     assert "Qwen2Attention attends with 'sdpa'" in str(caught.value)
     assert "for this very model" in str(caught.value)
 
@@ -62,7 +63,7 @@ def test_a_cache_made_for_another_model_of_other_depth(num_layers: int) -> None:
     SpectralCache(other, config=LOSSLESS)
     spectral = SpectralCache(build("Llama"), config=LOSSLESS)
     with pytest.raises(SpectralError, match=f"has 2 layers, the model running with it has {num_layers}.*{MEND}"):
-        other(token_ids(), past_key_values=spectral)
+        other(token_ids(), **cache_argument(spectral))
     assert spectral.get_seq_length() == 0
 
 
@@ -81,8 +82,8 @@ def repeats_keys(module: torch.nn.Module, hidden_states: torch.Tensor, **kwargs:
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
     query, key = modeling_llama.apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
-    if kwargs.get("past_key_values") is not None:
-        key, value = kwargs["past_key_values"].update(key, value, module.layer_idx)
+    if cache_in(kwargs) is not None:
+        key, value = cache_in(kwargs).update(key, value, module.layer_idx)
     key, value = (torch.repeat_interleave(states, query.shape[1] // 2, dim=1) for states in (key, value))
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1)
     return module.o_proj(attended.transpose(1, 2).flatten(2)), None
@@ -101,13 +102,13 @@ def test_an_unlisted_model_that_computes_with_its_keys(caplog: pytest.LogCapture
     model = build("Llama")
     spectral = SpectralCache(model, config=LOSSLESS)
     with pytest.raises(SpectralError, match=MEND) as caught:
-        model.generate(token_ids(), **GREEDY, past_key_values=spectral)
+        model.generate(token_ids(), **GREEDY, **cache_argument(spectral))
     assert "LlamaAttention computes with them itself" in str(caught.value)
     assert "torch's `repeat_interleave`" in str(caught.value)
     with caplog.at_level(logging.WARNING, logger="unsloth_spectral"):
         cache = SpectralCache(model, config=LOSSLESS)
     assert "rebuilt at every step" in caplog.text
-    assert torch.equal(model.generate(token_ids(), **GREEDY, past_key_values=cache), expected)
+    assert torch.equal(model.generate(token_ids(), **GREEDY, **cache_argument(cache)), expected)
     assert min(sealed_tokens(cache)) > 0
 
 
@@ -174,9 +175,9 @@ def test_attention_weights_are_refused_where_they_cannot_be_had() -> None:
     model = build("Llama")
     spectral = SpectralCache(model, config=LOSSLESS)
     with pytest.raises(SpectralError, match=r'unpatch_unsloth_attention\(model\) and model.set_attn_implem.*"eager"'):
-        model(token_ids(), past_key_values=spectral, output_attentions=True)
+        model(token_ids(), **cache_argument(spectral), output_attentions=True)
     # The call that failed left nothing behind.
-    model(token_ids(), past_key_values=spectral)
+    model(token_ids(), **cache_argument(spectral))
     assert spectral.get_seq_length() == 80
     unpatch_unsloth_attention(model)
     model.set_attn_implementation("eager")

@@ -33,6 +33,7 @@ from transformers import (
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
 
 OPTIONS = {"block_size": 16, "k_rank_keys": 16, "k_rank_values": 16}
@@ -91,22 +92,22 @@ def test_generate_gets_a_fresh_spectral_cache_each_time(model: LlamaForCausalLM)
     assert patch_unsloth_attention(model, **OPTIONS) is None
     first, second = generate(model), generate(model)
     for result in (first, second):
-        assert isinstance(result.past_key_values, SpectralCache)
-        assert result.past_key_values.get_seq_length() == 127
-        assert [layer.sealed_tokens for layer in result.past_key_values.stats().layers] == [48, 48]
-    assert first.past_key_values is not second.past_key_values
+        assert isinstance(cache_of(result), SpectralCache)
+        assert cache_of(result).get_seq_length() == 127
+        assert [layer.sealed_tokens for layer in cache_of(result).stats().layers] == [48, 48]
+    assert cache_of(first) is not cache_of(second)
     assert torch.equal(first.sequences, second.sequences)
-    assert isinstance(plain.past_key_values, DynamicCache)
+    assert isinstance(cache_of(plain), DynamicCache)
 
 
 def test_the_options_arrive_and_the_last_patch_counts(model: LlamaForCausalLM) -> None:
     patch_unsloth_attention(model, block_size=32, k_rank_keys=3, k_rank_values=5)
-    first = generate(model).past_key_values
+    first = cache_of(generate(model))
     assert first.config == SpectralConfig(rank_keys=3, rank_values=5, block_size=32)
     layer = first.stats().layers[0]
     assert (layer.rank_keys, layer.rank_values, layer.sealed_tokens) == (3, 5, 32)
     patch_unsloth_attention(model, block_size=16, k_rank_keys=7, k_rank_values=2)
-    second = generate(model).past_key_values
+    second = cache_of(generate(model))
     assert second.config == SpectralConfig(rank_keys=7, rank_values=2, block_size=16)
     assert (second.stats().layers[0].rank_keys, first.config.rank_keys) == (7, 3)
 
@@ -131,8 +132,8 @@ def test_long_prompts_compress_and_short_ones_are_exact(model: LlamaForCausalLM)
 def test_every_way_of_generating_uses_it(model: LlamaForCausalLM, options: dict[str, Any]) -> None:
     patch_unsloth_attention(model, **OPTIONS)
     result = generate(model, **options)
-    assert isinstance(result.past_key_values, SpectralCache)
-    assert min(layer.sealed_tokens for layer in result.past_key_values.stats().layers) >= 48
+    assert isinstance(cache_of(result), SpectralCache)
+    assert min(layer.sealed_tokens for layer in cache_of(result).stats().layers) >= 48
     assert result.sequences.shape == (1, 128)
 
 
@@ -142,19 +143,19 @@ def test_assisted_decoding_with_patched_models_on_both_sides(tiny_llama: Callabl
     patch_unsloth_attention(assistant, **OPTIONS)
     expected = generate(model).sequences
     assisted = generate(model, assistant_model=assistant)
-    assert isinstance(assisted.past_key_values, SpectralCache)
+    assert isinstance(cache_of(assisted), SpectralCache)
     assert assisted.sequences.shape == expected.shape
-    assert min(layer.sealed_tokens for layer in assisted.past_key_values.stats().layers) >= 48
+    assert min(layer.sealed_tokens for layer in cache_of(assisted).stats().layers) >= 48
 
 
 def test_a_cache_of_the_callers_own_is_used(model: LlamaForCausalLM) -> None:
     plain = generate(model).sequences
     patch_unsloth_attention(model, **OPTIONS)
     dense = DynamicCache(config=model.config)
-    assert torch.equal(generate(model, past_key_values=dense).sequences, plain)
+    assert torch.equal(generate(model, **cache_argument(dense)).sequences, plain)
     assert dense.get_seq_length() == 127
     own = SpectralCache(model, config=SpectralConfig(4, 4, 32))
-    assert generate(model, past_key_values=own).past_key_values is own
+    assert cache_of(generate(model, **cache_argument(own))) is own
 
 
 def test_no_cache_means_no_cache(model: LlamaForCausalLM) -> None:
@@ -162,7 +163,7 @@ def test_no_cache_means_no_cache(model: LlamaForCausalLM) -> None:
     patch_unsloth_attention(model, **OPTIONS)
     result = generate(model, use_cache=False)
     assert torch.equal(result.sequences, plain)
-    assert not isinstance(getattr(result, "past_key_values", None), SpectralCache)
+    assert not isinstance(cache_of(result), SpectralCache)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
@@ -171,7 +172,7 @@ def test_generate_works_after_the_attention_was_set_anew(model: LlamaForCausalLM
     expected = generate(model).sequences
     model.set_attn_implementation(name)
     result = generate(model)
-    assert isinstance(result.past_key_values, SpectralCache)
+    assert isinstance(cache_of(result), SpectralCache)
     assert torch.equal(result.sequences, expected)
 
 
@@ -203,7 +204,7 @@ def test_unpatch_restores_everything(model: LlamaForCausalLM, before: str) -> No
     assert "_prepare_cache_for_generation" not in vars(model)
     result = generate(model)
     assert torch.equal(result.sequences, expected)
-    assert isinstance(result.past_key_values, DynamicCache)
+    assert isinstance(cache_of(result), DynamicCache)
 
 
 def test_patching_twice_and_unpatching_once_restores(model: LlamaForCausalLM) -> None:
@@ -212,7 +213,7 @@ def test_patching_twice_and_unpatching_once_restores(model: LlamaForCausalLM) ->
     patch_unsloth_attention(model, block_size=32, k_rank_keys=4, k_rank_values=4)
     unpatch_unsloth_attention(model)
     assert state(model) == then
-    assert isinstance(generate(model).past_key_values, DynamicCache)
+    assert isinstance(cache_of(generate(model)), DynamicCache)
     unpatch_unsloth_attention(model)
     assert state(model) == then
 
@@ -228,9 +229,9 @@ def test_unpatching_takes_back_what_an_explicit_cache_switched(model: LlamaForCa
 def test_patching_again_after_unpatching(model: LlamaForCausalLM) -> None:
     for _ in range(2):
         patch_unsloth_attention(model, **OPTIONS)
-        assert isinstance(generate(model).past_key_values, SpectralCache)
+        assert isinstance(cache_of(generate(model)), SpectralCache)
         unpatch_unsloth_attention(model)
-        assert isinstance(generate(model).past_key_values, DynamicCache)
+        assert isinstance(cache_of(generate(model)), DynamicCache)
 
 
 def test_a_wrapper_that_someone_else_had_put_on_the_model_is_called_and_restored(model: LlamaForCausalLM) -> None:
@@ -252,7 +253,7 @@ def test_other_models_of_the_class_are_left_alone(tiny_llama: Callable[..., Llam
     model, other = llama(tiny_llama), llama(tiny_llama)
     then = state(other)
     patch_unsloth_attention(model, **OPTIONS)
-    assert isinstance(generate(other).past_key_values, DynamicCache)
+    assert isinstance(cache_of(generate(other)), DynamicCache)
     assert state(other) == then
     assert "_prepare_cache_for_generation" not in LlamaForCausalLM.__dict__
 
@@ -265,10 +266,10 @@ def test_a_copy_of_a_patched_model_stands_alone(model: LlamaForCausalLM) -> None
     patch_unsloth_attention(model, **OPTIONS)
     twin = copy.deepcopy(model)
     unpatch_unsloth_attention(model)
-    assert isinstance(generate(twin).past_key_values, SpectralCache)
+    assert isinstance(cache_of(generate(twin)), SpectralCache)
     assert state(model) == then, "the copy switched the original on again"
     unpatch_unsloth_attention(twin)
-    assert isinstance(generate(twin).past_key_values, DynamicCache)
+    assert isinstance(cache_of(generate(twin)), DynamicCache)
 
 
 def test_a_patched_model_can_be_pickled_after_unpatching(model: LlamaForCausalLM) -> None:
@@ -285,7 +286,7 @@ def test_saving_a_patched_model_writes_nothing_of_the_patch(model: LlamaForCausa
     assert all("spectral" not in path.read_text() for path in tmp_path.glob("*.json"))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
-    assert isinstance(generate(loaded).past_key_values, DynamicCache)
+    assert isinstance(cache_of(generate(loaded)), DynamicCache)
 
 
 def test_no_model_is_kept_alive(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
@@ -366,7 +367,7 @@ def test_bad_options_are_refused_before_the_model_is_switched(
     patch_unsloth_attention(model, **OPTIONS)
     with pytest.raises(InvalidArgumentError):
         patch_unsloth_attention(model, **{**OPTIONS, **options})
-    assert generate(model).past_key_values.config.rank_keys == 16, "the first options stand"
+    assert cache_of(generate(model)).config.rank_keys == 16, "the first options stand"
 
 
 def test_a_cache_with_too_large_a_rank_leaves_the_model_alone(model: LlamaForCausalLM) -> None:
@@ -391,8 +392,8 @@ def test_only_the_language_part_of_a_vision_model_is_switched() -> None:
     assert model.config.text_config._attn_implementation == ATTENTION_NAME
     assert model.config.vision_config._attn_implementation == "sdpa"
     result = generate(model)
-    assert isinstance(result.past_key_values, SpectralCache)
-    assert min(layer.sealed_tokens for layer in result.past_key_values.stats().layers) == 48
+    assert isinstance(cache_of(result), SpectralCache)
+    assert min(layer.sealed_tokens for layer in cache_of(result).stats().layers) == 48
     assert result.sequences.shape == expected.shape
     unpatch_unsloth_attention(model)
     assert state(model) == then

@@ -9,6 +9,7 @@ from families.lossless import LOSSLESS, sealed_tokens, token_ids
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 NEW_TOKENS = 40
 
@@ -21,7 +22,7 @@ def model(tiny_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
 
 
 def greedy(model: PreTrainedModel, cache: SpectralCache | None = None) -> torch.Tensor:
-    found = model.generate(token_ids(), past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    found = model.generate(token_ids(), **cache_argument(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
     assert isinstance(found, torch.Tensor)
     return found
 
@@ -46,7 +47,7 @@ def test_layers_on_the_cpu_and_on_disk(preset: str | None, model: LlamaForCausal
         patch_unsloth_attention(placed, config=LOSSLESS)
         assert torch.equal(greedy(placed), expected)
     else:
-        logits = placed(token_ids(length=300), past_key_values=cache).logits
+        logits = placed(token_ids(length=300), **cache_argument(cache)).logits
         assert logits.isfinite().all()
     assert min(sealed_tokens(cache)) > 0
 
@@ -68,8 +69,8 @@ def test_a_compiled_forward_attends_to_codes(model: LlamaForCausalLM) -> None:
     step = torch.compile(model, backend="eager")
     with torch.no_grad():
         for part in (ids, ids[:, :1], ids[:, 1:2]):
-            expected = model(part, past_key_values=plain).logits
-            found = step(part, past_key_values=compiled).logits
+            expected = model(part, **cache_argument(plain)).logits
+            found = step(part, **cache_argument(compiled)).logits
             assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
     assert sealed_tokens(compiled) == sealed_tokens(plain)
     assert min(sealed_tokens(compiled)) > 0

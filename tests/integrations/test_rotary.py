@@ -9,6 +9,7 @@ import torch
 from families.models import HEAD_DIM, build
 from transformers import DynamicCache, PreTrainedModel
 
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.switch import disable, enable
 from unsloth_spectral.rope import Rotation, unrotate
@@ -98,14 +99,14 @@ def ids(batch: int = 1, length: int = 80) -> torch.Tensor:
 def test_a_prefill_and_a_step(family: str, assert_close: Callable[..., None]) -> None:
     model = build(family, **FAMILIES[family])
     reader, cache = Reader(model), DynamicCache(config=model.config)
-    model(ids(), past_key_values=cache)
+    model(ids(), **cache_argument(cache))
     check(family, reader, cache, assert_close, 80)
     rotation = reader.rotations[0]
     assert rotation is not None
     assert rotation.step is not None, "even positions are kept as a few numbers"
-    model(ids(length=1), past_key_values=cache)
+    model(ids(length=1), **cache_argument(cache))
     check(family, reader, cache, assert_close, 1)
-    model(ids(length=37), past_key_values=cache)
+    model(ids(length=37), **cache_argument(cache))
     check(family, reader, cache, assert_close, 37)
 
 
@@ -116,13 +117,13 @@ def test_left_padding(family: str, assert_close: Callable[..., None]) -> None:
     mask[1, :30], mask[2, :71] = 0, 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     reader, cache = Reader(model), DynamicCache(config=model.config)
-    model(ids(3), attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    model(ids(3), attention_mask=mask, position_ids=position_ids, **cache_argument(cache))
     check(family, reader, cache, assert_close, 80)
     rotation = reader.rotations[0]
     assert rotation is not None
     assert len(rotation.table()) == 3
     mask = torch.cat([mask, mask.new_ones(3, 1)], -1)
-    model(ids(3, 1), attention_mask=mask, position_ids=position_ids[:, -1:] + 1, past_key_values=cache)
+    model(ids(3, 1), attention_mask=mask, position_ids=position_ids[:, -1:] + 1, **cache_argument(cache))
     check(family, reader, cache, assert_close, 1)
 
 
@@ -130,9 +131,9 @@ def test_left_padding(family: str, assert_close: Callable[..., None]) -> None:
 def test_tables_that_change_with_length_are_read_anew(assert_close: Callable[..., None]) -> None:
     model = build("Llama, dynamic RoPE", max_position_embeddings=256)
     reader, cache = Reader(model), DynamicCache(config=model.config)
-    model(ids(length=200), past_key_values=cache)
+    model(ids(length=200), **cache_argument(cache))
     short = reader.rotations[0]
-    model(ids(length=200), past_key_values=cache)
+    model(ids(length=200), **cache_argument(cache))
     check("Llama", reader, cache, assert_close, 200)
     longer = reader.rotations[0]
     assert short is not None
@@ -210,7 +211,7 @@ def test_two_threads_do_not_mix(assert_close: Callable[..., None]) -> None:
             with torch.no_grad():
                 for length in (50, 61):
                     cache = DynamicCache(config=model.config)
-                    model(ids(length=length), past_key_values=cache)
+                    model(ids(length=length), **cache_argument(cache))
                     check("Llama", reader, cache, assert_close, length)
         except BaseException as error:
             errors.append(error)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.quantized import NBITS, CountedQuantizedCache
 from unsloth_spectral.integrations.huggingface.roundtrip import RoundTripCache
 
@@ -36,7 +37,7 @@ def prompt(count: int, batch: int = 1, seed: int = 0) -> Tensor:
 
 def generate(model: Any, cache: Any, ids: Tensor, **options: Any) -> list[list[int]]:
     settings = {"max_new_tokens": 80, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    return model.generate(ids, past_key_values=cache, **(settings | options)).tolist()
+    return model.generate(ids, **cache_argument(cache), **(settings | options)).tolist()
 
 
 def fill(cache: Any, count: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -90,8 +91,8 @@ def test_every_token_is_encoded_once_and_exactly_as_it_came(tiny_llama: Build, s
 def test_a_prefill_sees_everything_exact(tiny_llama: Build) -> None:
     model, ids = tiny_llama(), prompt(200)
     with torch.inference_mode():
-        dense = model(ids, past_key_values=DynamicCache()).logits
-        lossy = model(ids, past_key_values=RoundTripCache(model, Recorder(factor=0.0))).logits
+        dense = model(ids, **cache_argument(DynamicCache())).logits
+        lossy = model(ids, **cache_argument(RoundTripCache(model, Recorder(factor=0.0)))).logits
     assert torch.equal(dense, lossy)
 
 

@@ -17,6 +17,7 @@ from unsloth_spectral import (
     unpatch_unsloth_attention,
 )
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
 
 Build = Callable[..., LlamaForCausalLM]
@@ -36,12 +37,12 @@ def test_the_model_is_spectral_within_and_as_before_afterwards(model: LlamaForCa
         assert within is model
         assert state(model) != then
         result = generate(model, input_ids=ids)
-        assert result.past_key_values.config == SpectralConfig(preset="small")
-        assert [layer.sealed_tokens for layer in result.past_key_values.stats().layers] == [128, 128]
+        assert cache_of(result).config == SpectralConfig(preset="small")
+        assert [layer.sealed_tokens for layer in cache_of(result).stats().layers] == [128, 128]
         SpectralCache(model, preset="quality")
     assert state(model) == then
     after = generate(model, input_ids=ids)
-    assert isinstance(after.past_key_values, DynamicCache)
+    assert isinstance(cache_of(after), DynamicCache)
     assert torch.equal(after.sequences, expected)
 
 
@@ -62,8 +63,8 @@ def test_scopes_nest(model: LlamaForCausalLM) -> None:
     then = state(model)
     with spectral(model, preset="quality"):
         with spectral(model, config=SpectralConfig(4, 4, 32)):
-            assert generate(model).past_key_values.config.rank_keys == 4
-        assert generate(model).past_key_values.config.preset == "quality"
+            assert cache_of(generate(model)).config.rank_keys == 4
+        assert cache_of(generate(model)).config.preset == "quality"
     assert state(model) == then
 
 
@@ -71,8 +72,8 @@ def test_a_scope_within_a_patch_gives_the_patch_back(model: LlamaForCausalLM) ->
     then = state(model)
     patch_unsloth_attention(model, **OPTIONS)
     with spectral(model):
-        assert generate(model).past_key_values.config == SpectralConfig()
-    assert generate(model).past_key_values.config.rank_keys == 16
+        assert cache_of(generate(model)).config == SpectralConfig()
+    assert cache_of(generate(model)).config.rank_keys == 16
     unpatch_unsloth_attention(model)
     assert state(model) == then
 
@@ -80,14 +81,14 @@ def test_a_scope_within_a_patch_gives_the_patch_back(model: LlamaForCausalLM) ->
 def test_a_cache_from_before_the_scope_goes_on_after_it(model: LlamaForCausalLM) -> None:
     cache = SpectralCache(model, config=SpectralConfig(16, 16, 16))
     with torch.no_grad():
-        model(token_ids(), past_key_values=cache)
+        model(token_ids(), **cache_argument(cache))
     then = state(model)
     with spectral(model):
         generate(model)
     assert state(model) == then
     assert model.config._attn_implementation == ATTENTION_NAME
     with torch.no_grad():
-        model(token_ids(length=3, seed=1), past_key_values=cache)
+        model(token_ids(length=3, seed=1), **cache_argument(cache))
     assert cache.get_seq_length() == 123
 
 
@@ -96,7 +97,7 @@ def test_an_attention_set_anew_before_or_within_the_scope(model: LlamaForCausalL
     then = state(model)
     with spectral(model):
         model.set_attn_implementation(anew)
-        assert isinstance(generate(model).past_key_values, SpectralCache)
+        assert isinstance(cache_of(generate(model)), SpectralCache)
     assert state(model) == then
     SpectralCache(model)
     model.set_attn_implementation(anew)
@@ -111,7 +112,7 @@ def test_unpatching_within_the_scope_does_no_harm(model: LlamaForCausalLM) -> No
     then = state(model)
     with spectral(model):
         unpatch_unsloth_attention(model)
-        assert isinstance(generate(model).past_key_values, DynamicCache)
+        assert isinstance(cache_of(generate(model)), DynamicCache)
     assert state(model) == then
 
 
@@ -149,13 +150,13 @@ def test_the_options_of_the_patch_choose_the_codec(
     model = llama(tiny_llama, head_dim=32)
     patch_unsloth_attention(model, **options)
     result = generate(model, input_ids=token_ids(length=600))
-    assert result.past_key_values.config == expected
-    assert min(layer.sealed_tokens for layer in result.past_key_values.stats().layers) >= 512
+    assert cache_of(result).config == expected
+    assert min(layer.sealed_tokens for layer in cache_of(result).stats().layers) >= 512
 
 
 def test_block_size_and_ranks_by_position(model: LlamaForCausalLM) -> None:
     patch_unsloth_attention(model, 32, 3, 5)
-    assert generate(model).past_key_values.config == SpectralConfig(rank_keys=3, rank_values=5, block_size=32)
+    assert cache_of(generate(model)).config == SpectralConfig(rank_keys=3, rank_values=5, block_size=32)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 
 Build = Callable[..., LlamaForCausalLM]
@@ -36,7 +37,7 @@ def token_ids(batch: int = 1, length: int = 300, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def feed(model: PreTrainedModel, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return model(ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits[:, -1]
+    return model(ids, **cache_argument(cache), attention_mask=mask, use_cache=True).logits[:, -1]
 
 
 def decode(model: PreTrainedModel, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -234,9 +235,9 @@ def test_generate_goes_on_from_a_loaded_cache(tiny_llama: Build, tmp_path: Path)
     cache = SpectralCache(model, config=CONFIGS["rotated"])
     feed(model, ids[:, :300], cache)
     cache.save(tmp_path / "a.safetensors", ids)
-    written = model.generate(ids, past_key_values=cache, **options)
+    written = model.generate(ids, **cache_argument(cache), **options)
     loaded = SpectralCache.load(tmp_path / "a.safetensors", model, ids)
-    assert torch.equal(model.generate(ids, past_key_values=loaded, **options), written)
+    assert torch.equal(model.generate(ids, **cache_argument(loaded), **options), written)
     # What generate gives back has one token more than the cache.
     cache.save(tmp_path / "a.safetensors", written)
     assert SpectralCache.load(tmp_path / "a.safetensors", model, written).get_seq_length() == written.shape[1] - 1

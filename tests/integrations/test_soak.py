@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 BLOCK, STEPS = 32, 600
 
@@ -36,7 +37,7 @@ def test_memory_follows_the_stated_bytes(
     ids = torch.randint(3, 128, (1, 1), generator=torch.Generator().manual_seed(0))
     before = live_storages()
     for step in range(STEPS):
-        ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        ids = model(ids, **cache_argument(cache)).logits[:, -1:].argmax(-1)
         if step % 150 == 149:
             held = sum(storage.nbytes() for place, storage in live_storages().items() if place not in before)
             unstated = held - cache.stats().stored_bytes

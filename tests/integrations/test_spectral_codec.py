@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig, unpatch_unsloth_attention
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Build = Callable[..., LlamaForCausalLM]
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
@@ -41,12 +42,12 @@ def forced_logits(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], token
     """Logits after the prompt and after each of ``tokens [B, n]``, fed one by one."""
     mask = batch["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    found = [model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1]]
+    found = [model(**batch, position_ids=positions, **cache_argument(cache)).logits[:, -1]]
     for step in range(tokens.shape[1]):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         positions = positions[:, -1:] + 1
         one = tokens[:, step : step + 1]
-        found.append(model(one, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1])
+        found.append(model(one, attention_mask=mask, position_ids=positions, **cache_argument(cache)).logits[:, -1])
     return torch.stack(found, 1)
 
 
@@ -81,7 +82,7 @@ def test_sealing_while_decoding(frame: str, tiny_llama: Build) -> None:
     batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     options = {"max_new_tokens": 300, "do_sample": False, "use_cache": True}
     cache = SpectralCache(model, config=config_of(frame))
-    written = model.generate(**batch, **options, past_key_values=cache)
+    written = model.generate(**batch, **options, **cache_argument(cache))
     assert written.shape[1] == 320
     layers = cache.stats().layers
     assert all(layer.sealed_tokens == 256 for layer in layers)
@@ -114,7 +115,7 @@ def test_beam_search_and_batches(frame: str, tiny_llama: Build) -> None:
     model, batch = model_of(tiny_llama), padded_batch()
     options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
     cache = SpectralCache(model, config=config_of(frame))
-    written = model.generate(**batch, **options, past_key_values=cache)
+    written = model.generate(**batch, **options, **cache_argument(cache))
     assert written.shape == (3, 266)
     assert cache.stats().layers[0].sealed_tokens > 0
     with torch.no_grad():

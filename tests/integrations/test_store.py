@@ -22,6 +22,7 @@ from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
 from unsloth_spectral.integrations.huggingface import store as store_module
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.prefill import feed
 
 CONFIG = SpectralConfig(block_size=128, residual_length=16, preset="small")
@@ -57,7 +58,7 @@ def stored(store: PrefixStore) -> list[Path]:
 
 def after(model: LlamaForCausalLM, cache: SpectralCache, ids: torch.Tensor) -> torch.Tensor:
     """Tokens that ``generate`` writes behind ``ids``."""
-    return model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)[:, ids.shape[1] :]
+    return model.generate(ids, **cache_argument(cache), max_new_tokens=20, do_sample=False)[:, ids.shape[1] :]
 
 
 def test_the_second_time_nothing_is_fed(model: LlamaForCausalLM, tmp_path: Path, fed: list[int]) -> None:

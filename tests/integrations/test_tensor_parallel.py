@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 import unsloth_spectral
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec import block
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 PROCESSES, NEW_TOKENS = 2, 40
 LOSSY = SpectralConfig(preset="balanced", block_size=128, residual_length=16)
@@ -30,11 +31,11 @@ def generated(model: LlamaForCausalLM) -> dict[str, Any]:
     ids = token_ids()
     with patch.object(block.rank_codec, "encode", unrounded_encode):
         cache = SpectralCache(model, config=LOSSLESS)
-        tokens = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+        tokens = model.generate(ids, **cache_argument(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
     long, lossy = token_ids(length=300), SpectralCache(model, config=LOSSY)
     with torch.no_grad():
-        model(long, past_key_values=lossy)
-        logits = model(long[:, :1], past_key_values=lossy).logits
+        model(long, **cache_argument(lossy))
+        logits = model(long[:, :1], **cache_argument(lossy)).logits
     return {
         "tokens": tokens.tolist(),
         "sealed": [layer.sealed_tokens for layer in cache.stats().layers],

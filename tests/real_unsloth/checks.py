@@ -18,6 +18,7 @@ from unsloth_spectral.codec import block as block_module
 from unsloth_spectral.codec.config import PRESETS
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations import fast_path
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 
 # Triton's kernels are interpreted row by row: no more of them than it takes to seal a prompt and what follows.
 LENGTH, NEW = 60, 24
@@ -92,20 +93,20 @@ def took_every_step(cache: Any, updates: dict[int, int]) -> None:
 
 def same_tokens_and_every_update(model: Any, **options: Any) -> None:
     expected = generate(model, **options)
-    assert not isinstance(expected.past_key_values, SpectralCache)
+    assert not isinstance(cache_of(expected), SpectralCache)
     with lossless(model), counted() as updates:
         found = generate(model, **options)
-    took_every_step(found.past_key_values, updates)
+    took_every_step(cache_of(found), updates)
     assert torch.equal(found.sequences, expected.sequences), (found.sequences, expected.sequences)
 
 
 def same_tokens_as_the_dense_cache(model: Any) -> None:
     """Under the patch both: where what is unpatched needs a GPU."""
     with lossless(model), counted() as updates:
-        expected = generate(model, past_key_values=DynamicCache(config=model.config)).sequences
+        expected = generate(model, **cache_argument(DynamicCache(config=model.config))).sequences
         assert not updates
         found = generate(model)
-    took_every_step(found.past_key_values, updates)
+    took_every_step(cache_of(found), updates)
     assert torch.equal(found.sequences, expected), (found.sequences, expected)
 
 
@@ -114,7 +115,7 @@ def same_tokens_with_left_padding(model: Any) -> None:
     expected = generate(model, batch).sequences
     with lossless(model):
         found = generate(model, batch)
-    assert isinstance(found.past_key_values, SpectralCache)
+    assert isinstance(cache_of(found), SpectralCache)
     assert torch.equal(found.sequences, expected), (found.sequences[:, LENGTH:], expected[:, LENGTH:])
 
 
@@ -139,16 +140,16 @@ def as_near_as_the_dense_cache(model: Any, unpatched: bool = False) -> None:
 
     def logits(asked: Any, **options: Any) -> tuple[torch.Tensor, Any]:
         result = generate(asked, logits_processor=[_Given(tokens)], output_logits=True, **options)
-        return torch.cat(result.logits).float(), result.past_key_values
+        return torch.cat(result.logits).float(), cache_of(result)
 
     single = copy.deepcopy(model).float()
     single.config.dtype = torch.float32
     with patched(single):
-        exact, _ = logits(single, past_key_values=DynamicCache(config=single.config))
+        exact, _ = logits(single, **cache_argument(DynamicCache(config=single.config)))
     dense = logits(model)[0] if unpatched else None
     with lossless(model), counted() as updates:
         if dense is None:
-            dense, _ = logits(model, past_key_values=DynamicCache(config=model.config))
+            dense, _ = logits(model, **cache_argument(DynamicCache(config=model.config)))
         assert not updates
         found, cache = logits(model)
     took_every_step(cache, updates)
@@ -168,7 +169,7 @@ def bytes_fall_with_the_balanced_preset(model: Any) -> None:
         observe(self, queries, rotation, *rest)
 
     with patched(model), replaced(SpectralLayer, "observe", noting):
-        cache = generate(model, inputs).past_key_values
+        cache = cache_of(generate(model, inputs))
     stats = cache.stats()
     spectral = [layer for layer in stats.layers if layer.kind == "spectral"]
     assert cache.config == SpectralConfig()
@@ -190,7 +191,7 @@ def an_image_is_seen(model: Any) -> None:
     other = generate(model, {**inputs, "pixel_values": -image}, output_logits=True)
     with lossless(model):
         found = generate(model, inputs, output_logits=True)
-    assert isinstance(found.past_key_values, SpectralCache)
+    assert isinstance(cache_of(found), SpectralCache)
     assert torch.equal(found.sequences, expected.sequences)
     difference = (found.logits[0] - expected.logits[0]).abs().max()
     assert difference < 1e-4
@@ -199,7 +200,7 @@ def an_image_is_seen(model: Any) -> None:
 
 def ranks_are_taken(model: Any) -> None:
     with patched(model, **RANKS):
-        cache = generate(model, max_new_tokens=2 * NEW).past_key_values
+        cache = cache_of(generate(model, max_new_tokens=2 * NEW))
     assert cache.config == SpectralConfig(rank_keys=8, rank_values=8, block_size=16)
     sealed = [layer for layer in cache.stats().layers if layer.kind == "spectral"]
     assert min(layer.sealed_tokens for layer in sealed) > 0
@@ -240,7 +241,7 @@ def unpatching_restores(model: Any) -> None:
     unpatch_unsloth_attention(model)
     result = generate(model)
     assert torch.equal(result.sequences, expected)
-    assert not isinstance(result.past_key_values, SpectralCache)
+    assert not isinstance(cache_of(result), SpectralCache)
     now = state(model)
     differing = {
         f"{type(module).__name__}.{name}"
@@ -296,16 +297,16 @@ def own_caches_and_turns(model: Any) -> None:
     plain = generate(model)
     with lossless(model):
         dense = DynamicCache(config=model.config)
-        found = generate(model, past_key_values=dense)
+        found = generate(model, **cache_argument(dense))
         assert torch.equal(found.sequences, plain.sequences)
-        assert not isinstance(found.past_key_values, SpectralCache)
+        assert not isinstance(cache_of(found), SpectralCache)
         first = generate(model)
         longer = torch.cat([first.sequences.cpu(), token_ids(length=10, seed=1).cpu()], dim=1)
         inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
         expected = generate(model, inputs).sequences
-        second = generate(model, inputs, past_key_values=first.past_key_values)
-    assert second.past_key_values is first.past_key_values
-    assert second.past_key_values.get_seq_length() == longer.shape[1] + NEW - 1
+        second = generate(model, inputs, **cache_argument(cache_of(first)))
+    assert cache_of(second) is cache_of(first)
+    assert cache_of(second).get_seq_length() == longer.shape[1] + NEW - 1
     assert torch.equal(second.sequences, expected)
 
 
@@ -318,7 +319,7 @@ def fast_generate_without_vllm(model: Any) -> None:
         found = model.fast_generate(
             **on_device(PROMPT, model), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
         )
-        assert isinstance(found.past_key_values, SpectralCache)
+        assert isinstance(cache_of(found), SpectralCache)
         assert torch.equal(found.sequences, expected)
     assert model.fast_generate is then
 
@@ -341,11 +342,11 @@ def adapters(model: Any, add: Callable[[Any], Any]) -> Any:
                 torch.nn.init.normal_(parameter, std=0.05)
     with replaced(block_module.rank_codec, "encode", unrounded_encode), counted() as updates:
         before = generate(wrapped)
-    assert isinstance(before.past_key_values, SpectralCache)
+    assert isinstance(cache_of(before), SpectralCache)
     assert set(updates.values()) == {NEW}
     unpatch_unsloth_attention(wrapped)
     plain = generate(wrapped)
-    assert not isinstance(plain.past_key_values, SpectralCache)
+    assert not isinstance(cache_of(plain), SpectralCache)
     assert torch.equal(before.sequences, plain.sequences)
     same_tokens_and_every_update(wrapped)
     return wrapped

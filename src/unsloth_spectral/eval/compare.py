@@ -20,6 +20,7 @@ from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import Prompt, build_prompt
 from unsloth_spectral.integrations.huggingface import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 
@@ -204,14 +205,14 @@ class _Run:
     def _prefill(self, name: str, cache: Any) -> tuple[Any, float]:
         started = time.perf_counter()
         with layers_reported(self._model, f"{name}: prefill", self._on_progress):
-            output = self._model(input_ids=self._context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(input_ids=self._context, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         _synchronize(self._context)
-        return output.past_key_values, time.perf_counter() - started
+        return cache_of(output), time.perf_counter() - started
 
     def _continue(self, name: str, cache: Any) -> Tensor:
         """Logits ``[256, vocabulary]`` of the held-out tokens, each seeing the true ones before it."""
         with layers_reported(self._model, f"{name}: continuation", self._on_progress):
-            output = self._model(input_ids=self._continuation[:, :-1], past_key_values=cache)
+            output = self._model(input_ids=self._continuation[:, :-1], **cache_argument(cache))
         return output.logits[0]
 
     def _decode(self, name: str, cache: Any) -> tuple[str, float]:
@@ -223,7 +224,7 @@ class _Run:
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
             eos_token_id=self._model.get_input_embeddings().num_embeddings,

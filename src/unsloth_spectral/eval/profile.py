@@ -15,6 +15,7 @@ from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
@@ -77,7 +78,7 @@ def _measure(
     coarse = SpectralCache(model, config=_COARSE, use_profile=False)
     for each in filter(None, map(_sealer, coarse.layers)):
         each.budget.keeps_seen = True
-    model(input_ids=ids[:, :prefix], past_key_values=coarse, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :prefix], **cache_argument(coarse), use_cache=True, logits_to_keep=1)
     unpatch_unsloth_attention(model)
     layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
     if not layers:
@@ -85,7 +86,7 @@ def _measure(
             f"{type(model).__name__} has no layer that keeps the whole context: nothing to measure"
         )
     cache: Any = dense_cache(model)
-    model(input_ids=ids[:, :prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids[:, :prefix], **cache_argument(cache), use_cache=True, logits_to_keep=1)
     dense = _logits(model, ids, prefix, _with(model, cache))
     damages: dict[str, list[float]] = {"values": [], "keys": []}
     lost, variances = [], []
@@ -124,5 +125,5 @@ def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:
 
 
 def _logits(model: Any, ids: Tensor, prefix: int, cache: Any) -> Tensor:
-    logits: Tensor = model(input_ids=ids[:, prefix:-1], past_key_values=cache).logits[0]
+    logits: Tensor = model(input_ids=ids[:, prefix:-1], **cache_argument(cache)).logits[0]
     return logits

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_of
 
 EFFECTIVE_SHARE = 0.95
 TOP = 16
@@ -174,7 +175,7 @@ def _prefill(model: nn.Module, input_ids: Tensor, on_progress: OnProgress | None
     """Index, keys and values ``[1, num_key_value_heads, n, head_dim]`` of each layer that keeps all tokens."""
     with layers_reported(model, "prefill", on_progress):
         outputs = model(input_ids, use_cache=True, logits_to_keep=1)
-    layers = getattr(getattr(outputs, "past_key_values", None), "layers", None)
+    layers = getattr(cache_of(outputs), "layers", None)
     name = type(model).__name__
     if not layers:
         raise UnsupportedModelError(f"{name} fills no key-value cache (call model.eval() first?); {_SUPPORTED}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import disable, enable, is_enabled
 from unsloth_spectral.integrations.reached import expect, generating, watch
@@ -138,7 +139,7 @@ def _previous(model: PreTrainedModel, name: str) -> Callable[..., Any]:
 def _prepare_cache(
     model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    own_cache = model_kwargs.get("past_key_values")
+    own_cache = cache_in(model_kwargs)
     if own_cache is not None or generation_config.use_cache is False:
         if own_cache is not None and _trains_in_between(model):
             # Unsloth's generate names one in every call, which transformers refuses beside a cache.
@@ -149,7 +150,7 @@ def _prepare_cache(
     cache = SpectralCache(model, config=vars(model)[_STATE].config)
     if generation_config.is_assistant:
         cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+    model_kwargs |= cache_argument(cache)
     expect(cache)
     return None
 

@@ -19,7 +19,7 @@ def patch_unsloth_attention(
 ) -> None:
     """Give every ``model.generate(...)`` call from now on a fresh spectral cache, with no other change of code.
 
-    A call that brings its own ``past_key_values``, or ``use_cache=False``, is left alone. Patching again only changes
+    A call that brings its own cache, or ``use_cache=False``, is left alone. Patching again only changes
     the options. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
 
     A model that Unsloth has loaded generates on transformers' code, off Unsloth's fast path, and trains as before. If a

@@ -12,6 +12,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import chat_frame, token_ids
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import LoadedModel
 
 DENSE = "dense"
@@ -44,7 +45,7 @@ def prefill_dense(loaded: LoadedModel, context: Tensor) -> Any:
     """The cache that the model makes by itself, filled with ``context [1, n]``: the reference where a task is run
     without the dense cache before."""
     model: Any = loaded.model
-    return model(input_ids=context.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    return cache_of(model(input_ids=context.to(model.device), use_cache=True, logits_to_keep=1))
 
 
 def continue_on(loaded: LoadedModel, cache: Any, tokens: Tensor) -> Tensor:
@@ -155,5 +156,5 @@ def at_least(least: int, **options: int) -> None:
 
 def _forward(loaded: LoadedModel, tokens: Tensor, cache: Any, **options: Any) -> Tensor:
     model: Any = loaded.model
-    logits: Tensor = model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True, **options).logits
+    logits: Tensor = model(input_ids=tokens.to(model.device), **cache_argument(cache), use_cache=True, **options).logits
     return logits

@@ -36,7 +36,7 @@ _told: WeakSet[PreTrainedModel] = WeakSet()
 
 
 class SpectralCache(Cache):
-    """A KV cache that stores old tokens as spectral factors, for ``model.generate(past_key_values=cache)``.
+    """A KV cache that stores old tokens as spectral factors, for ``model.generate(cache=cache)``.
 
     Full-attention layers are spectral; sliding, chunked, linear and state layers keep their native cache. Making one
     also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it back);
@@ -200,7 +200,7 @@ class SpectralCache(Cache):
     ) -> "SpectralCache":
         """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
 
-        Then call ``model.generate(prompt, past_key_values=cache)``, with a prompt that begins with the tokens held and
+        Then call ``model.generate(prompt, cache=cache)``, with a prompt that begins with the tokens held and
         has at least one more.
 
         Args:

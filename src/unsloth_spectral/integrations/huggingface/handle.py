@@ -9,6 +9,7 @@ from torch import nn
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, materialise_from_now_on
 
 
@@ -74,7 +75,7 @@ def _explanation(what: str) -> SpectralError:
     subject = "the keys and values in a spectral cache are compressed and " + what
     if module is None:
         return SpectralError(
-            f"{subject}: cache.stats() says what it holds, and model(..., past_key_values=cache) reads it"
+            f"{subject}: cache.stats() says what it holds, and model(..., {CACHE_NAME}=cache) reads it"
         )
     reader, attention = type(module).__name__, module.config._attn_implementation
     if attention != ATTENTION_NAME:

@@ -151,7 +151,7 @@ class HQQLayer(CountedLayer, HQQQuantizedLayer):
 
 
 class CountedQuantizedCache(QuantizedCache):
-    """transformers' quantized cache, for ``model.generate(past_key_values=cache)``.
+    """transformers' quantized cache, for ``model.generate(cache=cache)``.
 
     It has no sinks and quantizes a whole prefill, the newest tokens too; later tokens stay exact until there are
     ``RESIDUAL_LENGTH`` of them, whereupon everything is quantized anew.

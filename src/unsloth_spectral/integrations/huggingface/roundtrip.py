@@ -118,7 +118,7 @@ class RoundTripLayer(DynamicLayer):
 
 
 class RoundTripCache(Cache):
-    """A cache that answers as a codec's would, for ``model.generate(past_key_values=cache)``.
+    """A cache that answers as a codec's would, for ``model.generate(cache=cache)``.
 
     It takes a dense cache's memory and the model's own attention; what it measures is what a codec does to the model,
     and the bits it would take. Full-attention layers keep the sinks and the newest ``residual_length`` to

@@ -68,7 +68,7 @@ class PrefixStore:
         give it what prompts have in common, such as a document, and generate from that and a question::
 
             cache = store.prefill(model, document_ids)
-            model.generate(torch.cat([document_ids, question_ids], 1), past_key_values=cache)
+            model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)
 
         A snapshot that is broken is deleted, and one that cannot be written is not: both are logged, and nothing but
         time is lost.

@@ -9,6 +9,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.integrations.fast_path import copied_class
+from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 
 SUPPORTED = (
@@ -81,7 +82,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     if not model.can_generate():
         return "cannot generate (it has no language-model head)"
     forward = inspect.signature(type(model).forward)
-    if "past_key_values" not in forward.parameters or not _supports_cache(type(model)):
+    if CACHE_NAME not in forward.parameters or not _supports_cache(type(model)):
         return "takes no transformers Cache"
     layer_types = {plan.layer_type for plan in layers_of(model.config.get_text_config(decoder=True))}
     unknown = sorted(layer_types - set(DYNAMIC_LAYER_TYPE_MAPPING))

@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.huggingface.attention import attend
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
 from unsloth_spectral.integrations.huggingface.rotary import note
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 
@@ -75,7 +76,7 @@ def disable(model: PreTrainedModel) -> None:
 
 def _check(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: a spectral cache, which knows what it fits, is asked before the model runs with it."""
-    check_fits = getattr(kwargs.get("past_key_values"), "check_fits", None)
+    check_fits = getattr(cache_in(kwargs), "check_fits", None)
     if check_fits is not None:
         check_fits(model)
 
