@@ -8,11 +8,12 @@ INSTALL := pip install -q --no-compile
 
 # Environments of their own: what they need does not fit together.
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 UNSLOTH := .venv-unsloth
 ENGINES := .venv-engines
 ENGINES_STAMP := $(ENGINES)/.installed
 
-.PHONY: help demo test lint fast test-slow test-oldest test-unsloth test-triton test-engines models eval bench bench-engines wheel clean
+.PHONY: help demo test lint fast test-slow test-oldest test-newest test-unsloth test-triton test-engines models eval bench bench-engines wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,11 +49,21 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(OLDEST)/bin/$(INSTALL) -c constraints-oldest.txt -e '.[gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
+$(NEWEST)/.installed: pyproject.toml hatch_build.py
+	$(PYTHON) -m venv $(NEWEST)
+	@# The build of torch for a CPU; everything else as `pip install` gives it today.
+	$(NEWEST)/bin/$(INSTALL) torch==2.13.0
+	$(NEWEST)/bin/$(INSTALL) -e '.[gguf]' pytest pytest-xdist hypothesis
+	@touch $@
+
 # These ask nothing of transformers that the others do not.
 OF_ANY_VERSION := $(addprefix --ignore tests/integrations/test_,snapshots.py store.py embedded.py memory.py soak.py)
 
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
 	$(OLDEST)/bin/pytest -q -n 2 --dist worksteal -m 'not slow' $(OF_ANY_VERSION) tests/integrations tests/families
+
+test-newest: $(NEWEST)/.installed ## the same with the newest transformers, nothing pinned but the build of torch
+	$(NEWEST)/bin/pytest -q -n 2 --dist worksteal -m 'not slow' $(OF_ANY_VERSION) tests/integrations tests/families
 
 $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
@@ -100,4 +111,4 @@ wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(OLDEST) $(UNSLOTH) $(ENGINES) demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(UNSLOTH) $(ENGINES) demo dist build .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.integrations.fast_path import copied_class
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
+from unsloth_spectral.integrations.huggingface.versions import warn_if_untested
 
 SUPPORTED = (
     "supported are decoder-only transformers models that have full-attention layers, for example Llama, Mistral, "
@@ -36,6 +37,7 @@ def check_model(model: object, config: SpectralConfig) -> None:
         UnsupportedModelError: names the model, what stands in the way and what is supported.
         InvalidArgumentError: a rank exceeds the model's head_dim.
     """
+    warn_if_untested()
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{name} is not a transformers PreTrainedModel; {SUPPORTED}")
