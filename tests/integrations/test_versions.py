@@ -1,4 +1,4 @@
-"""Every transformers of the supported range: both names of the cache's argument, and a line about an untested release."""
+"""Every supported transformers: both names of the cache's argument, and a line about an untested release."""
 
 import logging
 import re
