@@ -29,7 +29,14 @@ def _make_cache(preset: str, model: Any) -> Any:
             f"{', '.join(sorted(kinds))}"
         )
     # By its name, as the package has no types and need not be there.
-    return import_module("tiny_turboquant").TinyKVCache.for_model(model, compression=preset, residual_len=64)
+    base: Any = import_module("tiny_turboquant").TinyKVCache
+
+    class TinyTurboquantCache(base):  # type: ignore[misc]
+        def update(self, key_states: Any, value_states: Any, layer_idx: int, **_: Any) -> Any:
+            # Since 5.24 transformers passes more than the package takes.
+            return super().update(key_states, value_states, layer_idx)
+
+    return TinyTurboquantCache.for_model(model, compression=preset, residual_len=64)
 
 
 def _footprint(cache: Any) -> Footprint:

@@ -43,8 +43,8 @@ class SpectralCache(Cache):
     that function treats every other cache as before.
 
     A model that computes with its keys and values itself, outside transformers' AttentionInterface or before it
-    (multi-head latent attention, DiffLlama, Falcon, GPT-J, BLOOM, MPT), gets them rebuilt at every step, one layer at a
-    time: memory falls, decoding gets no faster. A warning says so, once a model.
+    (multi-head latent attention, DiffLlama, Falcon, BLOOM, MPT, and GPT-J before transformers 5.24), gets them rebuilt
+    at every step, one layer at a time: memory falls, decoding gets no faster. A warning says so, once a model.
 
     Args:
         model: a decoder-only transformers model.

@@ -66,7 +66,7 @@ class CountedLayer(QuantizedLayer):
     def _dequantize(self, stored: Stored) -> Tensor:
         *outer, num_tokens, head_dim = stored.shape
         filled = self._decode(stored.payload).reshape(*outer, -1, head_dim)
-        return filled[..., :num_tokens, :].to(self.dtype)
+        return filled[..., :num_tokens, :].to(self.keys.dtype)
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         raise NotImplementedError
@@ -89,7 +89,7 @@ class CountedLayer(QuantizedLayer):
             sealed_tokens=cold_tokens,
             cold_bytes=storage_bytes(*keys.tensors, *values.tensors),
             residual_bytes=storage_bytes(*residual),
-            dense_bytes=num_tokens * per_token * self.dtype.itemsize,
+            dense_bytes=num_tokens * per_token * self.keys.dtype.itemsize,
             elements=num_tokens * per_token,
             cold_elements=cold_tokens * per_token,
         )
