@@ -29,12 +29,13 @@ NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 class Stored:
     """What a backend keeps for keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to read them.
 
-    ``shape`` is that of the tokens alone, without those that fill up the last groups.
+    ``shape`` and ``dtype`` are those of the tokens alone, without those that fill up the last groups.
     """
 
     payload: Any
     tensors: tuple[Tensor, ...]
     shape: torch.Size
+    dtype: torch.dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stored":
         # Quantized states are replaced and never changed; and quanto's tensors can't be deep-copied under torch 2.13.
@@ -61,12 +62,12 @@ class CountedLayer(QuantizedLayer):
         missing = -tensor.shape[-2] % unit
         filled = torch.cat([tensor, tensor[..., -1:, :].expand(-1, -1, missing, -1)], dim=-2)
         payload, tensors = self._encode(filled, axis)
-        return Stored(payload, tensors, tensor.shape)
+        return Stored(payload, tensors, tensor.shape, tensor.dtype)
 
     def _dequantize(self, stored: Stored) -> Tensor:
         *outer, num_tokens, head_dim = stored.shape
         filled = self._decode(stored.payload).reshape(*outer, -1, head_dim)
-        return filled[..., :num_tokens, :].to(self.keys.dtype)
+        return filled[..., :num_tokens, :].to(stored.dtype)
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         raise NotImplementedError
@@ -89,7 +90,7 @@ class CountedLayer(QuantizedLayer):
             sealed_tokens=cold_tokens,
             cold_bytes=storage_bytes(*keys.tensors, *values.tensors),
             residual_bytes=storage_bytes(*residual),
-            dense_bytes=num_tokens * per_token * self.keys.dtype.itemsize,
+            dense_bytes=num_tokens * per_token * keys.dtype.itemsize,
             elements=num_tokens * per_token,
             cold_elements=cold_tokens * per_token,
         )
