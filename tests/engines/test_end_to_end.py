@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("lmcache")
 
 from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.layout import Heads
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.embedded import embedded_folder
 
@@ -54,7 +55,7 @@ def test_a_second_engine_reuses_what_the_first_stored(tmp_path: Path, prompts: P
             dense = ask(port, prompts)
             files = wait_for_files(folder, NUM_PROMPTS * NUM_CHUNKS)
         assert [answer["cached"] for answer in dense[:NUM_PROMPTS]] == [0] * NUM_PROMPTS
-        size = ChunkCodec(bits, HEAD_DIM, 1e5).nbytes((LAYERS, CHUNK, HEADS * 2 * HEAD_DIM))
+        size = ChunkCodec(bits, Heads(HEAD_DIM), 1e5).nbytes((LAYERS, CHUNK, HEADS * 2 * HEAD_DIM))
         assert [path.stat().st_size for path in files] == [size] * NUM_PROMPTS * NUM_CHUNKS
         # Another server, so that nothing is left but what is on disk; another engine, so that nothing is in its cache.
         with server(folder, bits) as port:
@@ -87,6 +88,7 @@ def server(folder: Path, bits: float) -> Iterator[int]:
         "serde": {
             "type": "spectral",
             "bits_per_element": bits,
+            "layout": "heads",
             "head_dim": HEAD_DIM,
             "rope_theta": 100000,
             "block_tokens": 128,
