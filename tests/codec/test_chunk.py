@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.chunk import ChunkCodec
-from unsloth_spectral.codec.layout import Heads, Latent, Planes
+from unsloth_spectral.codec.layout import Blocks, Heads, Latent, Planes
 from unsloth_spectral.codec.record import HEADER_BYTES
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 
@@ -76,7 +76,7 @@ def test_the_layout_changes_no_number() -> None:
     plain = ChunkCodec(3.0, Planes(64), THETA)
     expected = Planes(64).split(plain.decode(plain.encode(chunk), chunk.shape, chunk.dtype))
     keys, values = Planes(64).split(chunk)
-    for layout in (Heads(64), Heads(64, block_tokens=128), Planes(64)):
+    for layout in (Heads(64), Blocks(64, 128), Planes(64)):
         for shape in ((3, 256, 256), (1, 3, 256, 256)):
             codec, fused = ChunkCodec(3.0, layout, THETA), layout.join(keys, values, shape)
             record = codec.encode(fused)

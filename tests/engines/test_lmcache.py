@@ -1,7 +1,6 @@
 """The spectral serde inside the real LMCache: its factory, its memory objects, its worker thread, its adapters."""
 
 import json
-import logging
 import select
 from pathlib import Path
 from typing import Any
@@ -120,26 +119,25 @@ def test_several_groups_of_layers_come_back() -> None:
         serde.close()
 
 
-def test_a_chunk_stored_raw_is_counted_in_the_status_of_the_adapter(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_chunk_stored_raw_is_in_the_status_and_in_what_the_server_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where latents come and heads were asked for, nothing is stored raw in silence."""
+    """Here latents come and heads were asked for."""
     adapter = create_l2_adapter_from_registry(plugin_config(tmp_path))
     serde = create_serde_processor(SerdeConfig("spectral", {**OPTIONS, "head_dim": 128}))
     try:
         chunk = torch.randn(1, 4, 256, 576, generator=torch.Generator().manual_seed(0)).half()
         record = memory(torch.zeros(2 * chunk.numel(), dtype=torch.uint8))
         assert adapter.report_status()["spectral"] == [{"chunks": 0, "raw": 0, "raw_because": {}}]
-        with caplog.at_level(logging.WARNING, "unsloth_spectral"):
-            task = serde.submit_serialize([memory(chunk)], [record], [KEY])
-            assert finish(serde.get_serialize_event_fd(), serde.query_serialize_result, task)
+        task = serde.submit_serialize([memory(chunk)], [record], [KEY])
+        assert finish(serde.get_serialize_event_fd(), serde.query_serialize_result, task)
         status = adapter.report_status()
         assert status["is_healthy"]
         (stats,) = status["spectral"]
         assert (stats["chunks"], stats["raw"]) == (1, 1)
         assert '"layout": "latent"' in next(iter(stats["raw_because"]))
         assert json.loads(json.dumps(status)) == status
-        assert [record.getMessage() for record in caplog.records if "stored raw: 1 of 1" in record.getMessage()]
+        assert "stored raw: 1 of 1 chunks so far: the last size of" in capsys.readouterr().err
         back = torch.zeros_like(chunk)
         task = serde.submit_deserialize([record], [memory(back)], [KEY])
         assert finish(serde.get_deserialize_event_fd(), serde.query_deserialize_result, task)
@@ -147,6 +145,7 @@ def test_a_chunk_stored_raw_is_counted_in_the_status_of_the_adapter(
     finally:
         serde.close()
         adapter.close()
+    assert "stored raw: 1 of 1 chunks in all: the last size of" in capsys.readouterr().err
     assert adapter.report_status()["spectral"] == []
 
 

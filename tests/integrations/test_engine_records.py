@@ -40,7 +40,7 @@ def relative_error(first: Tensor, second: Tensor) -> float:
     [
         (HEADS, (1, 3, 256, 512)),
         (HEADS, (3, 256, 512)),
-        ({**HEADS, "block_tokens": 128}, (1, 3, 256, 512)),
+        ({**HEADS, "layout": "blocks", "block_tokens": 128}, (1, 3, 256, 512)),
         (PLANES, (2, 3, 256, 256)),
         (PLANES, (1, 3, 256, 512)),
         (LATENT, (1, 3, 256, 576)),
@@ -183,7 +183,7 @@ def test_a_record_of_another_layout_is_refused() -> None:
     [
         ({}, 'add "layout": "heads" for vLLM since 0.26'),
         ({**HEADS, "layout": None}, 'add "layout": "heads"'),
-        ({**HEADS, "layout": "fused"}, "layout must be one of heads, planes, latent, got 'fused'"),
+        ({**HEADS, "layout": "fused"}, "layout must be one of heads, blocks, planes, latent, got 'fused'"),
         ({**HEADS, "layout": ["heads"]}, "layout must be one of"),
         ({"layout": "heads"}, 'needs bits_per_element and head_dim: add e.g. "bits_per_element": 2.5, "head_dim": 128'),
         ({"layout": "latent", "bits_per_element": 4.5}, '"kv_lora_rank": 512, "qk_rope_head_dim": 64'),
@@ -191,6 +191,8 @@ def test_a_record_of_another_layout_is_refused() -> None:
         ({**LATENT, "head_dim": 128}, "got head_dim"),
         ({**HEADS, "kv_lora_rank": 512}, "got kv_lora_rank"),
         ({**PLANES, "block_tokens": 128}, "got block_tokens"),
+        ({**HEADS, "block_tokens": 128}, "got block_tokens"),
+        ({**HEADS, "layout": "blocks"}, 'needs block_tokens: add e.g. "block_tokens": 128'),
         ({**HEADS, "theta": 1e4}, "got theta"),
         ({**HEADS, "head_dim": []}, "head_dim must be a number, or a list"),
         ({**HEADS, "head_dim": [None]}, "head_dim must be a number, or a list"),

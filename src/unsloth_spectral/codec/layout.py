@@ -39,28 +39,13 @@ class ChunkLayout(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """Each head's keys beside its values: ``[layers, tokens, heads * 2 * head_dim]``, as vLLM does since 0.26.
-
-    vLLM on a CPU keeps tokens in blocks, and in each block a head's keys, transposed, before all its values.
-
-    Attributes:
-        head_dim: the model's; even.
-        block_tokens: tokens of a block of vLLM's CPU kernels in float32, 128; None for every other engine.
-
-    Raises:
-        InvalidArgumentError: an attribute is out of its range.
-    """
+class _KeysLikeValues:
+    """Keys and values of one size, ``head_dim``."""
 
     head_dim: int
-    block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check_even("head_dim", self.head_dim)
-        if self.block_tokens is not None and not _is_integer(self.block_tokens, 1):
-            raise InvalidArgumentError(
-                f"block_tokens must be an integer of 1 or more, or left out; got {self.block_tokens!r}"
-            )
 
     @property
     def key_dim(self) -> int:
@@ -70,28 +55,65 @@ class Heads:
     def value_dim(self) -> int:
         return self.head_dim
 
+
+@dataclass(frozen=True, slots=True)
+class Heads(_KeysLikeValues):
+    """Each head's keys beside its values: ``[layers, tokens, heads * 2 * head_dim]``, as vLLM does since 0.26.
+
+    Attributes:
+        head_dim: the model's; even.
+
+    Raises:
+        InvalidArgumentError: an attribute is out of its range.
+    """
+
     def obstacle(self, shape: Sequence[int]) -> str | None:
         if not _has_one_plane(shape):
             return (
-                f'layout "heads" reads chunks of one plane, [1, layers, tokens, width], got {tuple(shape)}: if these '
-                'are keys and values, write "layout": "planes"'
+                f"chunks must be of one plane, [1, layers, tokens, width], got {tuple(shape)}: if these are keys and "
+                'values, write "layout": "planes"'
             )
         if shape[-1] % (2 * self.head_dim):
             return (
                 f"the last size of {tuple(shape)} must be a multiple of 2 * head_dim={2 * self.head_dim}: correct "
                 'head_dim, or write "layout": "latent" for multi-head latent attention'
             )
-        if self.block_tokens is not None and shape[-2] % self.block_tokens:
-            return f"with block_tokens={self.block_tokens} chunks must be whole blocks, got {shape[-2]} tokens"
         return None
 
     def num_heads(self, shape: Sequence[int]) -> int:
         return int(shape[-1]) // (2 * self.head_dim)
 
     def split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        by_head = _one_plane(chunk).unflatten(-1, (-1, 2, self.head_dim)).permute(0, 2, 1, 3, 4)
-        if self.block_tokens is None:
-            return by_head[..., 0, :], by_head[..., 1, :]
+        keys, values = _one_plane(chunk).unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def join(self, keys: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+        return torch.stack([keys, values], -2).transpose(1, 2).reshape(tuple(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Heads):
+    """Blocks of tokens, and in each a head's keys, transposed, before all its values, as vLLM's CPU kernels do in
+    float32. The shape is that of ``Heads``.
+
+    Attributes:
+        block_tokens: tokens of a block, 128 unless vLLM was told otherwise.
+    """
+
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        Heads.__post_init__(self)
+        if not _is_integer(self.block_tokens, 1):
+            raise InvalidArgumentError(f"block_tokens must be an integer of 1 or more, got {self.block_tokens!r}")
+
+    def obstacle(self, shape: Sequence[int]) -> str | None:
+        if _has_one_plane(shape) and shape[-2] % self.block_tokens:
+            return f"chunks must be whole blocks of block_tokens={self.block_tokens}, got {shape[-2]} tokens"
+        return Heads.obstacle(self, shape)
+
+    def split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        by_head = _one_plane(chunk).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
         layers, heads, tokens = by_head.shape[:3]
         blocks = by_head.reshape(layers, heads, -1, 2, self.block_tokens * self.head_dim)
         keys = blocks[:, :, :, 0].unflatten(-1, (self.head_dim, self.block_tokens)).mT
@@ -99,8 +121,6 @@ class Heads:
         return keys.reshape(layers, heads, tokens, -1), values.reshape(layers, heads, tokens, -1)
 
     def join(self, keys: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.block_tokens is None:
-            return torch.stack([keys, values], -2).transpose(1, 2).reshape(tuple(shape))
         packed = [
             keys.unflatten(2, (-1, self.block_tokens)).mT.flatten(3),
             values.unflatten(2, (-1, self.block_tokens)).flatten(3),
@@ -110,7 +130,7 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class Planes:
+class Planes(_KeysLikeValues):
     """All heads' keys before all heads' values: ``[2, layers, tokens, heads * head_dim]``, as SGLang and vLLM before
     0.26 do, or ``[layers, tokens, 2 * heads * head_dim]``.
 
@@ -121,23 +141,10 @@ class Planes:
         InvalidArgumentError: ``head_dim`` is out of its range.
     """
 
-    head_dim: int
-
-    def __post_init__(self) -> None:
-        _check_even("head_dim", self.head_dim)
-
-    @property
-    def key_dim(self) -> int:
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        return self.head_dim
-
     def obstacle(self, shape: Sequence[int]) -> str | None:
         one_plane = _has_one_plane(shape)
         if not one_plane and shape[0] != 2:
-            return f'layout "planes" reads chunks of one plane or two, [2, layers, tokens, width], got {tuple(shape)}'
+            return f"chunks must be of one plane or two, [2, layers, tokens, width], got {tuple(shape)}"
         unit = self.head_dim * (2 if one_plane else 1)
         if shape[-1] % unit:
             return f"the last size of {tuple(shape)} must be a multiple of {unit}: correct head_dim={self.head_dim}"
@@ -194,8 +201,8 @@ class Latent:
         width = self.kv_lora_rank + self.qk_rope_head_dim
         if not _has_one_plane(shape) or shape[-1] != width:
             return (
-                f'layout "latent" reads [1, layers, tokens, {width}], got {tuple(shape)}: the last size must be '
-                "kv_lora_rank + qk_rope_head_dim"
+                f"chunks must be [1, layers, tokens, {width}], the last size kv_lora_rank + qk_rope_head_dim, got "
+                f"{tuple(shape)}: correct these two"
             )
         return None
 

@@ -13,6 +13,7 @@ Importing it registers the serde, which is how LMCache finds one; no other modul
 from typing import Any
 
 import torch
+from lmcache.logging import init_logger
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase, get_l2_adapter_config_class
@@ -123,7 +124,9 @@ def create_serde(options: dict[str, Any]) -> SerdeProcessor:
     workers = options.get("max_workers", 1)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise InvalidArgumentError(f"max_workers must be an integer of 1 or more, got {workers!r}")
-    return SpectralSerde(records_from_options(options), workers)
+    records = records_from_options(options)
+    init_logger("unsloth_spectral")  # the server prints nothing of loggers that LMCache has not set up
+    return SpectralSerde(records, workers)
 
 
 def _groups(memory: MemoryObj) -> list[Tensor]:
