@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.layout import Planes
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.eval.fidelity import Fidelity
 from unsloth_spectral.eval.methods.kivi import Kivi
@@ -80,7 +81,7 @@ def reference(codec: Kivi | LloydMax) -> Serde:
 
 
 def spectral(bits: float, theta: float | None = THETA) -> Serde:
-    codec = ChunkCodec(bits, HEAD_DIM, theta)
+    codec = ChunkCodec(bits, Planes(HEAD_DIM), theta)
 
     def serde(chunk: Tensor) -> tuple[Tensor, int]:
         record = codec.encode(chunk)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.layout import Blocks, Heads, Latent, Planes
 from unsloth_spectral.codec.record import HEADER_BYTES
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 
@@ -39,7 +40,7 @@ def test_a_record_has_its_size_and_is_nearly_full(
     layers: int, tokens: int, heads: int, head_dim: int, bits: float
 ) -> None:
     chunk = cached(layers, tokens, heads, head_dim)
-    codec = ChunkCodec(bits, head_dim, THETA)
+    codec = ChunkCodec(bits, Planes(head_dim), THETA)
     record = codec.encode(chunk)
     assert record.dtype == torch.uint8
     assert len(record) == codec.nbytes(chunk.shape) == int(bits * chunk.numel() / 8)
@@ -51,7 +52,7 @@ def test_a_record_has_its_size_and_is_nearly_full(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_round_trip_in_every_dtype(dtype: torch.dtype) -> None:
     chunk = cached(4, 256, 2, 64).to(dtype)
-    codec = ChunkCodec(4.0, 64, THETA)
+    codec = ChunkCodec(4.0, Planes(64), THETA)
     back = codec.decode(codec.encode(chunk), chunk.shape, dtype)
     assert back.dtype == dtype
     assert back.shape == chunk.shape
@@ -63,49 +64,76 @@ def test_more_bits_lose_less_and_eight_beat_fp8() -> None:
     chunk = cached(4, 256, 2, 64)
     errors = []
     for bits in (1.5, 2.5, 4.0, 8.0):
-        codec = ChunkCodec(bits, 64, THETA)
+        codec = ChunkCodec(bits, Planes(64), THETA)
         errors.append(relative_error(chunk, codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < relative_error(chunk, chunk.to(torch.float8_e4m3fn))
 
 
-def test_both_layouts_hold_the_same() -> None:
+def test_the_layout_changes_no_number() -> None:
+    """Keys and values are coded alike, wherever they lie in the chunk."""
     chunk = cached(3, 256, 2, 64)
-    fused = chunk.unflatten(-1, (2, 64)).permute(1, 2, 3, 0, 4).flatten(2)
-    assert fused.shape == (3, 256, 256)
-    codec = ChunkCodec(3.0, 64, THETA)
-    back = codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)
-    fused_back = codec.decode(codec.encode(fused.contiguous()), fused.shape, fused.dtype)
-    torch.testing.assert_close(
-        fused_back, back.unflatten(-1, (2, 64)).permute(1, 2, 3, 0, 4).flatten(2), rtol=0, atol=0
-    )
+    plain = ChunkCodec(3.0, Planes(64), THETA)
+    expected = Planes(64).split(plain.decode(plain.encode(chunk), chunk.shape, chunk.dtype))
+    keys, values = Planes(64).split(chunk)
+    for layout in (Heads(64), Blocks(64, 128), Planes(64)):
+        for shape in ((3, 256, 256), (1, 3, 256, 256)):
+            codec, fused = ChunkCodec(3.0, layout, THETA), layout.join(keys, values, shape)
+            record = codec.encode(fused)
+            back = layout.split(codec.decode(record, shape, fused.dtype))
+            torch.testing.assert_close(back, expected, rtol=0, atol=0)
+            with pytest.raises(LoadError, match="other options"):
+                ChunkCodec(3.0, Heads(32), THETA).decode(record, shape, fused.dtype)
 
 
-def test_blocks_of_transposed_keys_hold_the_same() -> None:
-    """As vLLM's CPU kernels keep them: in each block of 128 tokens a head's keys ``[64, 128]``, then its values."""
-    chunk = cached(3, 256, 2, 64)
-    packed = torch.empty(3, 256, 2, 128)
-    for layer in range(3):
-        for head in range(2):
-            for block in range(2):
-                own = chunk[:, layer, 128 * block : 128 * (block + 1), 64 * head : 64 * (head + 1)]
-                both = torch.cat([own[0].mT.flatten(), own[1].flatten()])
-                packed[layer, 128 * block : 128 * (block + 1), head] = both.view(128, 128)
-    packed = packed.flatten(2)
-    plain, blocked = ChunkCodec(3.0, 64, THETA), ChunkCodec(3.0, 64, THETA, block_tokens=128)
-    back = plain.decode(plain.encode(chunk), chunk.shape, chunk.dtype)
-    record = blocked.encode(packed)
-    packed_back = blocked.decode(record, packed.shape, packed.dtype)
-    keys, values = blocked._split(packed_back)
-    expected = back.unflatten(-1, (2, 64)).transpose(2, 3)
-    torch.testing.assert_close(torch.stack([keys, values]), expected, rtol=0, atol=0)
-    with pytest.raises(LoadError, match="other options"):
-        plain.decode(record, packed.shape, packed.dtype)
+def latents(layers: int, tokens: int, rank: int, rope: int) -> Tensor:
+    """A chunk ``[1, layers, tokens, rank + rope]``: latents of normalized length with some loud channels, and rotated
+    keys of which neighbouring numbers are pairs."""
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(layers, tokens, rank, generator=generator) * torch.arange(1, rank + 1) ** -0.3
+    latent = latent / latent.square().mean(-1, keepdim=True).sqrt()
+    halves = cached(layers, tokens, 1, rope, start=5000)[0]
+    pairs = torch.stack(halves.chunk(2, -1), -1).flatten(-2)
+    return torch.cat([latent, pairs], -1)[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("bits", "latent_error", "key_error"),
+    [(2.5, 0.375, 0.01), (3.5, 0.2, 0.006), (4.5, 0.11, 0.003), (8.0, 0.02, 0.001)],
+)
+def test_latents_come_back(bits: float, latent_error: float, key_error: float, dtype: torch.dtype) -> None:
+    chunk = latents(2, 256, 512, 64).to(dtype)
+    codec = ChunkCodec(bits, Latent(512, 64), THETA)
+    record = codec.encode(chunk)
+    assert len(record) == int(bits * chunk.numel() / 8)
+    back = codec.decode(record, chunk.shape, dtype)
+    assert back.dtype == dtype
+    assert relative_error(chunk[..., :512], back[..., :512]) < latent_error
+    assert relative_error(chunk[..., 512:], back[..., 512:]) < key_error
+    assert torch.equal(back[:, :, 0], chunk[:, :, 0])
+
+
+def test_rotated_parts_of_latents_are_turned_back_in_neighbouring_pairs() -> None:
+    chunk, errors = latents(4, 256, 512, 64), []
+    for theta in (THETA, None):
+        codec = ChunkCodec(1.3, Latent(512, 64), theta)
+        back = codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)
+        errors.append(relative_error(chunk[..., 512:], back[..., 512:]))
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("tokens", [256, 257, 1000])
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (256, 32), (96, 2), (60, 60)])
+def test_latents_of_awkward_sizes(tokens: int, rank: int, rope: int) -> None:
+    chunk = latents(1, tokens, rank, rope)[0]
+    codec = ChunkCodec(6.0, Latent(rank, rope), THETA)
+    assert relative_error(chunk, codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)) < 0.1
 
 
 def test_where_the_chunk_stands_makes_no_difference() -> None:
     """Keys are turned back by their places within the chunk: what is left turns all of them alike."""
-    codec, errors = ChunkCodec(2.5, 64, THETA), []
+    codec, errors = ChunkCodec(2.5, Planes(64), THETA), []
     for start in (0, 256, 100_000):
         keys = cached(2, 256, 2, 64, start=start)
         back = codec.decode(codec.encode(keys), keys.shape, keys.dtype)
@@ -116,13 +144,13 @@ def test_where_the_chunk_stands_makes_no_difference() -> None:
 def test_turning_keys_back_pays() -> None:
     chunk, errors = cached(4, 256, 2, 64, start=4096), []
     for theta in (THETA, None):
-        codec = ChunkCodec(2.5, 64, theta)
+        codec = ChunkCodec(2.5, Planes(64), theta)
         errors.append(relative_error(chunk[0], codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)[0]))
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_constant_and_empty_chunks() -> None:
-    codec = ChunkCodec(2.5, 64, None)
+    codec = ChunkCodec(2.5, Planes(64), None)
     for chunk in (torch.zeros(2, 2, 256, 128), torch.full((2, 2, 256, 128), 3.0)):
         back = codec.decode(codec.encode(chunk), chunk.shape, chunk.dtype)
         torch.testing.assert_close(back[0], chunk[0], rtol=1e-3, atol=1e-6)
@@ -131,7 +159,7 @@ def test_constant_and_empty_chunks() -> None:
 
 def test_altered_cut_and_foreign_records_are_refused() -> None:
     chunk = cached(2, 256, 1, 64)
-    codec = ChunkCodec(2.5, 64, THETA)
+    codec = ChunkCodec(2.5, Planes(64), THETA)
     record = codec.encode(chunk)
 
     def decode(changed: Tensor, by: ChunkCodec = codec) -> Tensor:
@@ -145,10 +173,10 @@ def test_altered_cut_and_foreign_records_are_refused() -> None:
     with pytest.raises(LoadError, match="bytes"):
         decode(record[:-1])
     with pytest.raises(LoadError, match="other options"):
-        decode(record, ChunkCodec(2.5, 64, 500_000.0))
+        decode(record, ChunkCodec(2.5, Planes(64), 500_000.0))
     with pytest.raises(LoadError, match="other options"):
         codec.decode(record, chunk.shape, torch.float16)
-    decode(record, ChunkCodec(2.5, 64, int(THETA)))
+    decode(record, ChunkCodec(2.5, Planes(64), int(THETA)))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -156,7 +184,7 @@ def test_a_chunk_that_is_not_finite_is_refused(number: float) -> None:
     chunk = cached(1, 256, 1, 64)
     chunk[0, 0, 17, 3] = number
     with pytest.raises(InvalidArgumentError, match="finite"):
-        ChunkCodec(2.5, 64, THETA).encode(chunk)
+        ChunkCodec(2.5, Planes(64), THETA).encode(chunk)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +192,16 @@ def test_a_chunk_that_is_not_finite_is_refused(number: float) -> None:
     [
         ((2, 4, 255, 128), torch.float16, "256 tokens"),
         ((2, 4, 16, 128), torch.float16, "256 tokens"),
-        ((1, 4, 256, 128), torch.float16, r"\[2, layers"),
-        ((256, 128), torch.float16, r"\[2, layers"),
+        ((3, 4, 256, 128), torch.float16, "one plane or two"),
+        ((256, 128), torch.float16, r"\[layers, tokens, width\]"),
+        ((1, 2, 4, 256, 128), torch.float16, r"\[layers, tokens, width\]"),
         ((2, 4, 256, 100), torch.float16, "head_dim=64"),
         ((4, 256, 192), torch.float16, "head_dim=64"),
         ((2, 4, 256, 128), torch.uint8, "floating dtype"),
     ],
 )
 def test_layouts_that_cannot_be_coded(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
-    codec = ChunkCodec(2.5, 64, THETA)
+    codec = ChunkCodec(2.5, Planes(64), THETA)
     obstacle = codec.obstacle(shape, dtype)
     assert obstacle is not None
     with pytest.raises(InvalidArgumentError, match=message):
@@ -181,24 +210,21 @@ def test_layouts_that_cannot_be_coded(shape: tuple[int, ...], dtype: torch.dtype
 
 def test_too_few_bits_for_a_layout_are_refused() -> None:
     """Few dimensions: a byte a token and the exact token already take more than is there."""
-    obstacle = ChunkCodec(1.2, 8, THETA).obstacle((2, 1, 256, 8), torch.float32)
+    obstacle = ChunkCodec(1.2, Planes(8), THETA).obstacle((2, 1, 256, 8), torch.float32)
     assert obstacle is not None
     assert "raise bits_per_element" in obstacle
 
 
 @pytest.mark.parametrize(
-    ("bits", "head_dim", "theta", "message"),
+    ("bits", "theta", "message"),
     [
-        (1.0, 64, THETA, "bits_per_element"),
-        (9, 64, THETA, "bits_per_element"),
-        ("2.5", 64, THETA, "bits_per_element"),
-        (2.5, 63, THETA, "head_dim"),
-        (2.5, 0, THETA, "head_dim"),
-        (2.5, 64.0, THETA, "head_dim"),
-        (2.5, 64, 0.5, "rope_theta"),
-        (2.5, 64, "10000", "rope_theta"),
+        (1.0, THETA, "bits_per_element"),
+        (9, THETA, "bits_per_element"),
+        ("2.5", THETA, "bits_per_element"),
+        (2.5, 0.5, "rope_theta"),
+        (2.5, "10000", "rope_theta"),
     ],
 )
-def test_options_are_checked(bits: float, head_dim: int, theta: float, message: str) -> None:
+def test_options_are_checked(bits: float, theta: float, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        ChunkCodec(bits, head_dim, theta)
+        ChunkCodec(bits, Planes(64), theta)

@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("lmcache")
 
 from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.layout import Heads
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.embedded import embedded_folder
 
@@ -50,14 +51,17 @@ def test_a_second_engine_reuses_what_the_first_stored(tmp_path: Path, prompts: P
     rows = []
     for bits in (8.0, 2.5):
         folder = tmp_path / f"{bits}"
-        with server(folder, bits) as port:
+        with server(folder, bits) as (port, http_port):
             dense = ask(port, prompts)
             files = wait_for_files(folder, NUM_PROMPTS * NUM_CHUNKS)
+            stats = stats_of(http_port)
+        assert stats["chunks"] >= NUM_PROMPTS * NUM_CHUNKS
+        assert stats["raw"] == 0
         assert [answer["cached"] for answer in dense[:NUM_PROMPTS]] == [0] * NUM_PROMPTS
-        size = ChunkCodec(bits, HEAD_DIM, 1e5).nbytes((LAYERS, CHUNK, HEADS * 2 * HEAD_DIM))
+        size = ChunkCodec(bits, Heads(HEAD_DIM), 1e5).nbytes((LAYERS, CHUNK, HEADS * 2 * HEAD_DIM))
         assert [path.stat().st_size for path in files] == [size] * NUM_PROMPTS * NUM_CHUNKS
         # Another server, so that nothing is left but what is on disk; another engine, so that nothing is in its cache.
-        with server(folder, bits) as port:
+        with server(folder, bits) as (port, _):
             reused = ask(port, prompts)
         assert [answer["cached"] for answer in reused[:NUM_PROMPTS]] == [CHUNK * NUM_CHUNKS] * NUM_PROMPTS
         rows.append({"bits_per_element": bits, "record_bytes": size, **agreement(dense, reused)})
@@ -75,8 +79,8 @@ def test_a_second_engine_reuses_what_the_first_stored(tmp_path: Path, prompts: P
 
 
 @contextmanager
-def server(folder: Path, bits: float) -> Iterator[int]:
-    """``lmcache server`` that keeps everything in ``folder``; its port."""
+def server(folder: Path, bits: float) -> Iterator[tuple[int, int]]:
+    """``lmcache server`` that keeps everything in ``folder``; its port, and the one of its status."""
     folder.mkdir(exist_ok=True)
     port, http_port, metrics_port = free_port(), free_port(), free_port()
     adapter = {
@@ -87,6 +91,7 @@ def server(folder: Path, bits: float) -> Iterator[int]:
         "serde": {
             "type": "spectral",
             "bits_per_element": bits,
+            "layout": "blocks",
             "head_dim": HEAD_DIM,
             "rope_theta": 100000,
             "block_tokens": 128,
@@ -103,13 +108,20 @@ def server(folder: Path, bits: float) -> Iterator[int]:
     ):
         try:
             wait_for_server(process, http_port, log)
-            yield port
+            yield port, http_port
         finally:
             process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def stats_of(http_port: int) -> dict[str, Any]:
+    """What the serde says of the chunks it stored."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/status", timeout=60) as answer:
+        ((stats,),) = [adapter["spectral"] for adapter in json.load(answer)["storage_manager"]["l2_adapters"]]
+    return dict(stats)
 
 
 def ask(port: int, prompts: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ from unsloth_spectral.codec import values as value_codec
 from unsloth_spectral.codec.allocate import uniform_value_width, widths_at
 from unsloth_spectral.codec.basis import Basis, covariance, principal_basis
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.layout import ChunkLayout
+from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.record import HEADER_BYTES, LayerShape, Reader, read_header, write_header, write_layer
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.rope import Rotation
@@ -39,61 +41,44 @@ _HALVINGS = 40
 class ChunkCodec:
     """How chunks become records; both sides need the same.
 
-    A chunk is ``[2, layers, tokens, heads * head_dim]``, keys then values, or ``[layers, tokens, heads * 2 *
-    head_dim]``, each head's keys beside its values; of any floating dtype, of 256 tokens or more. vLLM on a CPU keeps
-    the latter in blocks, and in one each head's keys, transposed, before all its values: ``block_tokens`` undoes that.
+    A chunk is ``[layers, tokens, width]`` with one or two planes in front, of any floating dtype and of 256 tokens or
+    more; see ``layout`` for what lies in it.
 
     Attributes:
         bits_per_element: bits of the record for each number of the chunk, 1.2 to 8.
-        head_dim: the model's; even.
+        layout: where the keys and values lie.
         rope_theta: base of the model's rotary embedding, or None to leave keys as they come. A value that is not the
             model's costs fidelity, nothing else: whatever the angles, decoding turns keys by the same.
-        block_tokens: tokens of a block of vLLM's CPU kernels in float32, 128; None for every other engine.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
     """
 
     bits_per_element: float
-    head_dim: int
+    layout: ChunkLayout
     rope_theta: float | None = None
-    block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits_per_element is None:
             raise InvalidArgumentError("bits_per_element must be a number, got None")
         SpectralConfig(bits_per_element=self.bits_per_element)
-        if (
-            isinstance(self.head_dim, bool)
-            or not isinstance(self.head_dim, int)
-            or self.head_dim < 2
-            or self.head_dim % 2
-        ):
-            raise InvalidArgumentError(f"head_dim must be an even integer of 2 or more, got {self.head_dim!r}")
-        block = self.block_tokens
-        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-            raise InvalidArgumentError(f"block_tokens must be an integer of 1 or more, or left out; got {block!r}")
         theta = self.rope_theta
         if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 1):
             raise InvalidArgumentError(f"rope_theta must be a number above 1, or left out; got {theta!r}")
 
     def obstacle(self, shape: Sequence[int], dtype: torch.dtype) -> str | None:
         """Why chunks of this shape cannot be coded; None if they can."""
-        fused = len(shape) == 3
         if not dtype.is_floating_point:
             return f"chunks must be of a floating dtype, got {dtype}"
-        if len(shape) not in (3, 4) or (not fused and shape[0] != 2):
-            return f"chunks must be [2, layers, tokens, hidden] or [layers, tokens, 2 * hidden], got {tuple(shape)}"
-        if shape[-1] % (self.head_dim * (2 if fused else 1)):
-            return (
-                f"the last size of {tuple(shape)} must be a multiple of head_dim={self.head_dim}, for keys and values"
-            )
+        if len(shape) not in (3, 4):
+            return f"chunks must be [layers, tokens, width], with or without planes in front, got {tuple(shape)}"
+        obstacle = self.layout.obstacle(shape)
+        if obstacle is not None:
+            return obstacle
         if shape[-2] < MIN_TOKENS:
             return f"chunks must have {MIN_TOKENS} tokens or more, got {shape[-2]}: raise the chunk size"
-        if self.block_tokens is not None and (not fused or shape[-2] % self.block_tokens):
-            block = self.block_tokens
-            return f"with block_tokens={block} chunks must be [layers, whole blocks, 2 * hidden], got {tuple(shape)}"
-        least = HEADER_BYTES + shape[-3] * self._layer(shape, dtype).fixed_bytes(self._value_nbits)
+        layer = self._layer(shape, dtype)
+        least = HEADER_BYTES + shape[-3] * layer.fixed_bytes(self._value_nbits(layer))
         if least > self.nbytes(shape):
             return (
                 f"{self.bits_per_element} bits per element are {self.nbytes(shape)} bytes for {tuple(shape)}, of which "
@@ -114,27 +99,29 @@ class ChunkCodec:
         self._check(chunk.shape, chunk.dtype)
         if not bool(torch.isfinite(chunk.float()).all()):
             raise InvalidArgumentError("a chunk must be finite, got one with infinities or NaNs")
-        keys, values = self._split(chunk)
+        keys, values = self.layout.split(chunk)
+        layer_shape = self._layer(chunk.shape, chunk.dtype)
+        value_nbits = self._value_nbits(layer_shape)
         rotation = self._rotation(keys.shape[-2] - _NUM_EXACT)
         centred = [
             key_codec.centre(own[None, :, _NUM_EXACT:], None, rotation, is_rotated=rotation is None, real=None)
             for own in keys
         ]
-        metric = torch.eye(self.head_dim).expand(1, keys.shape[1], -1, -1)
+        metric = torch.eye(self.layout.key_dim, dtype=torch.float32).expand(1, keys.shape[1], -1, -1)
         spreads = [covariance(x) for x, _ in centred]
         bases = [principal_basis(spread, metric) for spread in spreads]
         record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8)
-        level, widths = self._widths(bases, self._layer(chunk.shape, chunk.dtype), len(record))
+        level, widths = self._widths(bases, layer_shape, value_nbits, len(record))
         place = HEADER_BYTES
         for layer, (x, mean) in enumerate(centred):
             plan = key_codec.plan(bases[layer], widths[layer], level)
             coded, _ = key_codec.encode(x, spreads[layer], plan, metric, mean, rotation, is_rotated=rotation is None)
-            exact = torch.stack([keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT]])
-            coded_values = value_codec.encode(values[layer][None, :, _NUM_EXACT:], self._value_nbits)
-            for part in write_layer(coded, coded_values, exact):
+            coded_values = value_codec.encode(values[layer][None, :, _NUM_EXACT:], value_nbits)
+            exact_keys, exact_values = keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT]
+            for part in write_layer(coded, coded_values, exact_keys, exact_values):
                 record[place : place + len(part)] = part
                 place += len(part)
-        write_header(record, self._agreement(chunk.shape, chunk.dtype), self._value_nbits)
+        write_header(record, self._agreement(chunk.shape, chunk.dtype), value_nbits)
         return record
 
     def decode(self, record: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -150,18 +137,26 @@ class ChunkCodec:
         value_nbits = read_header(record, self._agreement(shape, dtype))
         layer, reader = self._layer(shape, dtype), Reader(record)
         rotation = self._rotation(layer.num_tokens)
-        size = (shape[-3], layer.num_heads, shape[-2], self.head_dim)
-        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+        size = (shape[-3], layer.num_heads, shape[-2])
+        keys = torch.empty((*size, layer.key_dim), dtype=dtype)
+        values = torch.empty((*size, layer.value_dim), dtype=dtype)
         for own_keys, own_values in zip(keys, values, strict=True):
-            coded, coded_values, exact = reader.layer(layer, value_nbits, rotation)
-            own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact[0], exact[1]
+            coded, coded_values, exact_keys, exact_values = reader.layer(layer, value_nbits, rotation)
+            own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact_keys, exact_values
             own_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
             own_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
-        return self._join(keys, values, shape)
+        return self.layout.join(keys, values, shape)
 
-    @property
-    def _value_nbits(self) -> int:
-        return uniform_value_width(self.bits_per_element)
+    def _value_nbits(self, layer: LayerShape) -> int:
+        if layer.value_dim == layer.key_dim:
+            return uniform_value_width(self.bits_per_element)
+        # The values are nearly all there is of a latent: they take what leaves every component of the key as many bits.
+        for nbits in range(MAX_NBITS, 1, -1):
+            key_bytes = layer.num_heads * layer.key_dim * (layer.component_bytes + nbits * layer.bit_bytes)
+            elements = layer.num_heads * (layer.num_tokens + layer.num_exact) * (layer.key_dim + layer.value_dim)
+            if 8 * (layer.fixed_bytes(nbits) + key_bytes) <= self.bits_per_element * elements:
+                return nbits
+        return 1
 
     def _check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         obstacle = self.obstacle(shape, dtype)
@@ -171,49 +166,20 @@ class ChunkCodec:
     def _agreement(self, shape: Sequence[int], dtype: torch.dtype) -> bytes:
         # As floats: 8 and 8.0 in two servers' configurations are one option.
         theta = None if self.rope_theta is None else float(self.rope_theta)
-        return repr(
-            (float(self.bits_per_element), self.head_dim, theta, self.block_tokens, tuple(shape), str(dtype))
-        ).encode()
+        return repr((float(self.bits_per_element), self.layout, theta, tuple(shape), str(dtype))).encode()
 
     def _layer(self, shape: Sequence[int], dtype: torch.dtype) -> LayerShape:
-        heads = shape[-1] // self.head_dim // (2 if len(shape) == 3 else 1)
-        return LayerShape(heads, shape[-2] - _NUM_EXACT, _NUM_EXACT, self.head_dim, dtype)
-
-    def _split(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and the values, ``[layers, heads, tokens, head_dim]``."""
-        if chunk.ndim == 4:
-            keys, values = chunk.unflatten(-1, (-1, self.head_dim)).unbind(0)
-            return keys.transpose(1, 2), values.transpose(1, 2)
-        by_head = chunk.unflatten(-1, (-1, 2, self.head_dim)).permute(0, 2, 1, 3, 4)
-        if self.block_tokens is None:
-            return by_head[..., 0, :], by_head[..., 1, :]
-        layers, heads, tokens = by_head.shape[:3]
-        blocks = by_head.reshape(layers, heads, -1, 2, self.block_tokens * self.head_dim)
-        keys = blocks[:, :, :, 0].unflatten(-1, (self.head_dim, self.block_tokens)).mT
-        values = blocks[:, :, :, 1].unflatten(-1, (self.block_tokens, self.head_dim))
-        return keys.reshape(layers, heads, tokens, -1), values.reshape(layers, heads, tokens, -1)
-
-    def _join(self, keys: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of ``_split``."""
-        if len(shape) == 4:
-            return torch.stack([keys, values]).transpose(2, 3).reshape(tuple(shape))
-        if self.block_tokens is None:
-            return torch.stack([keys, values], -2).transpose(1, 2).reshape(tuple(shape))
-        packed = [
-            keys.unflatten(2, (-1, self.block_tokens)).mT.flatten(3),
-            values.unflatten(2, (-1, self.block_tokens)).flatten(3),
-        ]
-        by_head = torch.stack(packed, 3).reshape(*keys.shape[:3], 2 * self.head_dim)
-        return by_head.transpose(1, 2).reshape(tuple(shape))
+        dims = (self.layout.key_dim, self.layout.value_dim)
+        return LayerShape(self.layout.num_heads(shape), shape[-2] - _NUM_EXACT, _NUM_EXACT, *dims, dtype)
 
     def _rotation(self, num_tokens: int) -> Rotation | None:
-        return None if self.rope_theta is None else _local_rotation(self.head_dim, self.rope_theta, num_tokens)
+        return None if self.rope_theta is None else _local_rotation(self.layout.key_dim, self.rope_theta, num_tokens)
 
-    def _widths(self, bases: list[Basis], layer: LayerShape, nbytes: int) -> tuple[float, Tensor]:
+    def _widths(self, bases: list[Basis], layer: LayerShape, value_nbits: int, nbytes: int) -> tuple[float, Tensor]:
         """The level at which the record is full, and the widths ``[layers, H, D]`` there."""
         variances = torch.cat([basis.variances for basis in bases])
         first_bit_cost = 1 + layer.component_bytes / layer.bit_bytes
-        left = nbytes - HEADER_BYTES - len(bases) * layer.fixed_bytes(self._value_nbits)
+        left = nbytes - HEADER_BYTES - len(bases) * layer.fixed_bytes(value_nbits)
         high = math.log2(max(float(variances.max()), 1e-30)) + 1
         low = high - _OCTAVES
         for _ in range(_HALVINGS):

@@ -25,18 +25,19 @@ HEADER_BYTES = _HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One layer of a chunk: key-value heads, coded tokens, exact tokens, ``head_dim``, and the chunk's dtype."""
+    """One layer of a chunk: heads, coded tokens, exact tokens, numbers of a key and of a value, and the dtype."""
 
     num_heads: int
     num_tokens: int
     num_exact: int
-    head_dim: int
+    key_dim: int
+    value_dim: int
     dtype: torch.dtype
 
     @property
     def component_bytes(self) -> int:
         """What a component of the keys takes beside its codes: a row of the basis, its scale, the groups' scales."""
-        return self.head_dim + 4 + num_tiles(self.num_tokens)
+        return self.key_dim + 4 + num_tiles(self.num_tokens)
 
     @property
     def bit_bytes(self) -> int:
@@ -45,20 +46,20 @@ class LayerShape:
 
     def fixed_bytes(self, value_nbits: int) -> int:
         """What goes whatever the keys' widths: those themselves, the mean, the values and the exact tokens."""
-        elements = self.num_heads * self.head_dim
-        exact = 2 * self.num_exact * elements * self.dtype.itemsize
-        values = elements * value_nbits * self.bit_bytes + self.num_heads * (self.num_tokens + 4)
-        return -(-elements // 2) + 2 * elements + values + exact
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        exact = self.num_exact * (keys + values) * self.dtype.itemsize
+        coded_values = values * value_nbits * self.bit_bytes + self.num_heads * (self.num_tokens + 4)
+        return -(-keys // 2) + 2 * keys + coded_values + exact
 
 
-def write_layer(keys: KeyCodes, values: ValueCodes, exact: Tensor) -> list[Tensor]:
-    """The bytes of one layer, in pieces; ``exact [2, H, num_exact, D]`` are the first tokens' keys and values."""
+def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_values: Tensor) -> list[Tensor]:
+    """The bytes of one layer, in pieces; the exact keys and values ``[H, num_exact, dim]`` are the first tokens'."""
     widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8)
     for head, own in enumerate(keys.widths):
         widths[head, : len(own)] = torch.tensor(own, dtype=torch.uint8)
     flat = torch.nn.functional.pad(widths.flatten(), (0, widths.numel() % 2))
     parts = [flat[0::2] | flat[1::2] << 4, keys.planes, keys.scales, keys.vectors, keys.vector_scales, keys.mean]
-    parts += [values.planes, values.scales[..., : values.num_tokens], values.largest, exact]
+    parts += [values.planes, values.scales[..., : values.num_tokens], values.largest, exact_keys, exact_values]
     return [part.contiguous().view(torch.uint8).flatten() for part in parts]
 
 
@@ -70,34 +71,35 @@ class Reader:
 
     def layer(
         self, shape: LayerShape, value_nbits: int, rotation: Rotation | None
-    ) -> tuple[KeyCodes, ValueCodes, Tensor]:
+    ) -> tuple[KeyCodes, ValueCodes, Tensor, Tensor]:
         """What ``write_layer`` was given.
 
         Raises:
             LoadError: the record ends too early.
         """
-        heads, dim, tiles = shape.num_heads, shape.head_dim, num_tiles(shape.num_tokens)
-        widths = self._widths(heads, dim)
+        heads, tiles = shape.num_heads, num_tiles(shape.num_tokens)
+        widths = self._widths(heads, shape.key_dim)
         count = sum(map(len, widths))
         error = torch.zeros(1, heads, dtype=torch.float16)
         keys = KeyCodes(
             planes=self._take(torch.uint8, 1, tiles, sum(map(sum, widths)), PLANE_BYTES),
             scales=self._take(torch.uint8, 1, tiles, count),
-            vectors=self._take(torch.int8, 1, count, dim),
+            vectors=self._take(torch.int8, 1, count, shape.key_dim),
             vector_scales=self._take(torch.float32, 1, count, 1),
-            mean=self._take(torch.float16, 1, heads, dim),
+            mean=self._take(torch.float16, 1, heads, shape.key_dim),
             relative_error=error,
             widths=widths,
             num_tokens=shape.num_tokens,
             rotation=rotation,
             is_rotated=rotation is None,
         )
-        planes = self._take(torch.uint8, 1, tiles, heads * dim * value_nbits, PLANE_BYTES)
+        planes = self._take(torch.uint8, 1, tiles, heads * shape.value_dim * value_nbits, PLANE_BYTES)
         scales = self._take(torch.uint8, 1, heads, shape.num_tokens)
         scales = torch.nn.functional.pad(scales, (0, -shape.num_tokens % TILE_TOKENS), value=ZERO)
         largest = self._take(torch.float32, 1, heads, 1)
-        values = ValueCodes(planes, scales, largest, error, dim, value_nbits, shape.num_tokens)
-        return keys, values, self._take(shape.dtype, 2, heads, shape.num_exact, dim)
+        values = ValueCodes(planes, scales, largest, error, shape.value_dim, value_nbits, shape.num_tokens)
+        exact_keys = self._take(shape.dtype, heads, shape.num_exact, shape.key_dim)
+        return keys, values, exact_keys, self._take(shape.dtype, heads, shape.num_exact, shape.value_dim)
 
     def _widths(self, heads: int, dim: int) -> Widths:
         packed = self._take(torch.uint8, -(-heads * dim // 2))
