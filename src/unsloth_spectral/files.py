@@ -9,13 +9,25 @@ from pathlib import Path
 from unsloth_spectral.errors import InvalidArgumentError
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with the user's home folder in place of ``~``.
+
+    Raises:
+        InvalidArgumentError: nobody knows that home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InvalidArgumentError(f"there is no home folder for {str(path)!r}: write the whole path") from None
+
+
 def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
     """The path of a file to be written, checked before the work whose result it is to hold.
 
     Raises:
         InvalidArgumentError: the suffix is none of ``suffixes``, or the folder is missing or cannot be written to.
     """
-    target = Path(path).expanduser()
+    target = expanded(path)
     if target.suffix.lower() not in suffixes:
         raise InvalidArgumentError(f"cannot write {str(path)!r}: the name must end in {' or '.join(suffixes)}")
     if target.is_dir():
@@ -32,8 +44,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not.
 
     It keeps the suffix, from which some writers tell the format.
+
+    Raises:
+        OSError: the disk is full or the like; its ``filename`` is ``path``.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     os.close(handle)
     temporary = Path(name)
     try:
@@ -46,6 +65,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
         sync(path.parent)
+    except OSError as error:
+        # What fails while writing names no file, and the temporary name means nothing to the user.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -83,8 +83,11 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
         LoadError: there is no such file, it is no snapshot of this version, or truncated or altered; says which.
     """
     title = os.fspath(path)
+    place = os.path.expanduser(title)
+    if os.path.exists(place) and not os.path.isfile(place):  # opening a pipe would wait for its other end
+        raise LoadError(f"{title!r} is a folder, pipe or device: give a file that cache.save(path) wrote")
     try:
-        file = safe_open(os.path.expanduser(title), framework="pt")
+        file = safe_open(place, framework="pt")
     except FileNotFoundError:
         raise LoadError(f"no snapshot at {title!r}: check the path") from None
     except OSError as error:
@@ -92,7 +95,7 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
     except SafetensorError as error:
         raise LoadError(f"{title!r} is truncated, or no safetensors file ({error}): make it anew") from None
     except RuntimeError as error:  # safetensors opens it, then torch does
-        if not os.path.exists(os.path.expanduser(title)):
+        if not os.path.exists(place):
             raise LoadError(f"no snapshot at {title!r}: check the path") from None
         raise LoadError(f"the snapshot {title!r} cannot be mapped ({error}): check the memory and the disk") from error
     with file:

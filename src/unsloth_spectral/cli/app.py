@@ -1,8 +1,10 @@
 """The entry point and its commands. A new command: its file beside this one, and its name in ``_COMMANDS``."""
 
+import io
 import logging
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,6 +22,7 @@ from unsloth_spectral.cli.shared import err, out, plain
 from unsloth_spectral.errors import SpectralError
 
 EXIT_USER_ERROR = 2
+EXIT_BROKEN_PIPE = 1
 # Each is a module with `command`, whose docstring and options are the help, and `EXAMPLES`.
 _COMMANDS = {
     "compare": compare,
@@ -72,10 +75,39 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: user mistakes end in one line and status 2, an interrupt in status 130 (typer's), success in 0."""
+    """Entry point: a user's mistake, and what the system refuses, end in one line and status 2.
+
+    Success ends in 0, an interrupt in 130 and a reader that leaves in 1 (all three typer's).
+    """
     logging.getLogger("unsloth_spectral").addHandler(logging.StreamHandler())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: an answer in letters that the terminal's encoding lacks is still an answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush_stdout()
     except SpectralError as error:
-        err.print(f"[bold red]error:[/] {plain(error)}", highlight=False, soft_wrap=True)
-        sys.exit(EXIT_USER_ERROR)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{'output' if error.filename is None else repr(error.filename)}: {error.strerror or error}")
+
+
+def _fail(reason: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {plain(reason)}", highlight=False, soft_wrap=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _flush_stdout() -> None:
+    """Write what is left now, where a failure can be reported: as it exits, Python would print a traceback."""
+    if sys.stdout is None or sys.stdout.closed:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What cannot be written is dropped, or it would be tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(EXIT_BROKEN_PIPE)
+        raise

@@ -1,5 +1,6 @@
 """``unsloth-spectral chat``."""
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unsloth_spectral.cli.shared import ModelOption, PresetOption, err, load, plain, progress_shown
+from unsloth_spectral.cli.shared import PATH, ModelOption, PresetOption, err, load, plain, progress_shown
+from unsloth_spectral.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from unsloth_spectral.eval.chat import Conversation
@@ -19,10 +21,12 @@ EXAMPLES = (
 
 
 def command(
-    document: Annotated[Path, typer.Option(help="UTF-8 text file to talk about.")],
+    document: Annotated[Path, typer.Option(help="UTF-8 text file to talk about.", **PATH)],
     store: Annotated[
         Path | None,
-        typer.Option(help="Folder in which the document's cache is kept: the next start answers without reading it."),
+        typer.Option(
+            help="Folder in which the document's cache is kept: the next start answers without reading it.", **PATH
+        ),
     ] = None,
     model: ModelOption = None,
     preset: PresetOption = "balanced",
@@ -33,8 +37,8 @@ def command(
 ) -> None:
     """Talk about a document, its cache compressed; the memory it takes is shown after each answer.
 
-    One question a line, from the terminal or a pipe; answers go to stdout, all else to stderr. Ctrl-C stops an answer,
-    Ctrl-D ends the conversation.
+    One question a line, from the terminal or a pipe; answers go to stdout, all else to stderr. A question that cannot
+    be asked gets a line that says why, and the next one is read. Ctrl-C stops an answer, Ctrl-D ends the conversation.
     """
     from unsloth_spectral.codec.config import SpectralConfig
     from unsloth_spectral.eval.chat import Conversation
@@ -65,17 +69,23 @@ def _opening(conversation: "Conversation", is_kept: bool) -> str:
 
 
 def _questions() -> Iterator[str]:
-    is_terminal = sys.stdin.isatty()
+    stdin = sys.stdin
+    if stdin is None or stdin.closed:  # by whoever started this process
+        return
+    if isinstance(stdin, io.TextIOWrapper):
+        # Bytes that are no text arrive as surrogates, which `ask` refuses: the line is lost, and not the conversation.
+        stdin.reconfigure(errors="surrogateescape")
+    is_terminal = stdin.isatty()
     while True:
+        # On stderr: stdout gets the answers alone.
+        err.print("> ", end="", highlight=False)
         try:
-            # On stderr: stdout gets the answers alone.
-            print("> ", end="", file=sys.stderr, flush=True)
             line = input()
         except EOFError:
-            print(file=sys.stderr)
+            err.print()
             return
         if not is_terminal:
-            print(line, file=sys.stderr)
+            err.print(plain(line), highlight=False, soft_wrap=True)
         if line.strip():
             yield line.strip()
 
@@ -84,6 +94,9 @@ def _answer(conversation: "Conversation", question: str) -> None:
     try:
         for piece in conversation.ask(question):
             print(piece, end="", flush=True)
+    except InvalidArgumentError as error:
+        err.print(f"[bold red]not asked:[/] {plain(error)}", highlight=False, soft_wrap=True)
+        return
     except KeyboardInterrupt:
         err.print("\nstopped", highlight=False)
     print(flush=True)

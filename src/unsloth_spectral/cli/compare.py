@@ -49,15 +49,19 @@ def command(
     block_size: BlockOption = 512,
     json_file: JsonOption = None,
     plot: PlotOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="0: the document's beginning; else a place picked by it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="0: the document's beginning; else a place picked by it.")
+    ] = 0,
 ) -> None:
     """One long document through the dense cache and spectral ones, side by side: bytes, speed, fidelity, answers."""
     from unsloth_spectral import plots, reports
     from unsloth_spectral.codec.config import SpectralConfig
     from unsloth_spectral.eval.compare import compare as run
     from unsloth_spectral.eval.documents import read_document
+    from unsloth_spectral.eval.prompt import check_question
 
     check_outputs(json_file, plot)
+    check_question(question)
     ranks = _pair_ranks(rank_keys, rank_values)
     presets = preset or ([] if ranks else _PRESETS)
     configs = [SpectralConfig(preset=name, block_size=block_size) for name in presets]

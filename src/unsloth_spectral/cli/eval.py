@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from unsloth_spectral.cli.shared import (
+    PATH,
     DocumentOption,
     JsonOption,
     ModelOption,
@@ -48,7 +49,7 @@ def command(
         str | None,
         typer.Option(help="Tokens of the document where fidelity, drift and lengths begin, such as 5000,20000."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.", **PATH)] = Path(
         "results"
     ),
     show_list: Annotated[bool, typer.Option("--list", help="Show the tasks and methods, and run nothing.")] = False,

@@ -22,18 +22,19 @@ def command(
     from unsloth_spectral import reports
     from unsloth_spectral.eval.environment import environment
     from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
-    from unsloth_spectral.integrations.huggingface.fingerprint import save_profile
+    from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, save_profile
 
     check_outputs(json_file)
     with progress_shown() as report:
         loaded = load(model, report)
+        profile_target(loaded.model)
         found = measure_profile(loaded, on_progress=report)
     facts = {
         "model": loaded.name,
         "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
         "environment": environment(),
     }
-    path = save_profile(loaded.model, found, facts)
     out.print(reports.profile_table(loaded.name, found))
     write_json({**asdict(found), **facts}, json_file)
+    path = save_profile(loaded.model, found, facts)
     err.print(f"profile written to {plain(path)}", highlight=False, soft_wrap=True)

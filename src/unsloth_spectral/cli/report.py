@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unsloth_spectral.cli.shared import err, out, plain
+from unsloth_spectral.cli.shared import PATH, err, out, plain
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.files import replacing
 
@@ -21,9 +21,10 @@ _DENSE_BITS = {"float32": 32, "float64": 64}
 
 
 def command(
-    results: Annotated[Path, typer.Argument(help="Folder that `unsloth-spectral eval --output` wrote.")],
+    results: Annotated[Path, typer.Argument(help="Folder that `unsloth-spectral eval --output` wrote.", **PATH)],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the page and the pictures. Default: `report` within the results.")
+        Path | None,
+        typer.Option(help="Folder for the page and the pictures. Default: `report` within the results.", **PATH),
     ] = None,
 ) -> None:
     """Draw the results of `eval`: one page that needs nothing else, report.html, and its pictures as .png files."""

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from unsloth_spectral.files import check_target, replacing
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.files import check_target, expanded, replacing
 
 if TYPE_CHECKING:
     from unsloth_spectral.integrations.models import LoadedModel
@@ -19,17 +20,32 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 
+
+def given_path(text: str | Path) -> Path:
+    """The path in an option or argument: an empty one, as an unset variable leaves it, is not the current folder."""
+    if not str(text):
+        raise typer.BadParameter("must not be empty")
+    try:
+        return expanded(text)
+    except InvalidArgumentError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+# Of every option and argument that is a path.
+PATH: dict[str, Any] = {"parser": given_path, "metavar": "PATH"}
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hub name or local folder. Default: the embedded SmolLM2-135M-Instruct.")
 ]
 DocumentOption = Annotated[
-    Path | None, typer.Option("--document", help="UTF-8 text file. Default: the Python language reference.")
+    Path | None, typer.Option("--document", help="UTF-8 text file. Default: the Python language reference.", **PATH)
 ]
 ContextOption = Annotated[int, typer.Option("--context-length", min=1, help="Tokens to prefill.")]
 BlockOption = Annotated[int, typer.Option("--block-size", help="Tokens sealed together.")]
 PresetOption = Annotated[str, typer.Option("--preset", help="quality, balanced or small.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all results to this .json file.")]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the results to this .png, .svg or .pdf file.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all results to this .json file.", **PATH)]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Draw the results to this .png, .svg or .pdf file.", **PATH)
+]
 
 
 def check_outputs(json_file: Path | None, plot: Path | None = None) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from unsloth_spectral.cli.shared import (
+    PATH,
     DocumentOption,
     JsonOption,
     ModelOption,
@@ -26,11 +27,11 @@ VERIFY_EXAMPLES = (
     "unsloth-spectral snapshot verify report.safetensors --model ./my-model",
 )
 
-FileArgument = Annotated[Path, typer.Argument(help="A snapshot, .safetensors.")]
+FileArgument = Annotated[Path, typer.Argument(help="A snapshot, .safetensors.", **PATH)]
 
 
 def save(
-    path: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    path: Annotated[Path, typer.Argument(help="The .safetensors file to write.", **PATH)],
     document: DocumentOption = None,
     model: ModelOption = None,
     preset: PresetOption = "balanced",
@@ -50,7 +51,9 @@ def save(
     check_path(path)
     config, text = SpectralConfig(preset=preset), read_document(document)
     with progress_shown() as report:
-        cache, input_ids = prefill_document(load(model, report), text, context_length, config, report)
+        # Named, and so alive until the cache is saved: the cache itself does not keep its model.
+        loaded = load(model, report)
+        cache, input_ids = prefill_document(loaded, text, context_length, config, report)
         cache.save(path, input_ids)
     err.print(f"{input_ids.shape[1]:,} tokens written to {plain(path)}", highlight=False, soft_wrap=True)
 

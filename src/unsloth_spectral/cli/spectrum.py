@@ -33,11 +33,13 @@ def command(
     from unsloth_spectral import plots, reports
     from unsloth_spectral.eval.documents import read_document, tokens_of
     from unsloth_spectral.eval.spectrum import measure_spectrum
+    from unsloth_spectral.eval.tasks.asking import check_positions
 
     check_outputs(json_file, plot)
     text = read_document(document)
     with progress_shown() as report:
         loaded = load(model, report)
+        check_positions(loaded, context_length)
         input_ids = tokens_of(text, loaded.tokenizer, context_length)[:, :context_length]
         measured = measure_spectrum(
             loaded.model, input_ids.to(loaded.model.device), block_size=block_size, on_progress=report

@@ -10,7 +10,8 @@ from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
-from unsloth_spectral.eval.prompt import chat_frame, followup_frame, token_ids
+from unsloth_spectral.eval.prompt import chat_frame, check_question, followup_frame, token_ids
+from unsloth_spectral.eval.tasks.asking import positions_of
 from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.models import LoadedModel
@@ -57,7 +58,11 @@ class Conversation:
         text = self._tokens(document)[:document_length]
         self._ids = [*self._tokens(opening), *text]
         self.document_tokens = len(self._ids)
-        self._check_room(0, "take fewer of the document's tokens with --context-length, or a model with more room")
+        self._positions = positions_of(loaded)
+        if self._positions is not None:
+            most = self._positions - (self.document_tokens - len(text)) - answer_length
+            advice = f"take at most {most} of the document's tokens (--context-length)"
+            self._check_room(0, advice if most > 0 else "ask for shorter answers (--max-new-tokens)")
         self._stops = self._stop_tokens()
         input_ids = torch.tensor([self._ids])
         started = time.perf_counter()
@@ -77,8 +82,10 @@ class Conversation:
         """Pieces of the answer as they come; stopping early is fine.
 
         Raises:
-            InvalidArgumentError: the model has no room for the question and an answer.
+            InvalidArgumentError: the question is no text, or the model has no room for it and an answer. The
+                conversation is as it was, and goes on.
         """
+        check_question(question)
         frame = (
             chat_frame(self._tokenizer, question)[1] if self._is_first else followup_frame(self._tokenizer, question)
         )
@@ -118,9 +125,9 @@ class Conversation:
         return {token for token in [*stops, self._tokenizer.eos_token_id] if token is not None}
 
     def _check_room(self, more: int, fix: str) -> None:
-        room = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         needed = len(self._ids) + more + self._answer_length
-        if room is not None and needed > room:
+        if self._positions is not None and needed > self._positions:
             raise InvalidArgumentError(
-                f"the document, the conversation and an answer need {needed} tokens, and the model has {room}: {fix}"
+                f"the document, the conversation and an answer need {needed} tokens, and the model has "
+                f"{self._positions}: {fix}"
             )

@@ -18,7 +18,8 @@ from unsloth_spectral.eval.documents import tokens_of
 from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
-from unsloth_spectral.eval.prompt import Prompt, build_prompt
+from unsloth_spectral.eval.prompt import Prompt, build_prompt, chat_frame, check_question, token_ids
+from unsloth_spectral.eval.tasks.asking import positions_of
 from unsloth_spectral.integrations.huggingface import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import LoadedModel
@@ -280,8 +281,9 @@ def _prompt(
     for name, value, least in (("context_length", context_length, 1), ("max_new_tokens", max_new_tokens, 2)):
         if value < least:
             raise InvalidArgumentError(f"{name} must be at least {least}, got {value}")
-    if not question.strip():
-        raise InvalidArgumentError("question must not be empty")
+    if not 0 <= seed < 2**63:
+        raise InvalidArgumentError(f"seed must be 0 to 2**63 - 1, got {seed}")
+    check_question(question)
     needed = context_length + CONTINUATION_TOKENS + 1
     document_ids = tokens_of(document, loaded.tokenizer, needed)
     last_start = document_ids.shape[1] - needed
@@ -295,12 +297,20 @@ def _prompt(
         start=start,
         continuation_length=CONTINUATION_TOKENS + 1,
     )
-    longest = context_length + max(CONTINUATION_TOKENS, prompt.question.shape[1] + max_new_tokens)
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    answer = prompt.question.shape[1] + max_new_tokens
+    following, limit = max(CONTINUATION_TOKENS, answer), positions_of(loaded)
+    if limit is not None and context_length + following > limit:
+        # The least that a context can be: the chat format's opening and a token of the document.
+        least = token_ids(loaded.tokenizer, chat_frame(loaded.tokenizer, question)[0]).shape[1] + 1
+        if least + following <= limit:
+            fix = f"lower context_length to at most {limit - following}"
+        elif least + CONTINUATION_TOKENS <= limit:
+            fix = "lower max_new_tokens, or ask a shorter question"
+        else:
+            fix = "take a model with more"
         raise InvalidArgumentError(
-            f"context_length {context_length} needs {longest} positions with what follows it, but {loaded.name} has "
-            f"{limit}: lower context_length to at most {limit - (longest - context_length)}"
+            f"context_length {context_length} needs {context_length + following} positions with what follows it, but "
+            f"{loaded.name} has {limit}: {fix}"
         )
     return prompt, start
 

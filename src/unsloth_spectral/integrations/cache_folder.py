@@ -1,0 +1,21 @@
+"""The folder of what this package makes once and keeps: profiles, and the copy of the embedded model."""
+
+import os
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+CACHE_VARIABLE = "UNSLOTH_SPECTRAL_CACHE"
+
+
+def cache_folder() -> Path:
+    """``$UNSLOTH_SPECTRAL_CACHE``, or the user's cache folder for this package; it may be missing or unreadable.
+
+    Raises:
+        OSError: the variable is not set, and the user has no home folder.
+    """
+    folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("unsloth-spectral"))
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise NotADirectoryError(f"{folder}: there is no such home folder") from error
