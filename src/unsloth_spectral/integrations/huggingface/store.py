@@ -21,6 +21,7 @@ from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.identity import identify
 from unsloth_spectral.integrations.huggingface.prefill import feed
+from unsloth_spectral.integrations.huggingface.support import unwrapped
 from unsloth_spectral.integrations.options import config_of
 
 logger = logging.getLogger("unsloth_spectral")
@@ -83,6 +84,7 @@ class PrefixStore:
             UnsupportedModelError: the model cannot carry a spectral cache.
         """
         self._check(input_ids)
+        model = unwrapped(model)
         fresh = SpectralCache(model, config=config_of(config, preset=preset))
         key, count = _key(model, fresh), input_ids.shape[1] - 1
         cache = self._load_longest(model, input_ids[:, :count], key) or fresh
@@ -106,6 +108,7 @@ class PrefixStore:
             InvalidArgumentError, UnsupportedModelError: as ``prefill``.
         """
         self._check(input_ids)
+        model = unwrapped(model)
         key = _key(model, SpectralCache(model, config=config_of(config, preset=preset)))
         return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
 

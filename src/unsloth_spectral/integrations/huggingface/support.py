@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
@@ -25,8 +24,12 @@ _READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model within PEFT's wrapper; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """The transformers model within ``torch.compile``'s and PEFT's wrappers; any other model itself."""
+    if hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    return model
 
 
 def check_model(model: object, config: SpectralConfig) -> None:
@@ -84,8 +87,9 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     forward = inspect.signature(type(model).forward)
     if CACHE_NAME not in forward.parameters or not _supports_cache(type(model)):
         return "takes no transformers Cache"
-    layer_types = {plan.layer_type for plan in layers_of(model.config.get_text_config(decoder=True))}
-    unknown = sorted(layer_types - set(DYNAMIC_LAYER_TYPE_MAPPING))
+    plans = layers_of(model.config.get_text_config(decoder=True))
+    layer_types = {plan.layer_type for plan in plans}
+    unknown = sorted({plan.layer_type for plan in plans if not plan.is_known})
     if unknown:
         return f"has layers of unknown type {', '.join(unknown)}"
     if "full_attention" not in layer_types:
