@@ -93,11 +93,8 @@ def _explain(model: PreTrainedModel, method: Callable[..., Any], deed: str) -> s
 def _remedy(model: PreTrainedModel, path: str) -> str:
     """What keeps tokens out of a cache in ``model``, whose function ``path`` did, and what to do about it."""
     unpatch = "or call unpatch_unsloth_attention(model)"
-    if model.training and model.is_gradient_checkpointing:
-        return (
-            "gradient checkpointing, in training mode, lets no layer see a cache: call model.eval() or "
-            f"model.gradient_checkpointing_disable() before generate, {unpatch}"
-        )
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return f"gradient checkpointing, in training mode, lets no layer see a cache: call model.eval() first, {unpatch}"
     if path.startswith("unsloth") or hasattr(model, "for_training"):
         return f"supported are {SUPPORTED}{_installed()}: install one of them, {unpatch}"
     return f"that function has to hand the cache it is given on to transformers' own code: let it, {unpatch}"

@@ -35,8 +35,8 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.is_initialized = dtype, device, True
-        # Mllama asks every layer how many numbers these have.
-        self.keys = self.values = torch.empty(0, dtype=dtype, device=device)
+        # Whoever reads them without attention is told why there are none.
+        self.keys = self.values = CompressedStates(self.spectral, seal_after=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""

@@ -22,6 +22,9 @@ ATTENTION_NAME = "unsloth_spectral"
 # Their attention modules slice, split or repeat what `update` returns. One that is missing is added when it is seen to.
 _READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
+# How often a configuration runs some of its layers: transformers adds layers to the cache for it as the model runs.
+_LOOPS = ("n_recurrent_loops", "loop_num_passes")
+
 
 def unwrapped(model: Any) -> Any:
     """The transformers model within ``torch.compile``'s and PEFT's wrappers; any other model itself."""
@@ -87,7 +90,10 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     forward = inspect.signature(type(model).forward)
     if CACHE_NAME not in forward.parameters or not _supports_cache(type(model)):
         return "takes no transformers Cache"
-    plans = layers_of(model.config.get_text_config(decoder=True))
+    config = model.config.get_text_config(decoder=True)
+    if any((getattr(config, name, None) or 1) > 1 for name in _LOOPS):
+        return "runs its layers several times for each token, with keys of their own each time"
+    plans = layers_of(config)
     layer_types = {plan.layer_type for plan in plans}
     unknown = sorted({plan.layer_type for plan in plans if not plan.is_known})
     if unknown:
