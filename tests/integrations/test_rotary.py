@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.rotary import rotation_of
-from unsloth_spectral.integrations.huggingface.switch import disable, enable
+from unsloth_spectral.integrations.huggingface.switch import CACHES, hold, release
 from unsloth_spectral.rope import Rotation, unrotate
 
 # With a window as long as the texts all layers keep all keys.
@@ -42,7 +42,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel) -> None:
         self.rotations: dict[int, Rotation | None] = {}
         self.keys: dict[int, torch.Tensor] = {}
-        enable(model)
+        hold(model)
         self._hooks = []
         for module in model.modules():
             index = getattr(module, "layer_idx", None)
@@ -165,7 +165,7 @@ def test_layers_share_one_rotation() -> None:
 def test_none_without_rotary_embeddings() -> None:
     model = build("GPT-2")
     found, hooks = [], []
-    enable(model)
+    hold(model)
     for module in attention_of(model):
         hooks.append(module.register_forward_hook(lambda module, _, __: found.append(rotation_of(module, HEAD_DIM))))
     # A model with them, asked before in the same thread, leaves nothing behind.
@@ -186,7 +186,7 @@ def test_none_outside_a_forward_pass_of_the_module_and_without_hooks() -> None:
     assert rotation_of(first, HEAD_DIM) is None, "the last pass was the second layer's"
     assert rotation_of(build("Llama").model.layers[1].self_attn, HEAD_DIM) is None
     reader.close()
-    disable(model)
+    release(model, CACHES)
     assert not any(module._forward_pre_hooks for module in model.modules())
     found: list[Any] = []
     second.register_forward_pre_hook(lambda module, _: found.append(rotation_of(module, HEAD_DIM)))

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
-from types import MethodType
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,151 +11,217 @@ from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
+from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
+from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, entered, innermost, lock
 from unsloth_spectral.integrations.huggingface.support import check_model
-from unsloth_spectral.integrations.huggingface.switch import disable, enable, is_enabled
-from unsloth_spectral.integrations.reached import expect, generating, watch
+from unsloth_spectral.integrations.huggingface.switch import CACHES, PATCH, hold, release
+from unsloth_spectral.integrations.reached import Call, check_reached, expect
+from unsloth_spectral.log import warn_once
 
-_PREPARE = "_prepare_cache_for_generation"
 _STATE = "_unsloth_spectral_patch"
-_counting = Lock()
 
 
-@dataclass(slots=True)
+@dataclass
 class _Patch:
-    """The options of the last patch, and what the instance itself had before the first.
+    """What has a model's ``generate`` replaced.
 
     Attributes:
-        config: how to compress.
-        previous: the methods the instance had of its own, by name.
-        hooks: the watch on its steps.
-        running: calls of ``generate`` in all threads, for whose time Unsloth's models are switched.
-        was_on: whether the model was switched before the first of them, and stays so after the last.
+        methods: the methods the instance had of its own.
+        config: the options of the last patch; None where there are scopes and calls alone.
+        owners: scopes and calls that have not ended, of all threads.
     """
 
-    config: SpectralConfig
-    previous: dict[str, Callable[..., Any]]
-    hooks: tuple[Any, ...]
-    running: int = 0
-    was_on: bool = False
+    methods: dict[str, Any]
+    config: SpectralConfig | None = None
+    owners: list[Owner] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no scope that would end: it is patched as the scope has it.
+        return {**vars(self), "config": self.newest(), "owners": []}
+
+    def newest(self) -> SpectralConfig | None:
+        """The options of the scope opened last, whoever's it is, or those of the patch."""
+        scopes = [owner for owner in self.owners if isinstance(owner, Scope) and owner.config is not None]
+        return scopes[-1].config if scopes else self.config
 
 
 def patched(model: PreTrainedModel) -> SpectralConfig | None:
-    """The options ``model`` is patched with; None where it is not."""
+    """The options of the cache that ``generate`` would make for ``model`` here; None where it would make none.
+
+    Scopes of this context come first. A thread started within a scope does not know it: so where it has none of its
+    own, the scope opened last counts, and after scopes the patch.
+    """
     patch: _Patch | None = vars(model).get(_STATE)
-    return None if patch is None else patch.config
+    if patch is None:
+        return None
+    scope = innermost(model, Scope)
+    return patch.newest() if scope is None else scope.config
 
 
 def patch(model: PreTrainedModel, config: SpectralConfig) -> None:
     """Give every ``model.generate(...)`` from now on a fresh spectral cache; patching again changes the options.
+
+    Within a scope it changes that scope's.
 
     Raises:
         InvalidArgumentError: a rank exceeds the model's head_dim.
         UnsupportedModelError: the model cannot carry a spectral cache.
     """
     check_model(model, config)
-    if not _trains_in_between(model):
-        enable(model)
-    own = vars(model)
-    if _STATE in own:
-        own[_STATE].config = config
-        return
-    methods = {name: method for name, method in _METHODS.items() if hasattr(model, name)}
-    previous = {name: own[name] for name in methods if name in own}
-    setattr(model, _STATE, _Patch(config, previous, watch(model)))
-    for name, method in methods.items():
-        # Bound: a deepcopy of the model gets one bound to itself.
-        setattr(model, name, MethodType(method, model))
+    with lock:
+        scope = innermost(model, Scope)
+        if scope is None:
+            _attach(model).config = config
+            _attend(model, PATCH)
+        else:
+            scope.config = config
+            _attend(model, scope)
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo ``patch``, but leave the attention function to caches that were made with ``SpectralCache(model)``."""
-    patch: _Patch | None = vars(model).get(_STATE)
-    if patch is None:
-        return
-    for hook in patch.hooks:
-        hook.remove()
-    for name in (_STATE, *_METHODS):
-        vars(model).pop(name, None)
-    for name, method in patch.previous.items():
-        setattr(model, name, method)
+    """Undo ``patch`` and what ``SpectralCache(model)`` switched, or within a scope that scope; scopes of other threads
+    and calls that run stay. Harmless on any other model."""
+    with lock:
+        scope = innermost(model, Scope)
+        if scope is not None:
+            scope.config = None
+            release(model, scope)
+            return
+        patch: _Patch | None = vars(model).get(_STATE)
+        if patch is not None:
+            patch.config = None
+            _detach_if_unused(model, patch)
+        release(model, PATCH)
+        release(model, CACHES)
 
 
-def restore(model: PreTrainedModel) -> None:
-    """Undo ``patch`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
-    unpatch(model)
-    disable(model)
+@contextmanager
+def scoped(model: PreTrainedModel, config: SpectralConfig) -> Iterator[None]:
+    """``patch`` for a scope of this context."""
+    scope = Scope(model, config)
+    with entered(scope), _owned(model, scope):
+        _attend(model, scope)
+        yield
+
+
+def _attend(model: PreTrainedModel, owner: Owner | str) -> None:
+    # Unsloth's trains on code of its own in between: it is switched while it generates only.
+    if not _trains_in_between(model):
+        hold(model, owner)
 
 
 def _trains_in_between(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is Unsloth's, which trains on code of its own: it is switched while it generates only."""
+    """Whether ``model`` is Unsloth's."""
     return hasattr(model, "for_training")
 
 
-def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    return _run(model, "generate", args, kwargs)
+@contextmanager
+def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
+    """Keep the methods of ``model`` replaced for ``owner``, and take back afterwards what was switched for it."""
+    with lock:
+        patch = _attach(model)
+        patch.owners.append(owner)
+    try:
+        yield
+    finally:
+        with lock:
+            patch.owners.remove(owner)
+            _detach_if_unused(model, patch)
+            release(model, owner)
 
 
-def _fast_generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    if getattr(model, "vllm_engine", None) is not None:
+def _attach(model: PreTrainedModel) -> _Patch:
+    if _STATE not in vars(model):
+        setattr(model, _STATE, _Patch(own_methods(model, _METHODS)))
+        replace(model, _METHODS)
+    patch: _Patch = vars(model)[_STATE]
+    return patch
+
+
+def _detach_if_unused(model: PreTrainedModel, patch: _Patch) -> None:
+    if patch.config is None and not patch.owners:
+        give_back(model, _METHODS, patch.methods)
+        delattr(model, _STATE)
+
+
+def _generate(model: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    config = patched(model)
+    if config is None:
+        return original(*args, **kwargs)
+    call = Call(model, config)
+    with entered(call), _owned(model, call):
+        hold(model, call)
+        result = original(*args, **kwargs)
+    check_reached(call, model, original)
+    return result
+
+
+def _fast_generate(model: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if patched(model) is not None and getattr(model, "vllm_engine", None) is not None:
         raise CacheBypassedError(
             f"{type(model).__name__}: fast_generate runs in vLLM, which holds keys and values itself: call generate, "
             "load with fast_inference=False, or call unpatch_unsloth_attention(model)"
         )
-    return _run(model, "fast_generate", args, kwargs)
+    return _generate(model, original, *args, **kwargs)
 
 
-def _run(model: PreTrainedModel, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    original = _previous(model, name)
-    with _switched(model), generating(model, original):
+def _generate_batch(model: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if patched(model) is None:
         return original(*args, **kwargs)
-
-
-@contextmanager
-def _switched(model: PreTrainedModel) -> Iterator[None]:
-    """Switch ``model`` for a call of generate, if it is not for good; the last of several calls gives it back."""
-    patch: _Patch = vars(model)[_STATE]
-    with _counting:
-        if not patch.running:
-            patch.was_on = is_enabled(model) or not _trains_in_between(model)
-        patch.running += 1
-    try:
-        with _counting:
-            enable(model)
-        yield
-    finally:
-        with _counting:
-            patch.running -= 1
-            if not patch.running and not patch.was_on:
-                disable(model)
-
-
-def _previous(model: PreTrainedModel, name: str) -> Callable[..., Any]:
-    patch: _Patch = vars(model)[_STATE]
-    return patch.previous.get(name) or MethodType(getattr(type(model), name), model)
+    return refuse_batching(model, original)
 
 
 def _prepare_cache(
-    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    original: Callable[..., Any],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    own_cache = cache_in(model_kwargs)
-    if own_cache is not None or generation_config.use_cache is False:
-        if own_cache is not None and _trains_in_between(model):
-            # Unsloth's generate names one in every call, which transformers refuses beside a cache.
-            generation_config.cache_implementation = None
-        expect(own_cache if isinstance(own_cache, SpectralCache) else None)
-        return _previous(model, _PREPARE)(generation_config, model_kwargs, *args, **kwargs)
-    enable(model)
-    cache = SpectralCache(model, config=vars(model)[_STATE].config)
+    call = innermost(model, Call)
+    config = patched(model) if call is None else call.config
+    given = cache_in(model_kwargs)
+    if given is not None and _trains_in_between(model):
+        # Unsloth's generate names one in every call, which transformers refuses beside a cache.
+        generation_config.cache_implementation = None
+    if (
+        given is not None
+        or config is None
+        or generation_config.use_cache is False
+        or _names_another_cache(model, generation_config)
+    ):
+        expect(model, given if isinstance(given, SpectralCache) else None)
+        return original(generation_config, model_kwargs, *args, **kwargs)
+    cache = SpectralCache(model, config=config)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs |= cache_argument(cache)
-    expect(cache)
+    expect(model, cache)
     return None
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
-    _PREPARE: _prepare_cache,
+def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool:
+    """Whether a call asks for a cache of transformers by name; said once where the model's own settings do."""
+    name = generation_config.cache_implementation
+    if name is None or _trains_in_between(model):
+        return False
+    if name != model.generation_config.cache_implementation:
+        return True
+    warn_once(
+        "%s: its generation_config names cache_implementation=%r; while the model is patched, generate gets a spectral "
+        "cache instead, unless a call names that itself",
+        type(model).__name__,
+        name,
+    )
+    return False
+
+
+_METHODS: dict[str, Replacement] = {
+    "_prepare_cache_for_generation": _prepare_cache,
     "generate": _generate,
-    # Unsloth's, which does not pass through the other.
+    "generate_batch": _generate_batch,
+    # Unsloth's, which does not pass through the others.
     "fast_generate": _fast_generate,
 }

@@ -1,85 +1,103 @@
-"""The check that every step of a generation reached its spectral cache, and the error where one did not."""
+"""The check that a forward pass gave its tokens to the spectral cache it was called with, and why one did not."""
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
+from unsloth_spectral.integrations.huggingface.owners import Owner, innermost
+from unsloth_spectral.log import warn_once
 
 SUPPORTED = "Unsloth 2026.10.8, 2026.10.9 and newer ones of that build"
 
 
-@dataclass(slots=True)
-class _Call:
-    """A call of ``generate``: its spectral cache, once known, and how many tokens it held before the step."""
+class Call(Owner):
+    """A call of ``generate``.
 
-    is_prepared: bool = False
-    cache: Cache | None = None
-    num_tokens: int = 0
-
-
-# Of this thread, and of the innermost of calls that assist each other.
-_call: ContextVar[_Call | None] = ContextVar("call", default=None)
-
-
-@contextmanager
-def generating(model: PreTrainedModel, method: Callable[..., Any]) -> Iterator[None]:
-    """A call of ``method``, which generates with ``model``.
-
-    Raises:
-        CacheBypassedError: it ended without having asked for a cache, or without having given it anything.
+    Attributes:
+        is_prepared: whether it has asked for its cache.
+        cache: its spectral cache; None where it uses another kind or none.
     """
-    call = _Call()
-    token = _call.set(call)
-    try:
-        yield
-    finally:
-        _call.reset(token)
-    if not call.is_prepared:
-        raise _bypassed(model, method, "made no cache by transformers' _prepare_cache_for_generation")
-    if call.cache is not None and call.cache.get_seq_length() == 0:
-        raise _bypassed(model, method, "gave its spectral cache no token")
+
+    def __init__(self, model: PreTrainedModel, config: SpectralConfig) -> None:
+        super().__init__(model, config)
+        self.is_prepared = False
+        self.cache: Cache | None = None
 
 
-def expect(cache: Cache | None) -> None:
-    """Every step of this thread's call has to reach ``cache``; None where it uses another kind or none."""
-    call = _call.get()
+def expect(model: PreTrainedModel, cache: Cache | None) -> None:
+    """The call of ``generate`` that this context is in uses ``cache``; None where it uses another kind or none."""
+    call = innermost(model, Call)
     if call is not None:
         call.is_prepared, call.cache = True, cache
 
 
-def watch(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Hooks on ``model`` that raise ``CacheBypassedError`` after a step that did not reach the cache of its call."""
-    return model.register_forward_pre_hook(_before), model.register_forward_hook(_after)
+def check_reached(call: Call, model: PreTrainedModel, method: Callable[..., Any]) -> None:
+    """Raise unless ``method``, which generated in ``call``, asked for a cache and gave it something.
+
+    Raises:
+        CacheBypassedError: it did not; the message names it, and says what to do.
+    """
+    if not call.is_prepared:
+        raise CacheBypassedError(_explain(model, method, "made no cache by transformers' _prepare_cache_for_generation"))
+    if call.cache is not None and call.cache.get_seq_length() == 0:
+        raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 
 
-def _before(model: PreTrainedModel, args: Any) -> None:
-    call = _call.get()
-    if call is not None and call.cache is not None:
-        call.num_tokens = call.cache.get_seq_length()
+# Not for the compiler: it would compile the model anew for every length.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def before_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook, with keyword arguments, of a model: a spectral cache is told that a pass begins."""
+    begin_pass = getattr(cache_in(kwargs), "begin_pass", None)
+    if begin_pass is not None:
+        begin_pass(model)
 
 
-def _after(model: PreTrainedModel, args: Any, output: Any) -> None:
-    call = _call.get()
-    if call is not None and call.cache is not None and call.cache.get_seq_length() <= call.num_tokens:
-        raise _bypassed(model, model.forward, f"took a step after {call.num_tokens} tokens past its spectral cache")
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def after_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any], __: Any) -> None:
+    """A forward hook, with keyword arguments, of a model.
+
+    A pass with another cache or none is no step of a generation that has a spectral one: guidance, logits processors
+    and stopping criteria run the model too.
+
+    Raises:
+        CacheBypassedError: in a call of ``generate``, if its cache received nothing; elsewhere it warns once.
+    """
+    cache = cache_in(kwargs)
+    if getattr(cache, "received_nothing", False):
+        bypassed(model, model.forward, cache, f"took a step after {cache.get_seq_length()} tokens past")
 
 
-def _bypassed(model: PreTrainedModel, method: Callable[..., Any], what: str) -> CacheBypassedError:
+def bypassed(model: PreTrainedModel, method: Callable[..., Any], cache: Any, deed: str) -> None:
+    """Raise in the call of ``generate`` that ``cache`` is of, and warn once of a cache that the caller brought."""
+    call = innermost(model, Call)
+    if call is not None and call.cache is cache:
+        raise CacheBypassedError(_explain(model, method, f"{deed} its spectral cache"))
+    warn_once(_explain(model, method, "gave the spectral cache that it was called with no token").replace("%", "%%"))
+
+
+def _explain(model: PreTrainedModel, method: Callable[..., Any], deed: str) -> str:
     function: Any = inspect.unwrap(getattr(method, "__func__", method))
     path = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(method).__name__)}"
-    return CacheBypassedError(
-        f"{type(model).__name__}: {path} {what}; supported are transformers' own generate and {SUPPORTED}"
-        f"{_installed()}: install one of them, or call unpatch_unsloth_attention(model)"
-    )
+    return f"{type(model).__name__}: {path} {deed}; {_remedy(model, path)}"
+
+
+def _remedy(model: PreTrainedModel, path: str) -> str:
+    """What keeps tokens out of a cache in ``model``, whose function ``path`` did, and what to do about it."""
+    unpatch = "or call unpatch_unsloth_attention(model)"
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return f"gradient checkpointing, in training mode, lets no layer see a cache: call model.eval() first, {unpatch}"
+    if path.startswith("unsloth") or hasattr(model, "for_training"):
+        return f"supported are {SUPPORTED}{_installed()}: install one of them, {unpatch}"
+    return f"that function has to hand the cache it is given on to transformers' own code: let it, {unpatch}"
 
 
 def _installed() -> str:

@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
-from unsloth_spectral.integrations.huggingface.switch import remembered
 from unsloth_spectral.integrations.options import config_of
-from unsloth_spectral.integrations.patching import patch, patched, unpatch
+from unsloth_spectral.integrations.patching import scoped
 
 
 @contextmanager
@@ -18,8 +17,9 @@ def spectral(
 ) -> Iterator[PreTrainedModel]:
     """Within the scope every ``model.generate(...)`` gets a fresh spectral cache; afterwards the model is as before.
 
-    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. A cache made in the scope is read by
-    the model's spectral attention function, so it is not for use after it.
+    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. Threads and tasks may each have
+    scopes of their own on one model, with options of their own; a thread that has none follows the scope opened last.
+    A cache made in the scope is read by the model's spectral attention function, so it is not for use after it.
 
     Args:
         model: a decoder-only transformers model that uses the AttentionInterface; the scope's value.
@@ -33,13 +33,5 @@ def spectral(
     chosen = config_of(config, preset=preset)
     inner = unwrapped(model)
     check_model(inner, chosen)
-    with remembered(inner):
-        before = patched(inner)
-        patch(inner, chosen)
-        try:
-            yield model
-        finally:
-            if before is None:
-                unpatch(inner)
-            else:
-                patch(inner, before)
+    with scoped(inner, chosen):
+        yield model

@@ -5,7 +5,7 @@ from torch import nn
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.integrations.huggingface.support import unwrapped
 from unsloth_spectral.integrations.options import config_of
-from unsloth_spectral.integrations.patching import patch, restore
+from unsloth_spectral.integrations.patching import patch, unpatch
 
 
 def patch_unsloth_attention(
@@ -43,4 +43,4 @@ def patch_unsloth_attention(
 
 def unpatch_unsloth_attention(model: nn.Module) -> None:
     """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
-    restore(unwrapped(model))
+    unpatch(unwrapped(model))

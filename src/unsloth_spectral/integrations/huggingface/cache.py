@@ -8,7 +8,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.stats import CacheStats
@@ -19,7 +19,7 @@ from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
-from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
+from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer, layers_of
 from unsloth_spectral.integrations.huggingface.layers import (
     MaterialisingCacheLayer,
     SpectralCacheLayer,
@@ -28,7 +28,7 @@ from unsloth_spectral.integrations.huggingface.layers import (
     restore_layer,
 )
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped, why_materialised
-from unsloth_spectral.integrations.huggingface.switch import enable
+from unsloth_spectral.integrations.huggingface.switch import hold
 from unsloth_spectral.integrations.options import config_of
 
 logger = logging.getLogger("unsloth_spectral")
@@ -73,7 +73,7 @@ class SpectralCache(Cache):
         self._build(model, chosen, profile_of(model, _num_spectral(model)) if wants_profile else None)
 
     def _build(self, model: PreTrainedModel, config: SpectralConfig, profile: ModelProfile | None) -> None:
-        enable(model)
+        hold(model)
         # Weak, as a copy of a cache is no copy of the model.
         self.config, self.profile, self._model = config, profile, ref(model)
         plans = layers_of(model.config.get_text_config(decoder=True))
@@ -83,20 +83,19 @@ class SpectralCache(Cache):
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers))
-            if plan.layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[plan.layer_type](**plan.options)
+            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native()
             for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
+        self._crossing = [layer for layer in layers if isinstance(layer, CrossAttentionLayer)]
         # A dummy holds no tokens: its model takes them from another layer.
         self._others = [
             layer
             for layer, plan in zip(layers, plans, strict=True)
-            if plan.layer_type not in ("full_attention", "dummy")
+            if plan.layer_type not in ("full_attention", "dummy") and layer not in self._crossing
         ]
-        self._depth = _depth(model)
+        self._depth, self._num_before = _depth(model), -1
         self._first = layers.index(self._spectral[0])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -113,17 +112,25 @@ class SpectralCache(Cache):
             raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
+            for layer in self._crossing:
+                layer.begin_pass()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def check_fits(self, model: PreTrainedModel) -> None:
-        """Raise unless ``model``, which is about to run with this cache, has as many layers.
+    def begin_pass(self, model: PreTrainedModel) -> None:
+        """``model`` is about to run with this cache.
 
         Raises:
-            SpectralError: it has not: what it would leave empty would pass for an interrupted pass.
+            SpectralError: it has another number of layers: what it would leave empty would pass for an interrupted pass.
         """
         depth = _depth(model)
         if depth != self._depth:
             raise self._made_for_another(depth)
+        self._num_before = self._shortest
+
+    @property
+    def received_nothing(self) -> bool:
+        """Whether the pass that began last has given it no token."""
+        return self._shortest <= self._num_before
 
     def _made_for_another(self, num_layers: object) -> SpectralError:
         return SpectralError(
@@ -132,8 +139,14 @@ class SpectralCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count."""
-        return min(super().get_seq_length(layer_idx), self._shortest)
+        """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count.
+
+        A layer that attends to an image has that one's.
+        """
+        num_tokens = super().get_seq_length(layer_idx)
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CrossAttentionLayer):
+            return num_tokens
+        return min(num_tokens, self._shortest)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], SpectralCacheLayer):
@@ -157,6 +170,8 @@ class SpectralCache(Cache):
             )
         for layer in self._spectral:
             layer.spectral.crop(shortest)
+        for crossing in self._crossing:
+            crossing.take_back()
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -213,6 +228,7 @@ class SpectralCache(Cache):
                 tokens; the message is one line that says what differs.
             UnsupportedModelError: the model cannot carry a spectral cache.
         """
+        model = unwrapped(model)
         found = snapshot.read(path)
         config = config_in(found.header)
         check_model(model, config)

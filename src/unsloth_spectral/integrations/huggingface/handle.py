@@ -36,6 +36,10 @@ class CompressedStates:
         """Itself: Gemma 4, in the first supported releases, moves keys that layers share to the device of each."""
         return self
 
+    def numel(self) -> int:
+        """None that a model could read: Mllama asks it of every layer, to find those that hold an image."""
+        return 0
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copy, pickle and torch probe for these and expect an AttributeError
             raise AttributeError(name)

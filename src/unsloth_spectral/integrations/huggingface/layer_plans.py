@@ -1,10 +1,41 @@
-"""The cache layers that a model's configuration asks for, as transformers has it: one by one, or all alike."""
+"""The cache layers that a model's configuration asks for: as transformers has it, but for layers that attend to an image."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+
+_CROSS_ATTENTION = "cross_attention"
+
+
+class CrossAttentionLayer(DynamicLayer):
+    """Keys and values of an image, which layers in between attend to (Mllama's); empty where there was none.
+
+    It holds no tokens of the text: ``crop`` leaves it as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_before = 0
+
+    def begin_pass(self) -> None:
+        """Remember where to go back to."""
+        self.num_before = self.get_seq_length()
+
+    def take_back(self) -> None:
+        """Forget what a forward pass that was interrupted has added."""
+        if self.num_before == 0:
+            self.reset()
+        else:
+            self.keys, self.values = self.keys[..., : self.num_before, :], self.values[..., : self.num_before, :]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing: the text has fewer tokens, the image has not."""
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.num_before = False, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +46,17 @@ class LayerPlan:
     options: dict[str, Any]
     config: Any
 
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a cache layer for it."""
+        return self.layer_type == _CROSS_ATTENTION or self.layer_type in DYNAMIC_LAYER_TYPE_MAPPING
+
+    def native(self) -> Any:
+        """The cache layer that a model has for it without this library."""
+        if self.layer_type == _CROSS_ATTENTION:
+            return CrossAttentionLayer()
+        return DYNAMIC_LAYER_TYPE_MAPPING[self.layer_type](**self.options)
+
 
 def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     """The layers of a model with this (text) ``config``, in order."""
@@ -22,5 +64,8 @@ def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     types, options = found
     if isinstance(options, dict):  # the same for all layers, in the first releases of the supported range
         options = [options] * len(types)
+    # transformers takes them for layers that attend to the text.
+    crossing = getattr(config, "cross_attention_layers", None) or ()
+    types = [_CROSS_ATTENTION if number in crossing else kind for number, kind in enumerate(types)]
     # An early exit makes a model of the first layers; its list of types may go on.
     return [LayerPlan(*plan) for plan in zip(types, options, config.per_layer_config, strict=False)]

@@ -14,6 +14,7 @@ from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer
 from unsloth_spectral.integrations.huggingface.native import native_to_fields, restore_native
 
 
@@ -30,8 +31,12 @@ class SpectralCacheLayer(CacheLayerMixin):
         self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        self._initialize(key_states.dtype, key_states.device)
+
+    def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+        # Whoever reads them without attention is told why there are none.
+        self.keys = self.values = CompressedStates(self.spectral, seal_after=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
@@ -92,7 +97,7 @@ class SpectralCacheLayer(CacheLayerMixin):
         """
         self.record_past = fields.flag("record_past")
         self.spectral.restore(fields)
-        self.dtype, self.device, self.is_initialized = fields.sub("tokens").dtype("dtype"), device, True
+        self._initialize(fields.sub("tokens").dtype("dtype"), device)
 
 
 class MaterialisingCacheLayer(SpectralCacheLayer):
@@ -116,12 +121,14 @@ def layer_stats(layer: Any) -> LayerStats:
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats()
     # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
+    # An image's keys and values are no tokens of the text.
+    holds_text = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CrossAttentionLayer)
     values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
     tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
     nbytes = storage_bytes(*tensors)
     return LayerStats(
         kind=type(layer).__name__,
-        num_tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        num_tokens=layer.get_seq_length() if holds_text else 0,
         residual_bytes=nbytes,
         dense_bytes=nbytes,
         elements=sum(tensor.numel() for tensor in tensors),

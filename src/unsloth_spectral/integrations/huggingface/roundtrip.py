@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.errors import InvalidArgumentError
@@ -155,7 +155,7 @@ class RoundTripCache(Cache):
         layers = [
             RoundTripLayer(codec, num_sink_tokens, residual_length, group)
             if plan.layer_type == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[plan.layer_type](**plan.options)
+            else plan.native()
             for plan in layers_of(model.config.get_text_config(decoder=True))
         ]
         super().__init__(layers=layers)

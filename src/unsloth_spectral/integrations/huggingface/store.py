@@ -22,6 +22,7 @@ from unsloth_spectral.files import expanded
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.identity import identify
 from unsloth_spectral.integrations.huggingface.prefill import feed
+from unsloth_spectral.integrations.huggingface.support import unwrapped
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.log import warn_once
 
@@ -87,6 +88,7 @@ class PrefixStore:
             UnsupportedModelError: the model cannot carry a spectral cache.
         """
         self._check(input_ids)
+        model = unwrapped(model)
         fresh = SpectralCache(model, config=config_of(config, preset=preset))
         key, count = _key(model, fresh), input_ids.shape[1] - 1
         cache = self._load_longest(model, input_ids[:, :count], key) or fresh
@@ -110,6 +112,7 @@ class PrefixStore:
             InvalidArgumentError, UnsupportedModelError: as ``prefill``.
         """
         self._check(input_ids)
+        model = unwrapped(model)
         key = _key(model, SpectralCache(model, config=config_of(config, preset=preset)))
         return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
 

@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
@@ -24,10 +23,17 @@ ATTENTION_NAME = "unsloth_spectral"
 # Their attention modules slice, split or repeat what `update` returns. One that is missing is added when it is seen to.
 _READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
 
+# How often a configuration runs some of its layers: transformers adds layers to the cache for it as the model runs.
+_LOOPS = ("n_recurrent_loops", "loop_num_passes")
+
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model within PEFT's wrapper; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """The transformers model within ``torch.compile``'s and PEFT's wrappers; any other model itself."""
+    if hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    return model
 
 
 def check_model(model: object, config: SpectralConfig) -> None:
@@ -86,8 +92,12 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     forward = inspect.signature(type(model).forward)
     if CACHE_NAME not in forward.parameters or not _supports_cache(type(model)):
         return "takes no transformers Cache"
-    layer_types = {plan.layer_type for plan in layers_of(model.config.get_text_config(decoder=True))}
-    unknown = sorted(layer_types - set(DYNAMIC_LAYER_TYPE_MAPPING))
+    config = model.config.get_text_config(decoder=True)
+    if any((getattr(config, name, None) or 1) > 1 for name in _LOOPS):
+        return "runs its layers several times for each token, with keys of their own each time"
+    plans = layers_of(config)
+    layer_types = {plan.layer_type for plan in plans}
+    unknown = sorted({plan.layer_type for plan in plans if not plan.is_known})
     if unknown:
         return f"has layers of unknown type {', '.join(unknown)}"
     if "full_attention" not in layer_types:

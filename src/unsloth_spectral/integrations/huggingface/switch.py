@@ -1,33 +1,59 @@
-"""Giving a model the spectral attention function, and giving back its own."""
+"""Giving a model the spectral attention function while anyone needs it, and giving back its own."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.huggingface.attention import attend
-from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
+from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
+from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
 from unsloth_spectral.integrations.huggingface.rotary import note
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
+from unsloth_spectral.integrations.reached import after_pass, before_pass
 
 _STATE = "_unsloth_spectral_switch"
-
+_METHODS: dict[str, Replacement] = {
+    "prepare_inputs_for_generation": prepare_inputs,
+    "init_continuous_batching": refuse_batching,
+}
+# Owners without an end of their own: they hold a model until it is unpatched.
+PATCH, CACHES = "patch", "caches"
 
 # Configuration objects, each with its attention implementation.
 _Implementations: TypeAlias = tuple[tuple[Any, str | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class _Switched:
-    """Every configuration object of a model with the attention implementation it had, and the hooks put on."""
+    """Who has a model switched, and what it had before.
+
+    Attributes:
+        implementations: every configuration object with the attention implementation it had before the first owner.
+        methods: the methods the instance had of its own.
+        hooks: those put on.
+        owners: ``PATCH``, ``CACHES``, scopes and calls that have not ended.
+        beneath: the implementations as they were set when the first of the open scopes began, or by a patch or cache
+            since.
+    """
 
     implementations: _Implementations
-    hooks: tuple[Any, ...]
+    methods: dict[str, Any]
+    hooks: list[Any] = field(default_factory=list)
+    owners: list[Owner | str] = field(default_factory=list)
+    beneath: _Implementations | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no scope or call that would end: it stays as it is until it is unpatched.
+        lasting = [owner for owner in self.owners if isinstance(owner, str)]
+        return {**vars(self), "owners": lasting or [CACHES], "beneath": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register()  # it may be another process
+        vars(self).update(state)
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
@@ -35,25 +61,56 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
 
 
-def enable(model: PreTrainedModel) -> None:
-    """Let ``model`` attend through ``attend``, off Unsloth's fast path; harmless where it does already.
+def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
+    """Let ``model`` attend through ``attend``, off Unsloth's fast path, until ``owner`` releases it.
 
-    A model that is handed rebuilt keys and values keeps its own attention.
+    A model that is handed rebuilt keys and values keeps its own attention. Without an ``owner`` it is the call or the
+    scope that this context is in, or else ``CACHES``.
     """
-    if why_materialised(model) is not None:
-        return
-    # Again where the function is on already: adding an adapter puts a model back on its fast path.
-    fast_path.leave(model)
-    if is_enabled(model):
-        return
-    AttentionInterface.register(ATTENTION_NAME, attend)
-    # Without a mask function of the same name padding would be ignored without a word.
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    if _STATE not in vars(model):
-        before = _implementations(model)
+    with lock:
+        owner = owner or innermost(model, Owner) or CACHES
+        switched: _Switched | None = vars(model).get(_STATE)
+        if switched is None:
+            switched = _Switched(_implementations(model), own_methods(model, _METHODS))
+            setattr(model, _STATE, switched)
+        if isinstance(owner, Scope) and switched.beneath is None:
+            switched.beneath = _implementations(model)
+        if owner not in switched.owners:
+            switched.owners.append(owner)
+        _turn_on(model, switched)
+        if isinstance(owner, str) and switched.beneath is not None:
+            switched.beneath = _implementations(model)
+
+
+def release(model: PreTrainedModel, owner: Owner | str) -> None:
+    """Undo ``hold``; the last owner gives back attention, methods and fast path. Harmless where it holds nothing."""
+    with lock:
+        switched: _Switched | None = vars(model).get(_STATE)
+        if switched is None or owner not in switched.owners:
+            return
+        switched.owners.remove(owner)
+        if not switched.owners:
+            _turn_off(model, switched)
+        elif switched.beneath is not None and all(isinstance(other, str) for other in switched.owners):
+            _assign(switched.beneath)
+            switched.beneath = None
+
+
+def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
+    is_direct = why_materialised(model) is None
+    if is_direct:
+        # Again where the function is on already: adding an adapter puts a model back on its fast path.
+        fast_path.leave(model)
+    replace(model, _METHODS)
+    if not switched.hooks:
+        switched.hooks.append(model.register_forward_pre_hook(before_pass, with_kwargs=True))
+        switched.hooks.append(model.register_forward_hook(after_pass, with_kwargs=True))
         attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-        hooks = tuple(module.register_forward_pre_hook(note, with_kwargs=True) for module in attention)
-        setattr(model, _STATE, _Switched(before, (*hooks, model.register_forward_pre_hook(_check, with_kwargs=True))))
+        for module in attention if is_direct else []:
+            switched.hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    if not is_direct or is_enabled(model):
+        return
+    _register()
     text_config = model.config.get_text_config(decoder=True)
     if not model._can_set_attn_implementation():
         _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
@@ -62,36 +119,20 @@ def enable(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
 
 
-def disable(model: PreTrainedModel) -> None:
-    """Give every part of ``model`` the attention implementation it had before ``enable``, and its fast path."""
+def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
+    give_back(model, _METHODS, {})
     fast_path.take(model)
-    switched: _Switched | None = vars(model).get(_STATE)
-    if switched is None:
-        return
+    give_back(model, (), switched.methods)
     _assign(switched.implementations)
     for hook in switched.hooks:
         hook.remove()
     delattr(model, _STATE)
 
 
-def _check(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: a spectral cache, which knows what it fits, is asked before the model runs with it."""
-    check_fits = getattr(cache_in(kwargs), "check_fits", None)
-    if check_fits is not None:
-        check_fits(model)
-
-
-@contextmanager
-def remembered(model: PreTrainedModel) -> Iterator[None]:
-    """Give ``model`` back as it is now: switched as it is, or not at all."""
-    was_switched, before = _STATE in vars(model), _implementations(model)
-    try:
-        yield
-    finally:
-        if was_switched:
-            _assign(before)
-        else:
-            disable(model)
+def _register() -> None:
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    # Without a mask function of the same name padding would be ignored without a word.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def _implementations(model: PreTrainedModel) -> _Implementations:

@@ -1,0 +1,60 @@
+"""Replacements for methods of a switched model: those that would leave its spectral cache aside."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
+from unsloth_spectral.integrations.reached import bypassed
+
+
+def prepare_inputs(
+    model: PreTrainedModel, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """``prepare_inputs_for_generation``, which keeps a spectral cache where the original lets it go.
+
+    Phi-3 and its relatives rotate keys by other factors once a text exceeds ``original_max_position_embeddings``: there
+    transformers drops the cache and reads the text again. That pass refills the same cache.
+
+    Raises:
+        CacheBypassedError: the cache is dropped, but not all of the text is read again.
+    """
+    inputs = original(input_ids, *args, **kwargs)
+    cache = cache_in(kwargs)
+    if not hasattr(cache, "begin_pass") or cache_in(inputs) is cache or not kwargs.get("use_cache", True):
+        return inputs
+    if cache_in(inputs) is not None:
+        bypassed(model, original, cache, "took another cache for")
+        return inputs
+    num_held, num_read = cache.get_seq_length(), _num_read(inputs)
+    mask = kwargs.get("attention_mask")
+    length = mask.shape[-1] if isinstance(mask, Tensor) else num_held + 1
+    if num_read < length:
+        raise CacheBypassedError(
+            f"{type(model).__name__}: transformers drops the {num_held} tokens of the cache, whose keys are no longer "
+            f"valid, but is given only {num_read} of {length} tokens to read again: pass generate the whole text, "
+            "without prefill_chunk_size"
+        )
+    cache.reset()
+    return {**inputs, **cache_argument(cache)}
+
+
+def _num_read(inputs: dict[str, Any]) -> int:
+    embeddings, ids = inputs.get("inputs_embeds"), inputs.get("input_ids")
+    tokens = ids if embeddings is None else embeddings
+    return 0 if tokens is None else int(tokens.shape[1])
+
+
+def refuse_batching(model: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+    """``generate_batch`` and what it stands on.
+
+    Raises:
+        CacheBypassedError: always.
+    """
+    raise CacheBypassedError(
+        f"{type(model).__name__}: {original.__name__} keeps keys and values in pages of its own and uses no cache: call "
+        "generate, or call unpatch_unsloth_attention(model) before it"
+    )

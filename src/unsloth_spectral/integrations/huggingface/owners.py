@@ -1,0 +1,57 @@
+"""Scopes and calls of ``generate`` that have a model switched for a time, and those that this thread or task is in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
+from typing import TypeVar
+from weakref import ref
+
+from transformers import PreTrainedModel
+
+from unsloth_spectral.codec.config import SpectralConfig
+
+# Held while any model is switched or given back: for microseconds, so one serves all models.
+lock = RLock()
+
+
+class Owner:
+    """A scope or a call that needs ``model`` switched until it ends.
+
+    Attributes:
+        config: the options of the caches that ``generate`` makes for it; None where it makes none.
+        is_open: whether it has not ended; a task or a generator may outlive the scope that it began in.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SpectralConfig | None) -> None:
+        # Weak: a context may live as long as its thread.
+        self._model = ref(model)
+        self.config, self.is_open = config, True
+
+    def is_for(self, model: PreTrainedModel) -> bool:
+        return self.is_open and self._model() is model
+
+
+class Scope(Owner):
+    """A ``with spectral(model):``."""
+
+
+OwnerT = TypeVar("OwnerT", bound=Owner)
+_entered: ContextVar[tuple[Owner, ...]] = ContextVar("entered", default=())
+
+
+@contextmanager
+def entered(owner: Owner) -> Iterator[None]:
+    """Be within ``owner`` in this context, and end it afterwards."""
+    _entered.set((*(outer for outer in _entered.get() if outer.is_open), owner))
+    try:
+        yield
+    finally:
+        owner.is_open = False
+        # No token: generators leave their scopes in any order.
+        _entered.set(tuple(outer for outer in _entered.get() if outer is not owner))
+
+
+def innermost(model: PreTrainedModel, kind: type[OwnerT]) -> OwnerT | None:
+    """The innermost open owner of this ``kind`` that this context is in, for ``model``; None where there is none."""
+    return next((owner for owner in reversed(_entered.get()) if isinstance(owner, kind) and owner.is_for(model)), None)
