@@ -120,10 +120,10 @@ class ChunkCodec:
             key_codec.centre(own[None, :, _NUM_EXACT:], None, rotation, is_rotated=rotation is None, real=None)
             for own in keys
         ]
-        metric = torch.eye(self.head_dim).expand(1, keys.shape[1], -1, -1)
+        metric = torch.eye(self.head_dim, dtype=torch.float32, device="cpu").expand(1, keys.shape[1], -1, -1)
         spreads = [covariance(x) for x, _ in centred]
         bases = [principal_basis(spread, metric) for spread in spreads]
-        record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8)
+        record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8, device="cpu")
         level, widths = self._widths(bases, self._layer(chunk.shape, chunk.dtype), len(record))
         place = HEADER_BYTES
         for layer, (x, mean) in enumerate(centred):
@@ -151,7 +151,7 @@ class ChunkCodec:
         layer, reader = self._layer(shape, dtype), Reader(record)
         rotation = self._rotation(layer.num_tokens)
         size = (shape[-3], layer.num_heads, shape[-2], self.head_dim)
-        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+        keys, values = (torch.empty(size, dtype=dtype, device="cpu") for _ in range(2))
         for own_keys, own_values in zip(keys, values, strict=True):
             coded, coded_values, exact = reader.layer(layer, value_nbits, rotation)
             own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact[0], exact[1]
@@ -227,6 +227,6 @@ class ChunkCodec:
 @lru_cache(maxsize=8)
 def _local_rotation(head_dim: int, rope_theta: float, num_tokens: int) -> Rotation:
     half = head_dim // 2
-    step = float(rope_theta) ** (-torch.arange(half, dtype=torch.float64) / half)
-    start = torch.ones(1, 1, half, dtype=torch.complex64)
+    step = float(rope_theta) ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    start = torch.ones(1, 1, half, dtype=torch.complex64, device="cpu")
     return Rotation(slice(0, half), slice(half, head_dim), start, step, num_tokens)
