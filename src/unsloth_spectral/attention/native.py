@@ -241,18 +241,15 @@ def _kind(name: str, tensor: Tensor) -> int:
 def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block, list[Tensor]]:
     """The structure, and the tensors it points to."""
     batch, num_heads, key_dim, value_dim = shape
-    key_codes, value_codes, tiles = block.keys, block.values, num_tiles(block.num_tokens)
-    components, num_planes = sum(map(len, key_codes.widths)), key_codes.num_bits
+    key_codes, value_codes, num_tokens = block.keys, block.values, block.num_tokens
+    tiles, components, num_planes = num_tiles(num_tokens), sum(map(len, key_codes.widths)), key_codes.num_bits
+    stored_dim = key_codes.vectors.shape[-1]
+    require(key_dim == stored_dim, "the query's head_dim", f"{stored_dim}, as that of the keys", key_dim)
     require(len(key_codes.widths) == num_heads, "widths", f"one row for each of {num_heads} heads", key_codes.widths)
     for widths in key_codes.widths:
         falling = list(widths) == sorted(widths, reverse=True) and all(1 <= nbits <= MAX_NBITS for nbits in widths)
         require(falling, "widths", f"1 to {MAX_NBITS} bits each, falling,", widths)
-    require(
-        value_codes.num_tokens == key_codes.num_tokens,
-        "values",
-        f"{key_codes.num_tokens} tokens",
-        value_codes.num_tokens,
-    )
+    require(value_codes.num_tokens == num_tokens, "values", f"{num_tokens} tokens", value_codes.num_tokens)
     require(1 <= value_codes.nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", value_codes.nbits)
     counts = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in key_codes.widths]
     value_planes = (batch, tiles, num_heads * value_dim * value_codes.nbits, PLANE_BYTES)
@@ -268,7 +265,7 @@ def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block,
         "largest": _Part(value_codes.largest, torch.float32, (batch, num_heads, 1)),
     }
     numbers = {
-        "num_tokens": block.num_tokens,
+        "num_tokens": num_tokens,
         "kind": _CODED,
         "value_kind": _CODED,
         "num_components": components,
@@ -300,6 +297,8 @@ def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[dict[str, _
     assert rotation.step is not None
     first, second = rotation.indices(key_dim)
     count, start = len(rotation.step), rotation.start
+    for dims in (first, second):
+        require(len(dims) == count, "rotary dimensions", f"{count} below {key_dim}", dims)
     rows = batch if len(start) == batch else 1
     tables = _tables(rotation.step.double().contiguous().numpy().tobytes())
     start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
