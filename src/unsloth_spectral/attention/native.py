@@ -299,7 +299,9 @@ def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[dict[str, _
     count, start = len(rotation.step), rotation.start
     for dims in (first, second):
         require(len(dims) == count, "rotary dimensions", f"{count} below {key_dim}", dims)
-    rows = batch if len(start) == batch else 1
+    rows, first_shape = len(start), (batch, 1, count)
+    fits = rows in (1, batch) and start.shape[1:] == first_shape[1:]
+    require(fits, "the first rotation", f"a tensor of shape {first_shape}", tuple(start.shape))
     tables = _tables(rotation.step.double().contiguous().numpy().tobytes())
     start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
     num_slow = count - tables.num_fast
