@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.attention import native
@@ -185,10 +185,7 @@ class Tokenizer:
     bos_token, eos_token_id, chat_template = "^", 2, None
 
     def __call__(self, text: str, **_: Any) -> Any:
-        class Encoding(dict[str, Any]):
-            input_ids = [3 + ord(character) % 120 for character in text]
-
-        return Encoding(input_ids=Encoding.input_ids)
+        return BatchEncoding({"input_ids": [3 + ord(character) % 120 for character in text]})
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(chr(97 + token % 26) for token in ids)

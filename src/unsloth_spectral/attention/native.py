@@ -16,11 +16,11 @@ from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
-from unsloth_spectral.native.pointers import address, require
+from unsloth_spectral.native.pointers import address, refusal, require
 from unsloth_spectral.rope import Rotation
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODED = len(_DTYPES)
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODED = len(_KINDS)
 _NAME = "native kernel"
 _Strides = c_int64 * 3
 # Pairs that turn by less than so many radians in a tile are slow: few smooth functions, at most as many as attend.cpp
@@ -104,7 +104,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     """Why the kernel cannot attend with ``query`` to ``blocks``; None where it can."""
     if torch.compiler.is_compiling():
         return "inside a compiled graph"
-    if query.device.type != "cpu" or query.dtype not in _DTYPES:
+    if query.device.type != "cpu" or query.dtype not in _KINDS:
         return f"queries in {query.dtype} on {query.device.type}"
     if query.shape[-1] > _MOST_DIMS:
         return f"a head_dim of {query.shape[-1]}: sums of more than {_MOST_DIMS} products may overflow"
@@ -119,7 +119,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
                 return "positions that do not run on evenly"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
-        elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
+        elif not all(part.dtype in _KINDS and part.stride(-1) == 1 for part in (block.keys, block.values)):
             return f"exact tokens in {block.keys.dtype} and {block.values.dtype}, or not contiguous"
     return library.obstacle()
 
@@ -137,15 +137,15 @@ def attend(
     """
     batch, num_attention_heads, query_length, key_dim = query.shape
     num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
-    fits = num_heads > 0 and num_attention_heads % num_heads == 0
-    require(fits, "query heads", f"a multiple of {num_heads}", num_attention_heads)
+    if num_heads <= 0 or num_attention_heads % num_heads:
+        raise refusal("query heads", f"a multiple of {num_heads}", num_attention_heads)
     shape = (batch, num_heads, key_dim, value_dim)
     query = query.to(torch.float32).contiguous()
     answer_shape = (batch, num_attention_heads, query_length, value_dim)
     output = torch.empty(answer_shape, dtype=torch.float32, device="cpu")
     prepared = [_prepare(block, shape) for block in blocks]
     structures = (_Block * len(prepared))(*prepared)
-    num_tokens = sum(block.num_tokens for block in blocks)
+    num_tokens = 0 if mask is None else sum(block.num_tokens for block in blocks)
     mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
     sinks = None if options.sinks is None else options.sinks.detach().float().flatten()
     constants = _constants(value_dim)
@@ -224,8 +224,8 @@ def _exact(block: ExactBlock, shape: tuple[int, int, int, int]) -> _Block:
     exact_keys, exact_values, count = block.keys, block.values, block.num_tokens
     return _Block(
         count,
-        _kind("exact keys", exact_keys),
-        _kind("exact values", exact_values),
+        _kind("exact keys", exact_keys.dtype),
+        _kind("exact values", exact_values.dtype),
         address("exact keys", exact_keys, exact_keys.dtype, (batch, num_heads, count, key_dim), strided=True),
         address("exact values", exact_values, exact_values.dtype, (batch, num_heads, count, value_dim), strided=True),
         _Strides(*exact_keys.stride()[:3]),
@@ -233,9 +233,11 @@ def _exact(block: ExactBlock, shape: tuple[int, int, int, int]) -> _Block:
     )
 
 
-def _kind(name: str, tensor: Tensor) -> int:
-    require(tensor.dtype in _DTYPES, name, "a tensor of float32, bfloat16 or float16", tensor.dtype)
-    return _DTYPES.index(tensor.dtype)
+def _kind(name: str, dtype: torch.dtype) -> int:
+    kind = _KINDS.get(dtype)
+    if kind is None:
+        raise refusal(name, "a tensor of float32, bfloat16 or float16", dtype)
+    return kind
 
 
 def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block, list[Tensor]]:

@@ -24,14 +24,15 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
         return tensor.data_ptr()
     gaps = "" if is_dense else ", not contiguous"
     wanted = f"a contiguous {dtype} tensor of shape {tuple(shape)} on the CPU"
-    raise _error(name, wanted, f"a {tensor.dtype} one of shape {tuple(tensor.shape)} on {tensor.device}{gaps}")
+    raise refusal(name, wanted, f"a {tensor.dtype} one of shape {tuple(tensor.shape)} on {tensor.device}{gaps}")
 
 
 def require(holds: bool, name: str, wanted: object, got: object) -> None:
     """Raise InvalidArgumentError, which says that ``name`` must be ``wanted``, unless that ``holds``."""
     if not holds:
-        raise _error(name, wanted, got)
+        raise refusal(name, wanted, got)
 
 
-def _error(name: str, wanted: object, got: object) -> InvalidArgumentError:
+def refusal(name: str, wanted: object, got: object) -> InvalidArgumentError:
+    """The error that ``require`` raises."""
     return InvalidArgumentError(f"{name} must be {wanted} for the compiled kernel, got {got}")

@@ -43,6 +43,11 @@ def note(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         _noted.module, _noted.embeddings = id(module), embeddings
 
 
+def forget() -> None:
+    """Let go of what was noted: a prefill's tables are as long as its prompt, and the next module notes its own."""
+    _noted.module = _noted.embeddings = None
+
+
 def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
     """Rotations of the tokens of the forward pass ``module`` is in; None where it has none or they cannot be read.
 
@@ -51,8 +56,6 @@ def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None)
     embeddings = _noted.embeddings
     if _noted.module != id(module) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
         return None
-    # Not to keep a prefill's tables alive; the next module notes its own.
-    _noted.module = _noted.embeddings = None
     cos, sin = embeddings
     if not isinstance(cos, Tensor) or cos.ndim != 3:
         return None
@@ -104,7 +107,7 @@ def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: i
             apply, identity[None, None], angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1)
         )[0, 0]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        logger.debug("%s cannot be read as a rotation: %s", kind.__name__, error)
+        logger.debug("%s cannot be read as a rotation: %s", kind.__name__, str(error))
         return None
     if turned.shape != (head_dim, head_dim):
         return None

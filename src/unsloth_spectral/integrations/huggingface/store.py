@@ -133,7 +133,7 @@ class PrefixStore:
             except LoadError as error:
                 # Also where another process has just let it go.
                 if path.exists():
-                    logger.warning("%s; it is deleted", error)
+                    logger.warning("%s; it is deleted", str(error))
                     path.unlink(missing_ok=True)
                 continue
             with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
@@ -152,7 +152,7 @@ class PrefixStore:
                 cache.save(path, input_ids)
                 self._evict(path)
         except (OSError, Timeout) as error:
-            logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, error)
+            logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, str(error))
 
     def _evict(self, newest: Path) -> None:
         """Delete what was used least recently until all is within the limit; ``newest`` alone where it exceeds it."""
