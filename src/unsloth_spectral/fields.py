@@ -26,21 +26,22 @@ _REFERENCE = "$tensor"
 def flatten(field: Field) -> tuple[Any, list[Tensor]]:
     """``field`` ready for JSON, and the tensors it refers to: one that occurs twice is there once."""
     tensors: list[Tensor] = []
-    numbers: dict[int, int] = {}
+    return _plain(field, tensors, {}), tensors
 
-    def plain(field: Field) -> Any:
-        if isinstance(field, Tensor):
-            if id(field) not in numbers:
-                numbers[id(field)] = len(tensors)
-                tensors.append(field)
-            return {_REFERENCE: numbers[id(field)]}
-        if isinstance(field, Mapping):
-            return {name: plain(value) for name, value in field.items()}
-        if isinstance(field, Sequence) and not isinstance(field, str):
-            return [plain(value) for value in field]
-        return field
 
-    return plain(field), tensors
+def _plain(field: Field, tensors: list[Tensor], numbers: dict[int, int]) -> Any:
+    """``field`` with references in place of its tensors, which join ``tensors``; ``numbers`` are their places by id."""
+    # Not within `flatten`: a closure that names itself keeps the tensors alive until the cyclic collector runs.
+    if isinstance(field, Tensor):
+        if id(field) not in numbers:
+            numbers[id(field)] = len(tensors)
+            tensors.append(field)
+        return {_REFERENCE: numbers[id(field)]}
+    if isinstance(field, Mapping):
+        return {name: _plain(value, tensors, numbers) for name, value in field.items()}
+    if isinstance(field, Sequence) and not isinstance(field, str):
+        return [_plain(value, tensors, numbers) for value in field]
+    return field
 
 
 class Fields:

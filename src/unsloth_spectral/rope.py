@@ -70,7 +70,7 @@ class Rotation:
             start = (table[:, free:] * relative[free:].conj()).mean(1, keepdim=True)
             error = (start * relative - table).abs().amax(-1)
             if padding is not None:
-                places = torch.arange(num_tokens, device=table.device)
+                places = torch.arange(num_tokens, dtype=torch.int64, device=table.device)
                 error = error.masked_fill(places < padding.to(table.device)[:, None], 0.0)
             if float(error.max()) <= (_TOLERANCE + _ROUNDING * num_tokens) * float(table.abs().max()):
                 return replace(even, start=start)
@@ -100,7 +100,8 @@ class Rotation:
             return None
         if _last.step is not self.step or _last.table is None or len(_last.table) < self.num_tokens:
             # In float64: the angle of the ten-thousandth token keeps its fraction.
-            angle = torch.arange(self.num_tokens, device=self.step.device)[:, None] * self.step
+            tokens = torch.arange(self.num_tokens, dtype=torch.float64, device=self.step.device)
+            angle = tokens[:, None] * self.step
             table = torch.polar(torch.ones_like(angle), angle).to(self.start.dtype)
             if table.nbytes > _MOST_KEPT_BYTES:
                 return table

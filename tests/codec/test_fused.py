@@ -1,14 +1,17 @@
 """Every build of the encoding kernel against torch's passes."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from unsloth_spectral.codec import fused
 from unsloth_spectral.codec import keys as key_codec
 from unsloth_spectral.codec import values as value_codec
 from unsloth_spectral.codec.packing import pack, pack_quads, unpack, unpack_quads
+from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
 
 VARIANTS = [name for name in library.VARIANTS if library.load(name) is not None]
@@ -79,3 +82,50 @@ def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int,
     # As large as the codes themselves, so the step is one and every number falls to its own code.
     assert (scales - 1).abs().max() < 0.01
     assert torch.equal(planes, pack_quads(codes.to(torch.uint8), heads))
+
+
+class Spoiling(TorchFunctionMode):
+    """What ``factory`` makes is of another dtype, too short or elsewhere."""
+
+    def __init__(self, factory: Any, wrong: str) -> None:
+        super().__init__()
+        self._factory, self._wrong = factory, wrong
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is not self._factory:
+            return result
+        if self._wrong == "dtype":
+            return result.to({torch.uint8: torch.int16, torch.int32: torch.int64}.get(result.dtype, torch.float16))
+        return result[..., :-1] if self._wrong == "size" else result.to("meta")
+
+
+HEADS = ((8, 7, 6, 5, 4), (3, 2, 1))
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "size", "device"])
+@pytest.mark.parametrize("factory", [torch.empty, torch.tensor])
+def test_the_encoders_refuse_tensors_made_for_the_call_that_are_not_theirs(factory: Any, wrong: str) -> None:
+    with Spoiling(factory, wrong), pytest.raises(InvalidArgumentError, match="for the compiled kernel, got"):
+        fused.encode_keys(heavy(1, 8, 200), HEADS, key_codec.CLIPS)
+    if factory is torch.empty:
+        with Spoiling(factory, wrong), pytest.raises(InvalidArgumentError, match="for the compiled kernel, got"):
+            fused.encode_values(heavy(1, 2, 64, 200), 3, 0.5)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.half, torch.Tensor.double, lambda x: x.to("meta"), torch.Tensor.int])
+def test_the_encoders_refuse_numbers_of_another_dtype_or_device(change: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"coefficients must be .*float32"):
+        fused.encode_keys(change(heavy(1, 8, 200)), HEADS, key_codec.CLIPS)
+    with pytest.raises(InvalidArgumentError, match=r"turned values must be .*float32"):
+        fused.encode_values(change(heavy(1, 2, 64, 200)), 3, 0.5)
+
+
+def test_the_encoders_refuse_widths_that_do_not_fit() -> None:
+    coefficients = heavy(1, 8, 200)
+    for heads in (((8,) * 7,), ((8,) * 9,), ((9,) * 8,), ((0,) * 8,)):
+        with pytest.raises(InvalidArgumentError, match="widths must be"):
+            fused.encode_keys(coefficients, heads, key_codec.CLIPS)
+    for nbits in (0, 9):
+        with pytest.raises(InvalidArgumentError, match="width must be 1 to 8 bits"):
+            fused.encode_values(heavy(1, 2, 64, 200), nbits, 0.5)

@@ -295,9 +295,7 @@ def test_a_cache_that_the_models_own_settings_name_is_overruled_and_said_once(
 
 
 @pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager")], ids=["compiled"])
-def test_a_compiled_model_is_looked_through(
-    model: PreTrainedModel, wrap: Callable[[Any], Any], tmp_path: Any
-) -> None:
+def test_a_compiled_model_is_looked_through(model: PreTrainedModel, wrap: Callable[[Any], Any], tmp_path: Any) -> None:
     expected, compiled = generate(model), wrap(model)
     patch_unsloth_attention(compiled, config=LOSSLESS)
     assert isinstance(cache_of(generate(compiled)), SpectralCache)

@@ -37,7 +37,7 @@ def attention_of(model: PreTrainedModel) -> list[Any]:
 
 
 class Reader:
-    """Notes, inside every attention module's forward pass, its rotation and the keys it projected."""
+    """Notes, inside every attention module's forward pass and before it attends, its rotation and its keys."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.rotations: dict[int, Rotation | None] = {}
@@ -48,24 +48,15 @@ class Reader:
             index = getattr(module, "layer_idx", None)
             projection = getattr(module, "k_proj", getattr(module, "query_key_value", None))
             if isinstance(index, int) and projection is not None:
-                self._hooks += [
-                    projection.register_forward_hook(self._note_keys(index)),
-                    module.register_forward_hook(self._note_rotation(index)),
-                ]
+                self._hooks.append(projection.register_forward_hook(self._note(index, module)))
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _note_keys(self, index: int) -> Callable[..., None]:
+    def _note(self, index: int, module: Any) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-            self.keys[index] = output
-
-        return hook
-
-    def _note_rotation(self, index: int) -> Callable[..., None]:
-        def hook(module: Any, _: Any, __: Any) -> None:
-            self.rotations[index] = rotation_of(module, HEAD_DIM)
+            self.keys[index], self.rotations[index] = output, rotation_of(module, HEAD_DIM)
 
         return hook
 

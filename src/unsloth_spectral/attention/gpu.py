@@ -101,8 +101,8 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
     num_splits = sum(run.num_splits for run in runs)
     num_coded = sum(run.num_splits for run in runs if isinstance(run.block, CodedBlock))
     places = (batch, num_heads, num_splits, num_rows)
-    partial = torch.empty(*places, value_dim, device=query.device)
-    maxima, totals = torch.empty(2, *places, device=query.device)
+    partial = query.new_empty(*places, value_dim, dtype=torch.float32)
+    maxima, totals = query.new_empty(2, *places, dtype=torch.float32)
     covering, shared = _mask_arguments(mask, query)
     constants = {"VALUE_DIM": _power(value_dim), "HAS_CAP": options.softcap is not None, **shared}
     first_split = 0
@@ -113,8 +113,8 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         if isinstance(block, CodedBlock):
             own = _coded(block)
             components = own.constants["COMPONENTS"]
-            projected = torch.empty(batch, num_heads, num_rows, components, device=query.device)
-            fixed = torch.empty(batch, num_heads, num_rows, device=query.device)
+            projected = query.new_empty(batch, num_heads, num_rows, components, dtype=torch.float32)
+            fixed = query.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
             triton_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
                 query, *own.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
             )
@@ -157,7 +157,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
                 **constants,
             )
         first_split += run.num_splits
-    output = torch.empty(batch, num_attention_heads, query_length, value_dim, device=query.device)
+    output = query.new_empty(batch, num_attention_heads, query_length, value_dim, dtype=torch.float32)
     sinks = options.sinks
     triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
         partial,
@@ -315,5 +315,5 @@ def _waves(steps: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
     ``steps`` are the angles from token to token, float64.
     """
     step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
-    angles = step[:, None] * torch.arange(TILE_TOKENS)
+    angles = step[:, None] * torch.arange(TILE_TOKENS, dtype=torch.float64, device="cpu")
     return angles.cos().float().to(device), angles.sin().float().to(device)

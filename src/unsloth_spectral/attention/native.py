@@ -16,10 +16,11 @@ from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
+from unsloth_spectral.native.pointers import address, refusal, require
 from unsloth_spectral.rope import Rotation
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODED = len(_DTYPES)
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODED = len(_KINDS)
 _NAME = "native kernel"
 _Strides = c_int64 * 3
 # Pairs that turn by less than so many radians in a tile are slow: few smooth functions, at most as many as attend.cpp
@@ -103,7 +104,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     """Why the kernel cannot attend with ``query`` to ``blocks``; None where it can."""
     if torch.compiler.is_compiling():
         return "inside a compiled graph"
-    if query.device.type != "cpu" or query.dtype not in _DTYPES:
+    if query.device.type != "cpu" or query.dtype not in _KINDS:
         return f"queries in {query.dtype} on {query.device.type}"
     if query.shape[-1] > _MOST_DIMS:
         return f"a head_dim of {query.shape[-1]}: sums of more than {_MOST_DIMS} products may overflow"
@@ -118,7 +119,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
                 return "positions that do not run on evenly"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
-        elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
+        elif not all(part.dtype in _KINDS and part.stride(-1) == 1 for part in (block.keys, block.values)):
             return f"exact tokens in {block.keys.dtype} and {block.values.dtype}, or not contiguous"
     return library.obstacle()
 
@@ -136,28 +137,28 @@ def attend(
     """
     batch, num_attention_heads, query_length, key_dim = query.shape
     num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
-    _require(num_heads > 0 and num_attention_heads % num_heads == 0, "query heads", num_attention_heads, num_heads)
+    if num_heads <= 0 or num_attention_heads % num_heads:
+        raise refusal("query heads", f"a multiple of {num_heads}", num_attention_heads)
     shape = (batch, num_heads, key_dim, value_dim)
     query = query.to(torch.float32).contiguous()
-    output = torch.empty(batch, num_attention_heads, query_length, value_dim)
+    answer_shape = (batch, num_attention_heads, query_length, value_dim)
+    output = torch.empty(answer_shape, dtype=torch.float32, device="cpu")
     prepared = [_prepare(block, shape) for block in blocks]
-    held = (_Block * len(prepared))(*prepared)
-    if mask is not None:
-        mask = _additive(mask, (batch, query_length, sum(block.num_tokens for block in blocks)))
-    sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
-    _require(sinks is None or sinks.numel() == num_attention_heads, "sinks", sinks, num_attention_heads)
-    is_coded = any(isinstance(block, CodedBlock) for block in blocks)
-    turn = values.hadamard(value_dim) if is_coded else None
+    structures = (_Block * len(prepared))(*prepared)
+    num_tokens = 0 if mask is None else sum(block.num_tokens for block in blocks)
+    mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
+    sinks = None if options.sinks is None else options.sinks.detach().float().flatten()
+    constants = _constants(value_dim)
     call = _Call(
-        ctypes.addressof(held),
+        ctypes.addressof(structures),
         len(prepared),
-        query.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        0 if mask is None or len(mask) == 1 else mask.stride(0),
-        0 if mask is None else mask.stride(1),
-        None if sinks is None else sinks.data_ptr(),
-        None if turn is None else turn.data_ptr(),
-        output.data_ptr(),
+        address("query", query, torch.float32, (batch, num_attention_heads, query_length, key_dim)),
+        None if mask is None else address("mask", mask, torch.float32, (len(mask), query_length, num_tokens)),
+        0 if mask is None or len(mask) == 1 else query_length * num_tokens,
+        num_tokens,
+        None if sinks is None else address("sinks", sinks, torch.float32, (num_attention_heads,)),
+        constants.turn_address if any(isinstance(block, CodedBlock) for block in blocks) else None,
+        address("output", output, torch.float32, answer_shape),
         batch,
         num_heads,
         num_attention_heads // num_heads * query_length,
@@ -167,11 +168,31 @@ def attend(
         torch.get_num_threads(),
         options.scaling,
         options.softcap or 0.0,
-        _levels(keys.STEPS_PER_OCTAVE).data_ptr(),
-        _levels(values.STEPS_PER_OCTAVE).data_ptr(),
+        constants.key_levels_address,
+        constants.value_levels_address,
     )
     _function(variant)(ctypes.byref(call))
     return output
+
+
+class _Constants(NamedTuple):
+    """Tensors that every call takes, and their addresses."""
+
+    tensors: tuple[Tensor, ...]
+    turn_address: int
+    key_levels_address: int
+    value_levels_address: int
+
+
+@lru_cache
+def _constants(value_dim: int) -> _Constants:
+    turn = values.hadamard(value_dim)
+    levels = [_levels(steps) for steps in (keys.STEPS_PER_OCTAVE, values.STEPS_PER_OCTAVE)]
+    return _Constants(
+        (turn, *levels),
+        address("turn", turn, torch.float32, (value_dim, value_dim)),
+        *(address("levels", each, torch.float32, (256,)) for each in levels),
+    )
 
 
 @lru_cache
@@ -200,96 +221,111 @@ def _prepare(block: Block, shape: tuple[int, int, int, int]) -> _Block:
 
 def _exact(block: ExactBlock, shape: tuple[int, int, int, int]) -> _Block:
     batch, num_heads, key_dim, value_dim = shape
-    own, values = block.keys, block.values
-    count = own.shape[-2]
-    _require_shape("exact keys", own, (batch, num_heads, count, key_dim))
-    _require_shape("exact values", values, (batch, num_heads, count, value_dim))
+    exact_keys, exact_values, count = block.keys, block.values, block.num_tokens
     return _Block(
         count,
-        _DTYPES.index(own.dtype),
-        _DTYPES.index(values.dtype),
-        own.data_ptr(),
-        values.data_ptr(),
-        _Strides(*own.stride()[:3]),
-        _Strides(*values.stride()[:3]),
+        _kind("exact keys", exact_keys.dtype),
+        _kind("exact values", exact_values.dtype),
+        address("exact keys", exact_keys, exact_keys.dtype, (batch, num_heads, count, key_dim), strided=True),
+        address("exact values", exact_values, exact_values.dtype, (batch, num_heads, count, value_dim), strided=True),
+        _Strides(*exact_keys.stride()[:3]),
+        _Strides(*exact_values.stride()[:3]),
     )
 
 
-def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block, list[Any]]:
-    """The structure, and what it points to beside the block's own tensors."""
+def _kind(name: str, dtype: torch.dtype) -> int:
+    kind = _KINDS.get(dtype)
+    if kind is None:
+        raise refusal(name, "a tensor of float32, bfloat16 or float16", dtype)
+    return kind
+
+
+def _coded(block: CodedBlock, shape: tuple[int, int, int, int]) -> tuple[_Block, list[Tensor]]:
+    """The structure, and the tensors it points to."""
     batch, num_heads, key_dim, value_dim = shape
-    own, coded, tiles = block.keys, block.values, num_tiles(block.num_tokens)
-    components, planes = sum(map(len, own.widths)), own.num_bits
-    _require(len(own.widths) == num_heads, "key-value heads", len(own.widths), num_heads)
-    for widths in own.widths:
-        _require(
-            list(widths) == sorted(widths, reverse=True) and all(1 <= nbits <= MAX_NBITS for nbits in widths),
-            "widths",
-            widths,
-            f"1 to {MAX_NBITS}, falling",
-        )
-    _require(coded.num_tokens == own.num_tokens, "tokens of the values", coded.num_tokens, own.num_tokens)
-    _require(1 <= coded.nbits <= MAX_NBITS, "width of the values", coded.nbits, f"1 to {MAX_NBITS}")
-    _require_shape("key planes", own.planes, (batch, tiles, planes, PLANE_BYTES), torch.uint8)
-    _require_shape("key scales", own.scales, (batch, tiles, components), torch.uint8)
-    _require_shape("basis", own.vectors, (batch, components, key_dim), torch.int8)
-    _require_shape("basis scales", own.vector_scales, (batch, components, 1), torch.float32)
-    _require_shape("mean", own.mean, (batch, num_heads, key_dim), torch.float16)
-    value_planes = (batch, tiles, num_heads * value_dim * coded.nbits, PLANE_BYTES)
-    _require_shape("value planes", coded.planes, value_planes, torch.uint8)
-    _require_shape("value scales", coded.scales, (batch, num_heads, tiles * TILE_TOKENS), torch.uint8)
-    _require_shape("largest value scales", coded.largest, (batch, num_heads, 1), torch.float32)
-    counts = torch.tensor([[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in own.widths])
-    counts = counts.to(torch.int32)
+    key_codes, value_codes, num_tokens = block.keys, block.values, block.num_tokens
+    tiles, components, num_planes = num_tiles(num_tokens), sum(map(len, key_codes.widths)), key_codes.num_bits
+    stored_dim = key_codes.vectors.shape[-1]
+    require(key_dim == stored_dim, "the query's head_dim", f"{stored_dim}, as that of the keys", key_dim)
+    require(len(key_codes.widths) == num_heads, "widths", f"one row for each of {num_heads} heads", key_codes.widths)
+    for widths in key_codes.widths:
+        falling = list(widths) == sorted(widths, reverse=True) and all(1 <= nbits <= MAX_NBITS for nbits in widths)
+        require(falling, "widths", f"1 to {MAX_NBITS} bits each, falling,", widths)
+    require(value_codes.num_tokens == num_tokens, "values", f"{num_tokens} tokens", value_codes.num_tokens)
+    require(1 <= value_codes.nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", value_codes.nbits)
+    counts = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in key_codes.widths]
+    value_planes = (batch, tiles, num_heads * value_dim * value_codes.nbits, PLANE_BYTES)
+    parts = {
+        "key_planes": _Part(key_codes.planes, torch.uint8, (batch, tiles, num_planes, PLANE_BYTES)),
+        "key_scales": _Part(key_codes.scales, torch.uint8, (batch, tiles, components)),
+        "vectors": _Part(key_codes.vectors, torch.int8, (batch, components, key_dim)),
+        "vector_scales": _Part(key_codes.vector_scales, torch.float32, (batch, components, 1)),
+        "mean": _Part(key_codes.mean, torch.float16, (batch, num_heads, key_dim)),
+        "counts": _Part(torch.tensor(counts, dtype=torch.int32, device="cpu"), torch.int32, (num_heads, MAX_NBITS + 1)),
+        "value_planes": _Part(value_codes.planes, torch.uint8, value_planes),
+        "value_scales": _Part(value_codes.scales, torch.uint8, (batch, num_heads, tiles * TILE_TOKENS)),
+        "largest": _Part(value_codes.largest, torch.float32, (batch, num_heads, 1)),
+    }
+    numbers = {
+        "num_tokens": num_tokens,
+        "kind": _CODED,
+        "value_kind": _CODED,
+        "num_components": components,
+        "num_planes": num_planes,
+        "is_rotated": key_codes.is_rotated,
+        "value_nbits": value_codes.nbits,
+    }
+    if key_codes.rotation is not None:
+        turning, more = _rotation(key_codes.rotation, batch, key_dim)
+        parts, numbers = parts | turning, numbers | more
     # Slices of a block are views; the kernel wants tensors without gaps.
-    tensors = [
-        tensor.contiguous() for tensor in (own.planes, own.scales, own.vectors, own.vector_scales, own.mean, counts)
-    ]
-    coded_tensors = [tensor.contiguous() for tensor in (coded.planes, coded.scales, coded.largest)]
-    rotation = () if own.rotation is None else _rotation(own.rotation, batch, key_dim)
-    pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in rotation]
-    pointers = pointers or [0, None, None, None, 0, None, None, None, None, 0, 0, None, None, None]
-    nothing = _Strides()
-    prepared = _Block(
-        block.num_tokens,
-        _CODED,
-        _CODED,
-        None,
-        None,
-        nothing,
-        nothing,
-        *(tensor.data_ptr() for tensor in tensors),
-        components,
-        planes,
-        own.is_rotated,
-        *pointers,
-        *(tensor.data_ptr() for tensor in coded_tensors),
-        coded.nbits,
-    )
-    return prepared, [tensors, coded_tensors, rotation]
+    tensors = {name: part.tensor.contiguous() for name, part in parts.items()}
+    addresses = {
+        name: address(name.replace("_", " "), tensors[name], part.dtype, part.shape) for name, part in parts.items()
+    }
+    return _Block(**numbers, **addresses), list(tensors.values())
 
 
-def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[Any, ...]:
-    """The structure's fields from ``num_pairs`` to ``reach``, fast pairs first."""
+class _Part(NamedTuple):
+    """A tensor of a coded block, and what the kernel takes it for."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _rotation(rotation: Rotation, batch: int, key_dim: int) -> tuple[dict[str, _Part], dict[str, int]]:
+    """The structure's fields from ``num_pairs`` to ``reach``: tensors, fast pairs first, and numbers."""
     assert rotation.step is not None
     first, second = rotation.indices(key_dim)
-    count = len(rotation.step)
+    count, start = len(rotation.step), rotation.start
     for dims in (first, second):
-        _require(len(dims) == count and int(dims.max()) < key_dim, "rotary dimensions", dims, f"below {key_dim}")
-    start = rotation.start
-    _require(
-        len(start) in (1, batch) and start.shape[1:] == (1, count), "first rotation", start.shape, (batch, 1, count)
-    )
+        require(len(dims) == count, "rotary dimensions", f"{count} below {key_dim}", dims)
+    rows, first_shape = len(start), (batch, 1, count)
+    fits = rows in (1, batch) and start.shape[1:] == first_shape[1:]
+    require(fits, "the first rotation", f"a tensor of shape {first_shape}", tuple(start.shape))
     tables = _tables(rotation.step.double().contiguous().numpy().tobytes())
-    start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :].contiguous()
-    return (
-        count,
-        first[tables.order],
-        second[tables.order],
-        start,
-        0 if len(start) == 1 else 2 * count,
-        *tables[1:],
-    )
+    start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
+    num_slow = count - tables.num_fast
+    parts = {
+        "first": _Part(first[tables.order], torch.int32, (count,)),
+        "second": _Part(second[tables.order], torch.int32, (count,)),
+        "start": _Part(start, torch.float32, (rows, 1, count, 2)),
+        "step": _Part(tables.step, torch.float64, (count,)),
+        "tile_turn": _Part(tables.tile_turn, torch.float64, (2, count)),
+        "cosines": _Part(tables.cosines, torch.float32, (count, TILE_TOKENS)),
+        "sines": _Part(tables.sines, torch.float32, (count, TILE_TOKENS)),
+        "waves": _Part(tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
+        "mixing": _Part(tables.mixing, torch.float32, (2, num_slow, _MOST_SMOOTH)),
+        "reach": _Part(tables.reach, torch.float32, (num_slow, _MOST_SMOOTH)),
+    }
+    numbers = {
+        "num_pairs": count,
+        "start_stride": 0 if rows == 1 else 2 * count,
+        "num_fast": tables.num_fast,
+        "num_waves": tables.num_waves,
+    }
+    return parts, numbers
 
 
 class _Tables(NamedTuple):
@@ -324,7 +360,7 @@ def _tables(steps: bytes) -> _Tables:
     step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
     order = step.abs().argsort(descending=True, stable=True)
     step = step[order].contiguous()
-    angles = step[:, None] * torch.arange(TILE_TOKENS + 1)
+    angles = step[:, None] * torch.arange(TILE_TOKENS + 1, dtype=torch.float64, device="cpu")
     tile_turn = torch.stack([angles[:, -1].cos(), angles[:, -1].sin()])
     within = torch.stack([angles[:, :-1].cos(), angles[:, :-1].sin()])
     num_fast = int((step.abs() * TILE_TOKENS > _SLOW_ANGLE).sum())
@@ -332,7 +368,7 @@ def _tables(steps: bytes) -> _Tables:
     left, values, right = torch.linalg.svd(slow.flatten(0, 1), full_matrices=False)
     num_smooth = min(_MOST_SMOOTH, int((values > _NEGLIGIBLE * TILE_TOKENS**0.5).sum()))
     peaks = right[:num_smooth].abs().amax(-1)
-    mixing = torch.zeros(*slow.shape[:2], _MOST_SMOOTH)
+    mixing = torch.zeros(*slow.shape[:2], _MOST_SMOOTH, dtype=torch.float32, device="cpu")
     mixing[..., :num_smooth] = (left * values)[:, :num_smooth].mul(peaks).unflatten(0, slow.shape[:2])
     smooth = torch.nn.functional.pad(right[:num_smooth] / peaks[:, None], (0, 0, 0, num_smooth % 2))
     pairs = torch.cat([within[:, :num_fast].transpose(0, 1), smooth.unflatten(0, (-1, 2))]).mT
@@ -343,29 +379,16 @@ def _tables(steps: bytes) -> _Tables:
 
 @lru_cache
 def _levels(steps_per_octave: int) -> Tensor:
-    return logscale.decode_scales(torch.arange(256).to(torch.uint8), steps_per_octave)
+    return logscale.decode_scales(torch.arange(256, dtype=torch.uint8, device="cpu"), steps_per_octave)
 
 
 def _additive(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """``mask`` as float32 to be added, ``[B or 1, Q, n]``, contiguous along the tokens."""
+    """``mask`` as float32 to be added, ``[B or 1, Q, n]``, contiguous."""
     batch, query_length, num_tokens = shape
     fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
     fits = fits and mask.shape[2] in (1, query_length) and mask.shape[3] == num_tokens
-    _require(fits, "mask", tuple(mask.shape), (batch, 1, query_length, num_tokens))
+    require(fits, "mask", f"a tensor of shape {(batch, 1, query_length, num_tokens)}", tuple(mask.shape))
     mask = mask[:, 0].expand(-1, query_length, -1)
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        return mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
     return mask.float().contiguous()
-
-
-def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    if tensor.shape == shape and (dtype is None or tensor.dtype == dtype) and tensor.is_cpu:
-        return  # the usual case, at every step
-    _require(tuple(tensor.shape) == shape, f"shape of {name}", tuple(tensor.shape), shape)
-    _require(dtype is None or tensor.dtype == dtype, f"dtype of {name}", tensor.dtype, dtype)
-    _require(tensor.device.type == "cpu", f"device of {name}", tensor.device, "cpu")
-
-
-def _require(holds: bool, name: str, found: object, wanted: object) -> None:
-    if not holds:
-        raise InvalidArgumentError(f"malformed block: {name} must be {wanted}, got {found}")

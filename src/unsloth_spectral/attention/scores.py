@@ -33,8 +33,9 @@ def ungroup_heads(output: Tensor, query_length: int) -> Tensor:
 
 def causal_mask(query_length: int, kv_length: int, device: torch.device) -> Tensor:
     """``[1, 1, query_length, kv_length]`` bool, the last query aligned with the last key."""
-    newest = torch.arange(kv_length - query_length, kv_length, device=device)
-    return (torch.arange(kv_length, device=device) <= newest[:, None])[None, None]
+    newest = torch.arange(kv_length - query_length, kv_length, dtype=torch.int64, device=device)
+    tokens = torch.arange(kv_length, dtype=torch.int64, device=device)
+    return (tokens <= newest[:, None])[None, None]
 
 
 def apply_mask(scores: Tensor, mask: Tensor | None, query_length: int) -> Tensor:

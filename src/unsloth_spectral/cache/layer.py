@@ -152,7 +152,7 @@ class SpectralLayer:
         stop = start + (residual.num_tokens - start - config.residual_length) // unit * unit
         old, real = residual.slice(start, stop), None
         if first_time and padding is not None:
-            real = torch.arange(start, stop, device=padding.device) >= padding[:, None]
+            real = torch.arange(start, stop, dtype=torch.int64, device=padding.device) >= padding[:, None]
             old = without_padding(old, real)
         before = held.num_before_residual + start
 

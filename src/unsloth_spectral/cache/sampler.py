@@ -37,11 +37,12 @@ class QuerySampler:
             # Held until the sealing, so few. By their places: of the tokens that come together in assisted decoding
             # the newest may be taken back.
             oldest = max(first, num_tokens + missing - _DECODE_WINDOW, padding)
-            places = torch.tensor(
-                [place - first for place in range(oldest, num_tokens) if place % _DECODE_STRIDE == 0], dtype=torch.int64
-            )
+            asked = [place - first for place in range(oldest, num_tokens) if place % _DECODE_STRIDE == 0]
+            places = torch.tensor(asked, dtype=torch.int64, device="cpu")
         else:
-            places = torch.linspace(max(0, padding - first), length - 1, min(length, _PREFILL_SAMPLES)).long()
+            count = min(length, _PREFILL_SAMPLES)
+            evenly = torch.linspace(max(0, padding - first), length - 1, count, dtype=torch.float32, device="cpu")
+            places = evenly.long()
         if not len(places):
             return
         picked = query[:, :, places.to(query.device)] * scaling

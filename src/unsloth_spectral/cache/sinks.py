@@ -30,7 +30,7 @@ class Sinks:
             return cls(ExactBlock(tokens.keys[..., :count, :].clone(), tokens.values[..., :count, :].clone()))
         # A row padded almost to its end takes its sinks from its last tokens.
         first = padding.clamp_max(tokens.num_tokens - count)
-        positions = first[:, None] + torch.arange(count, device=padding.device)
+        positions = first[:, None] + torch.arange(count, dtype=torch.int64, device=padding.device)
         return cls(tokens.map_batch(lambda tensor: tensor.gather(-2, _index(positions, tensor))), positions)
 
     @property

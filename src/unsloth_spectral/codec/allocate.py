@@ -35,7 +35,7 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
 def _gains_per_bit(first_bit_cost: float) -> Tensor:
     """``[8]`` float32, never rising, of a variance of 1."""
-    gains = torch.tensor(GAINS)
+    gains = torch.tensor(GAINS, dtype=torch.float32, device="cpu")
     gains[0] /= first_bit_cost
     # A costly first bit may gain less per bit than the second: then both are taken or neither.
     gains[0] = torch.maximum(gains[0], (GAINS[0] + gains[1]) / (first_bit_cost + 1))
@@ -168,7 +168,7 @@ class Budget:
 @lru_cache(maxsize=4)
 def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
     """Of each layer the variances its keys had, weighted, and their sum without weights."""
-    variances = [torch.tensor(own) for own in profile.key_variances]
+    variances = [torch.tensor(own, dtype=torch.float32, device="cpu") for own in profile.key_variances]
     return [(own * weight, float(own.sum())) for own, weight in zip(variances, profile.key_sensitivities, strict=True)]
 
 

@@ -107,10 +107,10 @@ class ChunkCodec:
             key_codec.centre(own[None, :, _NUM_EXACT:], None, rotation, is_rotated=rotation is None, real=None)
             for own in keys
         ]
-        metric = torch.eye(self.layout.key_dim, dtype=torch.float32).expand(1, keys.shape[1], -1, -1)
+        metric = torch.eye(self.layout.key_dim, dtype=torch.float32, device="cpu").expand(1, keys.shape[1], -1, -1)
         spreads = [covariance(x) for x, _ in centred]
         bases = [principal_basis(spread, metric) for spread in spreads]
-        record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8)
+        record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8, device="cpu")
         level, widths = self._widths(bases, layer_shape, value_nbits, len(record))
         place = HEADER_BYTES
         for layer, (x, mean) in enumerate(centred):
@@ -138,8 +138,8 @@ class ChunkCodec:
         layer, reader = self._layer(shape, dtype), Reader(record)
         rotation = self._rotation(layer.num_tokens)
         size = (shape[-3], layer.num_heads, shape[-2])
-        keys = torch.empty((*size, layer.key_dim), dtype=dtype)
-        values = torch.empty((*size, layer.value_dim), dtype=dtype)
+        keys = torch.empty((*size, layer.key_dim), dtype=dtype, device="cpu")
+        values = torch.empty((*size, layer.value_dim), dtype=dtype, device="cpu")
         for own_keys, own_values in zip(keys, values, strict=True):
             coded, coded_values, exact_keys, exact_values = reader.layer(layer, value_nbits, rotation)
             own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact_keys, exact_values
@@ -193,6 +193,6 @@ class ChunkCodec:
 @lru_cache(maxsize=8)
 def _local_rotation(head_dim: int, rope_theta: float, num_tokens: int) -> Rotation:
     half = head_dim // 2
-    step = float(rope_theta) ** (-torch.arange(half, dtype=torch.float64) / half)
-    start = torch.ones(1, 1, half, dtype=torch.complex64)
+    step = float(rope_theta) ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    start = torch.ones(1, 1, half, dtype=torch.complex64, device="cpu")
     return Rotation(slice(0, half), slice(half, head_dim), start, step, num_tokens)

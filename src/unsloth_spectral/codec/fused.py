@@ -8,8 +8,9 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.packing import PLANE_BYTES, num_tiles
+from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, num_tiles
 from unsloth_spectral.native import library
+from unsloth_spectral.native.pointers import address, require
 
 
 class _KeyEncoding(ctypes.Structure):
@@ -62,27 +63,34 @@ def encode_keys(
     around zero, all ``[B, C, tiles]`` float32.
 
     ``widths`` are those of each head's components; planes are as ``packing.pack_quads`` makes them.
+
+    Raises:
+        InvalidArgumentError: the coefficients are no float32 tensor on the CPU, or the widths not theirs.
     """
     batch, count, num_tokens = coefficients.shape
-    coefficients = coefficients.contiguous()
-    flat = tuple(chain.from_iterable(widths))
-    assert len(flat) == count
+    flat, heads = tuple(chain.from_iterable(widths)), [len(own) for own in widths]
+    require(len(flat) == count, "widths", f"one for each of {count} components", len(flat))
+    require(all(1 <= nbits <= MAX_NBITS for nbits in flat), "widths", f"1 to {MAX_NBITS} bits each", flat)
     tiles, total = num_tiles(num_tokens), sum(flat)
-    planes = torch.empty(batch, tiles, total, PLANE_BYTES, dtype=torch.uint8)
-    scales, energies, squares = torch.empty(3, batch, count, tiles).unbind()
-    heads = [len(own) for own in widths]
-    numbers = torch.tensor([*flat, *accumulate(flat, initial=0), *heads], dtype=torch.int32)
-    ratios = torch.tensor(clips)
+    by_tile = (batch, count, tiles)
+    coefficients = coefficients.contiguous()
+    planes = torch.empty(batch, tiles, total, PLANE_BYTES, dtype=torch.uint8, device="cpu")
+    scales, energies, squares = torch.empty(3, *by_tile, dtype=torch.float32, device="cpu").unbind()
+    nbits, places, counts = (
+        torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        for numbers in (flat, list(accumulate(flat, initial=0))[:-1], heads)
+    )
+    ratios = torch.tensor(clips, dtype=torch.float32, device="cpu")
     call = _KeyEncoding(
-        coefficients.data_ptr(),
-        numbers.data_ptr(),
-        numbers[count:].data_ptr(),
-        planes.data_ptr(),
-        scales.data_ptr(),
-        energies.data_ptr(),
-        squares.data_ptr(),
-        ratios.data_ptr(),
-        numbers[2 * count + 1 :].data_ptr(),
+        address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
+        address("widths", nbits, torch.int32, (count,)),
+        address("places", places, torch.int32, (count,)),
+        address("planes", planes, torch.uint8, (batch, tiles, total, PLANE_BYTES)),
+        address("scales", scales, torch.float32, by_tile),
+        address("energies", energies, torch.float32, by_tile),
+        address("squares", squares, torch.float32, by_tile),
+        address("clips", ratios, torch.float32, (len(clips),)),
+        address("counts", counts, torch.int32, (len(heads),)),
         batch,
         count,
         num_tokens,
@@ -99,17 +107,24 @@ def encode_values(
     turned: Tensor, nbits: int, step: float, variant: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rotated values ``turned [B, H, D, n]`` the planes, and for each token, ``[B, H, n]`` float32: its squared
-    length, its product with its codes around zero, and their squared length."""
+    length, its product with its codes around zero, and their squared length.
+
+    Raises:
+        InvalidArgumentError: ``turned`` is no float32 tensor on the CPU, or ``nbits`` not 1 to 8.
+    """
     batch, num_heads, head_dim, num_tokens = turned.shape
+    require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
+    by_token = (batch, num_heads, num_tokens)
+    by_plane = (batch, num_tiles(num_tokens), num_heads * head_dim * nbits, PLANE_BYTES)
     turned = turned.contiguous()
-    planes = torch.empty(batch, num_tiles(num_tokens), num_heads * head_dim * nbits, PLANE_BYTES, dtype=torch.uint8)
-    energies, overlaps, squares = torch.empty(3, batch, num_heads, num_tokens)
+    planes = torch.empty(by_plane, dtype=torch.uint8, device="cpu")
+    energies, overlaps, squares = torch.empty(3, *by_token, dtype=torch.float32, device="cpu").unbind()
     call = _ValueEncoding(
-        turned.data_ptr(),
-        planes.data_ptr(),
-        energies.data_ptr(),
-        overlaps.data_ptr(),
-        squares.data_ptr(),
+        address("turned values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
+        address("planes", planes, torch.uint8, by_plane),
+        address("energies", energies, torch.float32, by_token),
+        address("overlaps", overlaps, torch.float32, by_token),
+        address("squares", squares, torch.float32, by_token),
         batch,
         num_heads,
         head_dim,

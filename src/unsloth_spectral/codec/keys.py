@@ -188,9 +188,8 @@ def _as_tensor(widths: tuple[int, ...], device: torch.device) -> Tensor:
 def _slots(widths: Widths, device: torch.device) -> Tensor:
     """Where each of ``C`` components goes when every head gets room for the most any head has."""
     most = max(map(len, widths))
-    return torch.tensor([head * most + place for head, own in enumerate(widths) for place in range(len(own))]).to(
-        device
-    )
+    slots = [head * most + place for head, own in enumerate(widths) for place in range(len(own))]
+    return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
 def _by_head(components: Tensor, widths: Widths) -> Tensor:
@@ -278,7 +277,7 @@ def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
 
 def _first_of(widths: Tensor) -> Tensor:
     """``[H, 1]``, the place of each head's first component among those of all heads."""
-    return torch.arange(len(widths), device=widths.device)[:, None] * widths.shape[1]
+    return torch.arange(len(widths), dtype=torch.int64, device=widths.device)[:, None] * widths.shape[1]
 
 
 def encode(
@@ -375,7 +374,8 @@ def _around_zero(codes: Tensor, nbits: Tensor) -> Tensor:
 
 def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
     """Distortion left at ``widths``, summed over the last dimension."""
-    return (variances * torch.tensor(DISTORTION, device=variances.device)[widths]).sum(-1)
+    distortion = torch.tensor(DISTORTION, dtype=torch.float32, device=variances.device)
+    return (variances * distortion[widths]).sum(-1)
 
 
 def _mid_rise(x: Tensor, half: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Observed:
         """``W = E[R(n)^T q q^T R(n)]`` over sampled queries and key positions ``n`` before them; ``E[q q^T]`` for
         rotated keys. ``[B or 1, H, D, D]`` float32, the identity where no query was seen."""
         if self.queries is None or self.distances is None:
-            return torch.eye(head_dim).expand(1, num_key_value_heads, -1, -1)
+            return torch.eye(head_dim, dtype=torch.float32, device="cpu").expand(1, num_key_value_heads, -1, -1)
         grouped = self.queries.float().unflatten(1, (num_key_value_heads, -1))
         if is_rotated or self.rotation is None:
             return query_metric(grouped.flatten(2, 3))
@@ -37,7 +37,7 @@ class Observed:
         generator = torch.Generator().manual_seed(_SEED)
         table, turned = self.rotation.table(), []
         for _ in range(_KEYS_PER_QUERY):
-            share = torch.rand(len(self.distances), generator=generator).to(table.device)
-            keys = (share * self.distances.to(table.device)).long().clamp(max=table.shape[1] - 1)
+            share = torch.rand(len(self.distances), generator=generator, dtype=torch.float32, device="cpu")
+            keys = (share.to(table.device) * self.distances.to(table.device)).long().clamp(max=table.shape[1] - 1)
             turned.append(rotate(grouped, table[:, keys][:, None, None].conj(), self.rotation))
         return query_metric(torch.cat(turned, dim=3).flatten(2, 3), grouped.shape[2] * grouped.shape[3])

@@ -127,14 +127,12 @@ class _Layout(NamedTuple):
                 components.append(component)
                 rows.append(place.single + plane - place.common)
         tensors = [
-            {
-                key: (torch.tensor(first, device=device), torch.tensor(rows, device=device))
-                for key, (first, rows) in found.items()
-            }
+            {key: (_integers(first, device), _integers(rows, device)) for key, (first, rows) in found.items()}
             for found in (shared, single)
         ]
         quads = {
-            key: (first[:, None] + torch.arange(QUAD, device=device), rows) for key, (first, rows) in tensors[0].items()
+            key: (first[:, None] + torch.arange(QUAD, dtype=torch.int64, device=device), rows)
+            for key, (first, rows) in tensors[0].items()
         }
         return _Layout(len(places), sum(place.nbits for place in places), quads, tensors[1])
 
@@ -174,12 +172,17 @@ def _unpack(planes: Tensor, layout: _Layout) -> Tensor:
 
 def _bytes(bits: Tensor) -> Tensor:
     """Bits, uint8, as bytes, the lowest first, along the last dimension."""
-    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def _integers(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 @lru_cache
 def _spread(device: torch.device) -> Tensor:
     """For each byte the int64 whose bytes are its bits."""
-    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
-    return bits.to(torch.uint8).view(torch.int64).flatten()
+    numbers = torch.arange(256, dtype=torch.uint8, device=device)
+    bits = (numbers[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return bits.view(torch.int64).flatten()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from unsloth_spectral.fields import Field, Fields
 
@@ -28,9 +29,9 @@ class ModelProfile:
     def to_fields(self) -> dict[str, Field]:
         # As tensors: the variances are thousands of numbers.
         return {
-            "value_sensitivities": torch.tensor(self.value_sensitivities, dtype=torch.float64),
-            "key_sensitivities": torch.tensor(self.key_sensitivities, dtype=torch.float64),
-            "key_variances": [torch.tensor(own, dtype=torch.float64) for own in self.key_variances],
+            "value_sensitivities": _numbers(self.value_sensitivities),
+            "key_sensitivities": _numbers(self.key_sensitivities),
+            "key_variances": [_numbers(variances) for variances in self.key_variances],
         }
 
     @classmethod
@@ -41,3 +42,7 @@ class ModelProfile:
         variances = fields.tensors("key_variances", torch.float64, (None,), on_host=True)
         fields.require(len(variances) == num_layers, f"variances of {num_layers} layers")
         return cls(tuple(values.tolist()), tuple(keys.tolist()), tuple(tuple(own.tolist()) for own in variances))
+
+
+def _numbers(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -54,9 +54,9 @@ class LayerShape:
 
 def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_values: Tensor) -> list[Tensor]:
     """The bytes of one layer, in pieces; the exact keys and values ``[H, num_exact, dim]`` are the first tokens'."""
-    widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8)
+    widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8, device="cpu")
     for head, own in enumerate(keys.widths):
-        widths[head, : len(own)] = torch.tensor(own, dtype=torch.uint8)
+        widths[head, : len(own)] = torch.tensor(own, dtype=torch.uint8, device="cpu")
     flat = torch.nn.functional.pad(widths.flatten(), (0, widths.numel() % 2))
     parts = [flat[0::2] | flat[1::2] << 4, keys.planes, keys.scales, keys.vectors, keys.vector_scales, keys.mean]
     parts += [values.planes, values.scales[..., : values.num_tokens], values.largest, exact_keys, exact_values]
@@ -80,7 +80,7 @@ class Reader:
         heads, tiles = shape.num_heads, num_tiles(shape.num_tokens)
         widths = self._widths(heads, shape.key_dim)
         count = sum(map(len, widths))
-        error = torch.zeros(1, heads, dtype=torch.float16)
+        error = torch.zeros(1, heads, dtype=torch.float16, device="cpu")
         keys = KeyCodes(
             planes=self._take(torch.uint8, 1, tiles, sum(map(sum, widths)), PLANE_BYTES),
             scales=self._take(torch.uint8, 1, tiles, count),

@@ -155,11 +155,12 @@ def hadamard(dim: int) -> Tensor:
     Sylvester's construction for the power of two in ``dim``, a seeded QR factor for the odd rest.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    odd, matrix = dim, torch.ones(1, 1)
+    odd, matrix = dim, torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while odd % 2 == 0:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
         odd //= 2
     if odd > 1:
-        matrix = torch.kron(matrix, torch.linalg.qr(torch.randn(odd, odd, generator=generator)).Q.contiguous())
-    signs = torch.randint(0, 2, (dim,), generator=generator) * 2 - 1
+        drawn = torch.randn(odd, odd, generator=generator, dtype=torch.float32, device="cpu")
+        matrix = torch.kron(matrix, torch.linalg.qr(drawn).Q.contiguous())
+    signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
     return matrix * signs / math.sqrt(dim // odd)

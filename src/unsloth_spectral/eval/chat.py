@@ -4,13 +4,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
-from unsloth_spectral.eval.prompt import chat_frame, check_question, followup_frame, token_ids
+from unsloth_spectral.eval.prompt import chat_frame, check_question, followup_frame, row_of, token_ids
 from unsloth_spectral.eval.tasks.asking import positions_of
 from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
 from unsloth_spectral.integrations.huggingface.prefill import feed
@@ -64,7 +62,7 @@ class Conversation:
             advice = f"take at most {most} of the document's tokens (--context-length)"
             self._check_room(0, advice if most > 0 else "ask for shorter answers (--max-new-tokens)")
         self._stops = self._stop_tokens()
-        input_ids = torch.tensor([self._ids])
+        input_ids = row_of(self._ids)
         started = time.perf_counter()
         self.restored_tokens = 0
         with layers_reported(self._model, "reading the document", on_progress):
@@ -112,7 +110,7 @@ class Conversation:
 
     def _next(self) -> int:
         # What the cache lacks: new tokens, and those of a pass that was interrupted.
-        missing = torch.tensor([self._ids[self._cache.get_seq_length() :]])
+        missing = row_of(self._ids[self._cache.get_seq_length() :])
         return int(feed(self._model, missing, self._cache)[0].argmax())
 
     def _tokens(self, text: str) -> list[int]:

@@ -288,7 +288,7 @@ def _prompt(
     document_ids = tokens_of(document, loaded.tokenizer, needed)
     last_start = document_ids.shape[1] - needed
     generator = torch.Generator().manual_seed(seed)
-    start = int(torch.randint(last_start + 1, (), generator=generator)) if seed else 0
+    start = int(torch.randint(last_start + 1, (), generator=generator, dtype=torch.int64, device="cpu")) if seed else 0
     prompt = build_prompt(
         loaded.tokenizer,
         document_ids,

@@ -94,7 +94,7 @@ def tokens_of(
     ids = _ids(document, tokenizer)
     if len(ids) < needed:
         raise LoadError(f"the document has {len(ids):,} tokens and {needed:,} are needed: {fix}")
-    return torch.tensor([ids], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def tokens_from(document: str, tokenizer: Tokenizer, starts: Sequence[int], needed: int) -> torch.Tensor:

@@ -105,9 +105,9 @@ def _measure(
             if on_progress is not None:
                 whole = 2 * len(layers)
                 on_progress("profile: each layer at one bit", number * whole + 2 * done + step + 1, count * whole)
-    return _Measured(
-        torch.tensor(damages["values"]), torch.tensor(damages["keys"]), torch.tensor(lost), torch.stack(variances)
-    )
+    by_layer = torch.tensor([damages["values"], damages["keys"], lost], dtype=torch.float32, device="cpu")
+    value_damages, key_damages, lost_variances = by_layer
+    return _Measured(value_damages, key_damages, lost_variances, torch.stack(variances))
 
 
 def _sealer(layer: Any) -> SpectralSealer | None:

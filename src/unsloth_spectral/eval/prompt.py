@@ -97,4 +97,9 @@ def followup_frame(tokenizer: Any, question: str) -> str:
 def token_ids(tokenizer: Any, text: str) -> Tensor:
     # verbose=False: a document longer than the model's context is for the caller to judge.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor([ids], dtype=torch.long)
+    return row_of(ids)
+
+
+def row_of(tokens: list[int]) -> Tensor:
+    """``tokens`` as one sequence, ``[1, n]`` int64, on the CPU."""
+    return torch.tensor([tokens], dtype=torch.int64, device="cpu")

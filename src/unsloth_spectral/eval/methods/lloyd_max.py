@@ -59,7 +59,7 @@ def rotation(head_dim: int, seed: int) -> Tensor:
     """A random orthogonal matrix ``[head_dim, head_dim]`` in float32 on the CPU, the same for equal arguments."""
     with torch.inference_mode(False):  # it is kept, and later callers may be outside
         generator = torch.Generator().manual_seed(seed)
-        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
         # Signs as of a positive diagonal make it uniform over all rotations (Mezzadri 2007).
         return (q * r.diagonal().sign()).float()
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
-from unsloth_spectral.eval.prompt import chat_frame, token_ids
+from unsloth_spectral.eval.prompt import chat_frame, row_of, token_ids
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -74,7 +73,7 @@ def decode_on(
         if chosen in ends:
             break
         found.append(chosen)
-        tokens = torch.tensor([[chosen]])
+        tokens = row_of([chosen])
     return str(loaded.tokenizer.decode(found, skip_special_tokens=True))
 
 

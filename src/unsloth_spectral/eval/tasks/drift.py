@@ -10,6 +10,7 @@ from torch import Tensor
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.prompt import row_of
 from unsloth_spectral.eval.tasks.asking import (
     DENSE,
     at_least,
@@ -101,11 +102,11 @@ class Drift:
             dense_row = kept.logits[step : step + 1]
             # Of the dense cache the rows are the very ones it has just generated from.
             row = dense_row if is_dense else _next(loaded, filled.cache, step_ids, ends)
-            target = torch.tensor([token], device=row.device)
+            target = row_of([token])[0].to(row.device)
             divergence.append(compare_logits(dense_row, row, target).kl)
             if first == self.num_tokens and int(row.argmax()) != token:
                 first = step
-            step_ids = torch.tensor([[token]])
+            step_ids = row_of([token])
             if on_progress is not None:
                 on_progress(f"{method.name}: decode", step + 1, self.num_tokens)
         metrics = {"first_difference": float(first), "kl": sum(divergence) / len(divergence)}
@@ -121,14 +122,14 @@ class Drift:
         for step in range(self.num_tokens):
             rows.append(_next(loaded, cache, step_ids, ends))
             tokens.append(int(rows[-1].argmax()))
-            step_ids = torch.tensor([[tokens[-1]]])
+            step_ids = row_of(tokens[-1:])
             if on_progress is not None:
                 on_progress(f"{DENSE}: generation", step + 1, self.num_tokens)
         return _Generated(tokens, torch.cat(rows))
 
 
 def _end_ids(loaded: LoadedModel) -> Tensor:
-    return torch.tensor(sorted(end_tokens(loaded)), dtype=torch.long, device=loaded.model.device)
+    return torch.tensor(sorted(end_tokens(loaded)), dtype=torch.int64, device=loaded.model.device)
 
 
 def _next(loaded: LoadedModel, cache: Any, tokens: Tensor, ends: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
-from unsloth_spectral.integrations.huggingface.rotary import rotation_of
+from unsloth_spectral.integrations.huggingface.rotary import forget, rotation_of
 
 
 # Within a compiled forward too this runs as it stands: a graph would bake in what changes from token to token, and take
@@ -49,6 +49,7 @@ def attend(
         sinks=kwargs.get("s_aux"),
     )
     if not isinstance(key, CompressedStates):
+        forget()
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
     if kwargs.get("output_attentions"):
         raise SpectralError(
@@ -59,6 +60,7 @@ def attend(
     if not key.was_read:
         _observe(module, query, attention_mask, options, layer)
         key.was_read = True
+    forget()
     query_length = query.shape[2]
     if attention_mask is None and query_length > 1 and (layer.is_sealed or query_length < layer.num_tokens):
         # Torch's SDPA takes fewer queries than keys for those of the first tokens, not of the newest.

@@ -83,8 +83,7 @@ class SpectralCache(Cache):
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native()
-            for plan in plans
+            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native() for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]

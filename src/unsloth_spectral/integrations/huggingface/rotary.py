@@ -43,6 +43,11 @@ def note(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         _noted.module, _noted.embeddings = id(module), embeddings
 
 
+def forget() -> None:
+    """Let go of what was noted: a prefill's tables are as long as its prompt, and the next module notes its own."""
+    _noted.module = _noted.embeddings = None
+
+
 def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
     """Rotations of the tokens of the forward pass ``module`` is in; None where it has none or they cannot be read.
 
@@ -51,8 +56,6 @@ def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None)
     embeddings = _noted.embeddings
     if _noted.module != id(module) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
         return None
-    # Not to keep a prefill's tables alive; the next module notes its own.
-    _noted.module = _noted.embeddings = None
     cos, sin = embeddings
     if not isinstance(cos, Tensor) or cos.ndim != 3:
         return None
@@ -69,7 +72,7 @@ def _read(kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor |
         return None
     first, second = (_evenly(dims, cos.device) for dims in (pairs.first, pairs.second))
     # A token with a one in the first dimension of every pair gets the cosine there, and the sine in the second.
-    ones = torch.zeros(len(cos), 1, cos.shape[1], pairs.dim, device=cos.device)
+    ones = torch.zeros(len(cos), 1, cos.shape[1], pairs.dim, dtype=torch.float32, device=cos.device)
     ones[..., first] = 1.0
     turned = _turn(apply, ones, cos.float(), sin.float())[:, 0]
     return Rotation.of(torch.complex(turned[..., first], turned[..., second]), first, second, padding)
@@ -97,12 +100,14 @@ def _pairs(kind: type, table_dim: int, head_dim: int) -> _Pairs | None:
 
 def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: int) -> _Pairs | None:
     # The same angle for every pair: what each unit vector becomes shows its partner.
-    angle = torch.full((1, 1, table_dim), 0.5)
-    unit = torch.eye(head_dim)[None, None]
+    angle = torch.full((1, 1, table_dim), 0.5, dtype=torch.float32, device="cpu")
+    identity = torch.eye(head_dim, dtype=torch.float32, device="cpu")
     try:
-        turned = _turn(apply, unit, angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1))[0, 0]
+        turned = _turn(
+            apply, identity[None, None], angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1)
+        )[0, 0]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        logger.debug("%s cannot be read as a rotation: %s", kind.__name__, error)
+        logger.debug("%s cannot be read as a rotation: %s", kind.__name__, str(error))
         return None
     if turned.shape != (head_dim, head_dim):
         return None
@@ -110,7 +115,7 @@ def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: i
     positive = turned - torch.diag(turned.diagonal()) > 0.1
     first = positive.any(-1).nonzero().flatten()
     second = positive[first].int().argmax(-1)
-    expected = torch.eye(head_dim)
+    expected = identity.clone()
     expected[first, first] = expected[second, second] = angle[0, 0, 0].cos()
     expected[first, second], expected[second, first] = angle[0, 0, 0].sin(), -angle[0, 0, 0].sin()
     if not torch.allclose(turned, expected, atol=1e-5):
@@ -135,4 +140,4 @@ def _evenly(dims: tuple[int, ...], device: torch.device) -> Dims:
     step = dims[1] - dims[0] if len(dims) > 1 else 1
     if dims == tuple(range(dims[0], dims[-1] + 1, step)):
         return slice(dims[0], dims[-1] + 1, step)
-    return torch.tensor(dims, device=device)
+    return torch.tensor(dims, dtype=torch.int64, device=device)

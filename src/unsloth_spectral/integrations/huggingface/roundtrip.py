@@ -92,7 +92,7 @@ class RoundTripLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.keys is not None:
-            kept = torch.arange(self.keys.shape[0], device=indices.device)[indices]
+            kept = torch.arange(self.keys.shape[0], dtype=torch.int64, device=indices.device)[indices]
             self.num_bits = self.num_bits * len(kept) // self.keys.shape[0]
         super().batch_select_indices(indices)
 

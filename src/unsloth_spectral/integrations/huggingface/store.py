@@ -144,11 +144,11 @@ class PrefixStore:
             except LoadError as error:
                 try:
                     path.unlink()
-                    logger.warning("%s; it is deleted", error)
+                    logger.warning("%s; it is deleted", str(error))
                 except FileNotFoundError:
                     pass  # another process has just let it go
                 except OSError as obstacle:
-                    warn_once("%s; it cannot be deleted: %s", error, obstacle)
+                    warn_once("%s; it cannot be deleted: %s", str(error), str(obstacle))
                 continue
             with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
                 os.utime(path)
@@ -167,7 +167,7 @@ class PrefixStore:
                 self._evict(path)
         # SpectralError: the folder is gone or read-only; NotImplementedError: its file system has no locks.
         except (OSError, Timeout, SpectralError, NotImplementedError) as error:
-            logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, error)
+            logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, str(error))
 
     def _evict(self, newest: Path) -> None:
         """Delete what was used least recently until all is within the limit; ``newest`` alone where it exceeds it."""
