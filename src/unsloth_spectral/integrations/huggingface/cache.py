@@ -2,6 +2,7 @@
 
 import logging
 import os
+from itertools import chain
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -270,7 +271,8 @@ def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Where each layer's keys will come from."""
     found: dict[int, torch.device] = {}
     for module in model.modules():
-        number, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        # Packed layers may have buffers alone.
+        number, weight = getattr(module, "layer_idx", None), next(chain(module.parameters(), module.buffers()), None)
         if isinstance(number, int) and weight is not None and not weight.is_meta:
             found.setdefault(number, weight.device)
     return found

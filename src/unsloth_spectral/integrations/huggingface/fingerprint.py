@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.files import check_target, replacing
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
+from unsloth_spectral.integrations.huggingface.weights import plain_tensors, sample
 from unsloth_spectral.log import warn_once
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
@@ -22,26 +23,34 @@ _VERSION = 2
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hexadecimal digits from the sizes of ``model`` and a sample of its weights."""
+    """Sixteen hexadecimal digits from the sizes of ``model`` and a sample of its weights.
+
+    Raises:
+        UnsupportedModelError: none of the weights that are sampled can be read.
+    """
     if model in _known:
         return _known[model]
     config = model.config.get_text_config(decoder=True)
     sizes = [config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size]
     digest = hashlib.sha256(json.dumps(sizes).encode())
     parameters = list(model.parameters())
-    for weight in (parameters[0], parameters[len(parameters) // 2]):
-        if weight.is_meta:  # on disk: such a model is not known again, and has no profile
+    sampled, reason = False, "it has no parameters"
+    for weight in (parameters[0], parameters[len(parameters) // 2]) if parameters else ():
+        try:
+            # A share of it, where the model is spread over processes: all make their caches at the same time.
+            parts = plain_tensors(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+        except UnsupportedModelError as error:
+            reason = str(error)
             continue
-        whole = weight.detach()
-        # A share of it, where the model is spread over processes: all of them make their caches at the same time.
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        flat = whole.flatten()
-        picked = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-        # Signs alone: a copy in half precision is the same model.
-        digest.update((picked > 0).cpu().numpy().tobytes())
-    found = digest.hexdigest()[:16]
-    _known[model] = found
-    return found
+        for part in parts:
+            # Signs alone: a copy in half precision is the same model.
+            digest.update((sample(part, _SAMPLES) > 0).cpu().numpy().tobytes())
+        sampled = True
+    if not sampled:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be known again, so it has no profile: {reason}")
+    known = digest.hexdigest()[:16]
+    _known[model] = known
+    return known
 
 
 def profile_path(model: PreTrainedModel) -> Path:
@@ -56,24 +65,28 @@ def profile_path(model: PreTrainedModel) -> Path:
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
     """The profile measured of ``model``, whose full-attention layers are ``num_layers``; None if there is none.
 
-    One that cannot be read or is damaged counts as none, with one warning: a cache works without it.
+    One that cannot be read or is damaged counts as none, and so does one of a model that cannot be known again, each
+    with one warning: a cache works without it.
     """
     try:
         path = profile_path(model)
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except UnsupportedModelError as error:
+        warn_once(str(error))
+        return None
     except OSError as error:
         warn_once(
             "caches do without a profile, as none can be read (%s): set %s to a folder that can be read",
-            error,
+            str(error),
             CACHE_VARIABLE,
         )
         return None
     try:
         return _profile(content, num_layers)
     except ValueError as error:
-        warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, error)
+        warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, str(error))
         return None
 
 

@@ -5,11 +5,18 @@ import json
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unsloth_spectral.codec.tensors import raw_bytes
 from unsloth_spectral.errors import UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.weights import (
+    described,
+    plain_tensors,
+    sample,
+    stored_tensors,
+    version,
+)
 
 Identity: TypeAlias = dict[str, Any]
 
@@ -43,7 +50,7 @@ def identify(model: PreTrainedModel) -> Identity:
     sample of every weight together with the adapters that are active: a fine-tuned model is another one.
 
     Raises:
-        UnsupportedModelError: weights are offloaded, so that they cannot be read here.
+        UnsupportedModelError: weights are offloaded, or of a class that cannot be read.
     """
     state = _state(model)
     if model in _known and _known[model][0] == state:
@@ -55,10 +62,15 @@ def identify(model: PreTrainedModel) -> Identity:
         "model": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": json.loads(json.dumps(relevant, default=str)),
-        "embedding": _digest(model, list(model.get_input_embeddings().parameters())),
-        "first_attention": _digest(model, list(first.parameters())),
-        "sample": _sample(model),
     }
+    try:
+        found["embedding"] = _digest(model.get_input_embeddings())
+        found["first_attention"] = _digest(first)
+        found["sample"] = _sample(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be known again, so nothing can be saved for it: {error}"
+        ) from error
     _known[model] = state, found
     return found
 
@@ -87,15 +99,8 @@ def _flat(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]
 
 
 def _state(model: PreTrainedModel) -> Any:
-    # Tensors made under inference_mode count no versions, but nor can they be changed outside it.
-    weights = tuple(
-        (id(each), each.data_ptr(), 0 if each.is_inference() else each._version) for each in _weights(model)
-    )
+    weights = [version(weight) for weight in (*model.parameters(), *model.buffers())]
     return weights, json.dumps(model.config.to_dict(), default=str), _adapters(model)
-
-
-def _weights(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _adapters(model: nn.Module) -> list[str]:
@@ -104,26 +109,22 @@ def _adapters(model: nn.Module) -> list[str]:
     return sorted({f"{getattr(layer, 'active_adapters', None)} {layer.disable_adapters}" for layer in layers})
 
 
-def _digest(model: PreTrainedModel, weights: list[Tensor]) -> str:
+def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
-    for weight in weights:
-        if weight.is_meta:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has weights that are offloaded, so it cannot be known again: load it whole"
-            )
-        digest.update(f"{weight.dtype} {list(weight.shape)}".encode())
-        digest.update(raw_bytes(weight.cpu().contiguous()))
+    for _, weight in stored_tensors(module):
+        digest.update(described(weight).encode())
+        for part in plain_tensors(weight):
+            digest.update(raw_bytes(part.cpu().contiguous()))
     return digest.hexdigest()
 
 
 def _sample(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(_adapters(model)).encode())
     picked = []
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+    for name, weight in stored_tensors(model):
+        digest.update(f"{name} {described(weight)}".encode())
         if not weight.is_meta:
-            flat = weight.detach().reshape(-1)
-            picked.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu())
-    for each in picked:
-        digest.update(raw_bytes(each.contiguous()))
+            picked += [sample(part, _SAMPLES).cpu() for part in plain_tensors(weight)]
+    for part in picked:
+        digest.update(raw_bytes(part.contiguous()))
     return digest.hexdigest()

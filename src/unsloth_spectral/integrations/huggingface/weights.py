@@ -1,0 +1,104 @@
+"""Reading the weights of any module: plain, quantized, packed, or tensor subclasses that consist of several tensors."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from unsloth_spectral.errors import UnsupportedModelError
+
+# torch slices, compares and copies these everywhere; for other dtypes it lacks one or the other.
+_COMPLETE = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool}
+_COMPLETE |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a checkpoint of ``module`` holds, each tensor once, with its name.
+
+    Quantized layers may have buffers and no parameter, or split a parameter: their ``state_dict`` names all they have.
+    """
+    state = module.state_dict(keep_vars=True)
+    by_id: dict[int, tuple[str, Tensor]] = {}
+    for name, value in state.items():
+        # Details of another entry, such as "weight.absmax": bitsandbytes rounds them when it first computes on a CPU.
+        above = name.split(".")[:-1]
+        is_detail = any(".".join(above[: end + 1]) in state for end in range(len(above)))
+        if isinstance(value, Tensor) and not is_detail:
+            by_id.setdefault(id(value), (name, value))
+    return list(by_id.values())
+
+
+def plain_tensors(weight: Tensor) -> list[Tensor]:
+    """The tensors that ``weight`` consists of, as dense ones of torch's own class, without gradients.
+
+    Dtypes for which torch lacks operators are viewed as integers, in which a float8 keeps its sign.
+
+    Raises:
+        UnsupportedModelError: the data of ``weight`` is offloaded, or its class gives no access to it; the message is
+            the reason and the fix, for a sentence about the model.
+    """
+    # Subclasses that intercept every function may not even tell their dtype otherwise.
+    with torch._C.DisableTorchFunctionSubclass():
+        if weight.is_meta:
+            raise UnsupportedModelError("it has weights that are offloaded, load it whole")
+        return [_comparable(part) for part in _parts(weight, may_convert=True)]
+
+
+def described(weight: Tensor) -> str:
+    """Dtype and shape of ``weight``."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return f"{weight.dtype} {list(weight.shape)}"
+
+
+def version(weight: Tensor) -> tuple[object, ...]:
+    """What differs once ``weight`` has other contents: after a change in place, or in other memory."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            parts = [weight] if weight.is_meta else _parts(weight, may_convert=False)
+        except UnsupportedModelError:
+            return (object(),)  # equals no other: such a weight counts as changed at every look
+        # Tensors made under inference_mode count no versions, but nor can they be changed outside it.
+        counts = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+    return (id(weight), *counts)
+
+
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """At most ``count`` elements of ``tensor``, evenly spaced."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // count)][:count]
+
+
+def _parts(weight: Tensor, *, may_convert: bool) -> list[Tensor]:
+    """The tensors behind ``weight``, sharing its memory unless it has to be converted."""
+    try:
+        # The protocol by which torch.compile takes wrappers apart.
+        if hasattr(weight, "__tensor_flatten__"):
+            names, _ = weight.__tensor_flatten__()
+            return [part for name in names for part in _parts(getattr(weight, name), may_convert=may_convert)]
+        return [_uncovered(weight)]
+    except Exception as error:  # a foreign class may raise anything
+        reason = error
+    if may_convert:
+        with contextlib.suppress(Exception):
+            return [_uncovered(weight.dequantize() if weight.layout == torch.strided else weight.to_dense())]
+    raise UnsupportedModelError(
+        f"it has weights of {type(weight).__name__}, whose data cannot be read ({type(reason).__name__}), load it in "
+        "another format"
+    )
+
+
+def _uncovered(weight: Tensor) -> Tensor:
+    """``weight`` without its subclass."""
+    with torch._C._DisableTorchDispatch():
+        plain = weight.detach().as_subclass(Tensor)
+        has_memory = not plain.numel() or plain.untyped_storage().data_ptr()
+    if not has_memory or plain.is_quantized:
+        raise TypeError("a tensor without plain numbers in memory")
+    return plain
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor if tensor.dtype in _COMPLETE else tensor.view(_SIGNED[tensor.itemsize])
