@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.codec.config import SpectralConfig
@@ -111,10 +112,11 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
         return dense
 
 
-def layer_stats(layer: Any) -> LayerStats:
-    """Of a spectral layer, or of one that the model keeps natively, whatever its kind."""
+def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
+    """Of a spectral layer, or of one that the model keeps natively, whatever its kind; without the bytes that are in
+    ``shared`` already."""
     if isinstance(layer, SpectralCacheLayer):
-        return layer.spectral.stats()
+        return layer.spectral.stats(shared)
     # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
     values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
     tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
