@@ -65,11 +65,11 @@ def count(
     residual: TokenBuffer,
     positions: PositionLog,
     sealer_bytes: int,
-    query_bytes: int,
+    noted_bytes: int,
     tally: Tally,
     shared: SharedBytes,
 ) -> LayerStats:
-    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``query_bytes`` to the residual's."""
+    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
     ranked = [block for block in cold if isinstance(block, SpectralBlock)]
     coded = [block for block in cold if isinstance(block, CodedBlock)]
     sealed: list[SealedBlock] = [*ranked, *coded]
@@ -88,7 +88,7 @@ def count(
         sealed_tokens=sum(block.num_tokens for block in sealed),
         sink_bytes=0 if sinks is None else sinks.nbytes,
         cold_bytes=cold_bytes,
-        residual_bytes=residual.nbytes + query_bytes + shared.of(positions.tensors),
+        residual_bytes=residual.nbytes + noted_bytes + shared.of(positions.tensors),
         dense_bytes=num_tokens * dense,
         elements=num_tokens * per_token,
         cold_elements=num_cold * per_token,

@@ -58,8 +58,15 @@ class Held:
             if room > 0:
                 cold.extend([block] if room >= block.num_tokens else block.first_tokens(room))
             room -= block.num_tokens
-        residual = self.residual.copy(0, kept_residual)
-        return replace(self, sinks=sinks, cold=cold, residual=residual, positions=positions, queries=queries)
+        return replace(
+            self,
+            sinks=sinks,
+            cold=cold,
+            residual=self.residual.copy(0, kept_residual),
+            padding=None if self.padding is None else self.padding.clamp_max(num_tokens),
+            positions=positions,
+            queries=queries,
+        )
 
     def map_batch(self, function: TensorFunction) -> "Held":
         """The same with ``function`` applied along the batch dimension."""

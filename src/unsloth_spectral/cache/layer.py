@@ -18,7 +18,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.sealer import Sealer, make_sealers
-from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
@@ -208,7 +208,7 @@ class SpectralLayer:
             padding, places = self._held.padding, self._held.sinks.positions
             if padding is None:
                 padding = torch.zeros(len(keys), dtype=torch.int64) if places is None else places[:, 0].cpu()
-            self._held = Held(residual=kept, padding=padding)
+            self._held = Held(residual=kept, padding=padding.clamp_max(num_tokens))
             return
         cropped = self._held.crop(num_tokens)
         if num_tokens < self._held.num_before_residual:
@@ -251,15 +251,10 @@ class SpectralLayer:
         held = self._held
         if held.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
+        noted = held.queries.nbytes + (0 if held.padding is None else storage_bytes(held.padding))
+        shared = SharedBytes() if shared is None else shared
         return count(
-            held.sinks,
-            held.cold,
-            held.residual,
-            held.positions,
-            self._sealer.nbytes,
-            held.queries.nbytes,
-            held.tally,
-            SharedBytes() if shared is None else shared,
+            held.sinks, held.cold, held.residual, held.positions, self._sealer.nbytes, noted, held.tally, shared
         )
 
     # Inside

@@ -1,6 +1,7 @@
 """What attention has seen of tokens about to be sealed: where they stand, and which queries look at them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,15 +56,24 @@ class Observed:
     def _turned_back(self, grouped: Tensor, rotation: Rotation) -> Tensor:
         """``grouped [B, H, G, n, D]``, turned back by the rotations of several keys per query, one after another."""
         assert self.distances is not None
-        # Few numbers: drawn on the CPU, so that every device and run draws the same, and those of a row whatever the
-        # number of others.
-        generator = torch.Generator().manual_seed(_SEED)
-        shares = torch.rand(self.distances.shape[1], _KEYS_PER_QUERY, dtype=torch.float64, generator=generator)
+        is_query = self.distances > 0
+        shares = torch.zeros(_KEYS_PER_QUERY, *is_query.shape, dtype=torch.float32)
+        for row, is_any in enumerate(is_query):
+            shares[:, row, is_any] = _drawn(int(is_any.sum()))
         table, turned = rotation.table(), []
         first = 0 if self.padding is None else self.padding[:, None]
-        for share in shares.unbind(1):
+        for share in shares:
             keys = (first + share * (self.distances - first).clamp_min(0)).long().clamp(max=table.shape[1] - 1)
             rows = torch.arange(len(table))[:, None] if len(table) > 1 else torch.zeros(1, 1, dtype=torch.int64)
             picked = table[rows.to(table.device), keys.to(table.device)]
             turned.append(rotate(grouped, picked[:, None, None].conj(), rotation))
         return torch.cat(turned, dim=3)
+
+
+@lru_cache(maxsize=64)
+def _drawn(count: int) -> Tensor:
+    """Random numbers ``[_KEYS_PER_QUERY, count]`` from 0 to 1. On the CPU, so that every device and run draws the same;
+    a row's do not depend on the other rows."""
+    generator = torch.Generator().manual_seed(_SEED)
+    draws = [torch.rand(count, dtype=torch.float32, generator=generator) for _ in range(_KEYS_PER_QUERY)]
+    return torch.stack(draws)
