@@ -44,7 +44,7 @@ def coded(*args, **options) -> Block:
     rotation = made.keys.rotation
     if rotation is not None and rotation.step is not None:
         # Rows that have it in common are not mapped.
-        rotation = replace(rotation, start=rotation.start.to(DEVICE), step=rotation.step.to(DEVICE))
+        rotation = replace(rotation, unit=rotation.unit.to(DEVICE), step=rotation.step.to(DEVICE))
     return replace(made, keys=replace(made.keys, rotation=rotation))
 
 

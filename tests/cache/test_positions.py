@@ -7,6 +7,7 @@ import torch
 
 from unsloth_spectral.cache.positions import PositionLog
 from unsloth_spectral.cache.sampler import QuerySampler
+from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.rope import Rotation
 
 PAIRS = 4
@@ -15,6 +16,10 @@ PAIRS = 4
 def rotation_of(*rows: list[int]) -> Rotation:
     angle = torch.tensor(rows)[..., None] * 10.0 ** -torch.arange(PAIRS)
     return Rotation.of(torch.polar(torch.ones_like(angle), angle), torch.arange(PAIRS), torch.arange(PAIRS) + PAIRS)
+
+
+def nbytes(log: PositionLog) -> int:
+    return storage_bytes(*log.tensors)
 
 
 def near(found: Rotation, rows: list[list[int]]) -> bool:
@@ -63,7 +68,7 @@ def test_random_histories_match_a_list(seed: int, padded: bool) -> None:
             assert found.num_tokens == stop - start
             assert near(found, [row[start:stop] for row in rows])
         else:
-            assert log.nbytes == 0
+            assert nbytes(log) == 0
 
 
 def test_many_single_tokens_stay_a_few_numbers() -> None:
@@ -72,7 +77,7 @@ def test_many_single_tokens_stay_a_few_numbers() -> None:
         log.append(rotation_of([position]), 1)
         log.range(0, 1)
     assert log.num_tokens == 500
-    assert log.nbytes <= (64 + 2) * 8 * PAIRS
+    assert nbytes(log) <= (64 + 2) * 8 * PAIRS
     log.drop(128)
     found = log.range(0, 372)
     assert found is not None
@@ -85,7 +90,7 @@ def test_an_empty_log() -> None:
     log.drop(5)
     log.crop(0)
     log.map_batch(torch.clone)
-    assert log.num_tokens == log.nbytes == 0
+    assert log.num_tokens == nbytes(log) == 0
 
 
 def queries(length: int, first: int) -> torch.Tensor:
@@ -95,39 +100,41 @@ def queries(length: int, first: int) -> torch.Tensor:
 
 def test_a_prefill_is_sampled_evenly() -> None:
     sampler = QuerySampler()
-    sampler.note(queries(1000, 0), 1000, missing=0, padding=0)
+    sampler.note(queries(1000, 0), 1000, missing=0)
     found, distances = sampler.sample(4, 900)
     assert found is not None
     assert distances is not None
     places = found[0, 0, :, 0]
-    assert found.shape == (2, 3, len(distances), 5)
-    assert 200 <= len(distances) <= 256
+    assert found.shape == (2, 3, distances.shape[1], 5)
+    assert 250 <= distances.shape[1] <= 256
     assert places[0] < 10
     assert places[-1] == 999
     assert (places.diff() <= 5).all()
     assert (places.diff() >= 3).all()
     # A query saw itself and all before it, from token 4 on and no more than there are.
-    assert torch.equal(distances, (places.long() + 1 - 4).clamp(max=900))
+    assert torch.equal(distances[1], (places.long() + 1 - 4).clamp(max=900))
     assert sampler.nbytes == 256 * 2 * 3 * 5 * 4
 
 
 def test_padding_is_not_asked() -> None:
     sampler = QuerySampler()
-    sampler.note(queries(100, 0), 100, missing=-5, padding=40)
-    found, _ = sampler.sample(0, 100)
+    asking = torch.arange(100) >= torch.tensor([[0], [40]])
+    sampler.note(queries(100, 0), 100, missing=-5, asking=asking)
+    found, distances = sampler.sample(0, 100)
     assert found is not None
-    assert found.min() == 40
-    assert found.max() == 99
+    assert distances is not None
+    for row, first in enumerate((0, 40)):
+        assert found[row, 0, distances[row] > 0, 0].tolist() == list(range(first, 100))
 
 
 def test_while_decoding_few_are_held() -> None:
     sampler = QuerySampler()
     for position in range(1000, 1600):
-        sampler.note(queries(1, position), position + 1, missing=1600 - position - 1, padding=0)
+        sampler.note(queries(1, position), position + 1, missing=1600 - position - 1)
     found, distances = sampler.sample(1100, 500)
     assert found is not None
     assert distances is not None
-    assert 30 <= len(distances) <= 34
+    assert 30 <= distances.shape[1] <= 34
     assert found.dtype == torch.float32
     assert sampler.nbytes <= 34 * 2 * 3 * 5 * 4
     assert torch.allclose(found[0, 0, :, 0], distances + 1099.0, rtol=1e-3)
@@ -138,12 +145,12 @@ def test_while_decoding_few_are_held() -> None:
 def test_queries_before_the_tokens_do_not_count() -> None:
     sampler = QuerySampler()
     assert sampler.sample(0, 10) == (None, None)
-    sampler.note(queries(50, 0), 50, missing=0, padding=0)
+    sampler.note(queries(50, 0), 50, missing=0)
     assert sampler.sample(50, 10) == (None, None)
     found, distances = sampler.sample(48, 10)
     assert found is not None
     assert found[0, 0, :, 0].tolist() == [48, 49]
-    assert distances.tolist() == [1, 2]
+    assert distances.tolist() == [[1, 2]] * 2
 
 
 def sampled(sampler: QuerySampler) -> list[int]:
@@ -156,7 +163,7 @@ def test_of_tokens_that_come_together_every_fourth_is_held() -> None:
     """Whatever is taken back: in assisted decoding that is most often the newest."""
     sampler, held = QuerySampler(), 1000
     while held < 1200:
-        sampler.note(queries(6, held), held + 6, missing=1220 - held - 6, padding=0)
+        sampler.note(queries(6, held), held + 6, missing=1220 - held - 6)
         held += 1 + held % 6
         sampler.crop(held)
     assert sampled(sampler) == list(range(1092, held, 4))
@@ -165,8 +172,8 @@ def test_of_tokens_that_come_together_every_fourth_is_held() -> None:
 @pytest.mark.parametrize("kept", [0, 1, 40, 99, 100, 300])
 def test_a_crop_drops_the_queries_of_what_is_gone(kept: int) -> None:
     sampler = QuerySampler()
-    sampler.note(queries(100, 0), 100, missing=0, padding=0)
-    sampler.note(queries(1, 100), 101, missing=3, padding=0)
+    sampler.note(queries(100, 0), 100, missing=0)
+    sampler.note(queries(1, 100), 101, missing=3)
     before = sampled(sampler)
     sampler.crop(kept)
     assert sampled(sampler) == [position for position in before if position < kept]
@@ -176,12 +183,12 @@ def test_a_crop_drops_the_queries_of_what_is_gone(kept: int) -> None:
 def test_queries_follow_the_batch() -> None:
     sampler = QuerySampler()
     sampler.map_batch(lambda tensor: tensor[[1]])
-    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 8, 5).float(), 8, missing=4, padding=0)
-    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 4, 5).float(), 12, missing=0, padding=0)
+    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 8, 5).float(), 8, missing=4)
+    sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 4, 5).float(), 12, missing=0)
     sampler.map_batch(lambda tensor: tensor[[1, 0, 1]])
     found, distances = sampler.sample(0, 12)
     assert found is not None
     assert distances is not None
     assert found.shape == (3, 3, 6, 5)
     assert found[:, 0, :, 0].tolist() == [[row] * 6 for row in (1.0, 0.0, 1.0)]
-    assert distances.tolist() == [1, 5, 9, 10, 11, 12]
+    assert distances.tolist() == [[1, 5, 9, 10, 11, 12]] * 3

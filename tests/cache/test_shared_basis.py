@@ -133,7 +133,7 @@ def test_a_crop_of_the_tail_keeps_the_basis(frame: str, removed: int, allocated_
         layer.crop(layer.num_tokens - 4)
         dense = [tensor[..., :-4, :] for tensor in dense]
         assert all(
-            int(positions.max()) < layer.num_tokens for positions in layer._held.queries._positions if len(positions)
+            int(positions.max()) < layer.num_tokens for positions in layer._held.queries._positions if positions.numel()
         )
         layer.seal()
     (joined,) = coded(layer)

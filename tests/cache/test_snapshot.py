@@ -166,8 +166,8 @@ def with_record(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def test_another_version(path: Path) -> None:
-    rewrite(path, version="1")
-    assert "is a snapshot of format 1 and this version reads 2" in refusal(path)
+    rewrite(path, version="2")
+    assert "is a snapshot of format 2 and this version reads 3" in refusal(path)
 
 
 def test_an_altered_record(path: Path) -> None:

@@ -267,7 +267,7 @@ def check_bits(stats: CacheStats, config: SpectralConfig) -> None:
 def test_the_query_metric_buys_what_queries_look_at() -> None:
     queries = 0.01 * random(BATCH, 2 * HEADS, 64, HEAD_DIM, seed=4)
     queries[..., :8] *= 300
-    observed = Observed(None, queries, torch.full((64,), 512))
+    observed = Observed(None, queries, torch.full((BATCH, 64), 512))
     block = tokens(512)
     with_queries, without = (sealed(sealer_of(bits=1.5), block, o) for o in (observed, Observed()))
     per_head = queries.unflatten(1, (HEADS, 2)).flatten(2, 3)
@@ -285,7 +285,7 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
     later = random(BATCH, HEADS, 300, 64, seed=1)
     exact = later @ block.keys.mT
     errors = []
-    for observed in (Observed(rotation, queries, torch.full((count,), BLOCK)), Observed(rotation)):
+    for observed in (Observed(rotation, queries, torch.full((BATCH, count), BLOCK)), Observed(rotation)):
         found = sealed(sealer_of(frame, bits=4.0), block, observed)
         errors.append(float((found.scores(later) - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1]
@@ -295,8 +295,8 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
 def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
     """The floor for scarce queries says nothing of how much an error matters."""
     sealer, queries = sealer_of(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
-    first = sealed(sealer, tokens(512), Observed(None, queries, torch.arange(512) + 1))
-    few = Observed(None, queries[:, :, -count:], torch.full((count,), BLOCK))
+    first = sealed(sealer, tokens(512), Observed(None, queries, (torch.arange(512) + 1).expand(BATCH, -1)))
+    few = Observed(None, queries[:, :, -count:], torch.full((BATCH, count), BLOCK))
     assert sealed(sealer, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
     other = sealed(sealer, tokens(BLOCK, seed=1, kind=1), few)
     assert other.keys.vectors is not first.keys.vectors
@@ -307,13 +307,13 @@ def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
 @pytest.mark.parametrize("is_rotated", [True, False])
 def test_the_metric_is_that_of_the_queries_turned_back(is_rotated: bool) -> None:
     queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
-    fixed = Observed(None, queries, torch.full((600,), 64)).metric(HEADS, HEAD_DIM, is_rotated)
-    seen = Observed(rotation_of(64), queries, torch.full((600,), 64)).metric(HEADS, HEAD_DIM, is_rotated)
+    fixed = Observed(None, queries, torch.full((BATCH, 600), 64)).metric(HEADS, HEAD_DIM, is_rotated)
+    seen = Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)).metric(HEADS, HEAD_DIM, is_rotated)
     assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
     # Turning keeps lengths; the floor depends on the number of queries.
     assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
     assert torch.equal(seen, fixed) == is_rotated
-    first = Observed(rotation_of(64), queries, torch.ones(600, dtype=torch.int64)).metric(HEADS, HEAD_DIM, False)
+    first = Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)).metric(HEADS, HEAD_DIM, False)
     assert torch.allclose(first, fixed, atol=5e-3), "who saw one token alone saw it at position 0, not turned"
     nothing = Observed(rotation_of(64)).metric(HEADS, HEAD_DIM, is_rotated)
     assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))

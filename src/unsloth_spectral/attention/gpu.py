@@ -68,7 +68,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     for block in blocks:
         if isinstance(block, CodedBlock):
             rotation = block.keys.rotation
-            if rotation is not None and (rotation.step is None or not block.keys.is_rotated):
+            if rotation is not None and not (rotation.is_even and block.keys.is_rotated):
                 return "un-rotated keys, or positions that do not run on evenly"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
@@ -253,7 +253,7 @@ def _prepare(block: CodedBlock) -> _Coded:
         *_strided(coded.scales, 2),
         *_strided(coded.largest, 1),
     )
-    num_pairs = 0 if own.rotation is None else own.rotation.start.shape[-1]
+    num_pairs = 0 if own.rotation is None else own.rotation.unit.shape[-1]
     constants = {
         "COMPONENTS": max(1, -(-max(map(len, own.widths)) // _CHUNK)) * _CHUNK,
         "PAIRS": _power(num_pairs) if num_pairs else 0,

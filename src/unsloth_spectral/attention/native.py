@@ -115,7 +115,7 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     for block in blocks:
         if isinstance(block, CodedBlock):
             rotation = block.keys.rotation
-            if rotation is not None and rotation.step is None:
+            if rotation is not None and not rotation.is_even:
                 return "positions that do not run on evenly"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"

@@ -1,12 +1,13 @@
 """What one layer's tiers come to in numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from unsloth_spectral.cache.buffer import TokenBuffer
+from unsloth_spectral.cache.positions import PositionLog
 from unsloth_spectral.cache.sinks import Sinks
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock
@@ -41,10 +42,34 @@ class Tally:
         return cls(fields.integer("exact_blocks"), fields.integer("svd_fallbacks"), fields.number("seal_seconds"))
 
 
+class SharedBytes:
+    """Bytes of storages that layers share: the first that asks for one has it counted."""
+
+    def __init__(self) -> None:
+        self._counted: set[tuple[torch.device, int]] = set()
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the storages behind ``tensors`` that were not counted before."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            place = tensor.device, storage.data_ptr()
+            total += 0 if place in self._counted else storage.nbytes()
+            self._counted.add(place)
+        return total
+
+
 def count(
-    sinks: Sinks | None, cold: Sequence[Block], residual: TokenBuffer, sealer_bytes: int, log_bytes: int, tally: Tally
+    sinks: Sinks | None,
+    cold: Sequence[Block],
+    residual: TokenBuffer,
+    positions: PositionLog,
+    sealer_bytes: int,
+    noted_bytes: int,
+    tally: Tally,
+    shared: SharedBytes,
 ) -> LayerStats:
-    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``log_bytes`` to the residual's."""
+    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
     ranked = [block for block in cold if isinstance(block, SpectralBlock)]
     coded = [block for block in cold if isinstance(block, CodedBlock)]
     sealed: list[SealedBlock] = [*ranked, *coded]
@@ -53,14 +78,17 @@ def count(
     per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
     dense = sum(heads * part.shape[-1] * part.element_size() for part in (tail.keys, tail.values))
     num_cold = sum(block.num_tokens for block in cold)
+    rotations = [block.keys.rotation for block in coded if block.keys.rotation is not None]
+    cold_bytes = sum(block.nbytes for block in cold) + sealer_bytes
+    cold_bytes += shared.of(tensor for rotation in rotations for tensor in rotation.tensors)
     num_tokens = (0 if sinks is None else sinks.num_leading) + num_cold + residual.num_tokens
     return LayerStats(
         kind="spectral",
         num_tokens=num_tokens,
         sealed_tokens=sum(block.num_tokens for block in sealed),
         sink_bytes=0 if sinks is None else sinks.nbytes,
-        cold_bytes=sum(block.nbytes for block in cold) + sealer_bytes,
-        residual_bytes=residual.nbytes + log_bytes,
+        cold_bytes=cold_bytes,
+        residual_bytes=residual.nbytes + noted_bytes + shared.of(positions.tensors),
         dense_bytes=num_tokens * dense,
         elements=num_tokens * per_token,
         cold_elements=num_cold * per_token,

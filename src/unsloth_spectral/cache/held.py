@@ -23,7 +23,8 @@ class Held:
     sinks: the exact first tokens; None before the first sealing, and where none are wanted.
     cold: sealed tokens, oldest first.
     residual: the newest tokens; None in an empty layer.
-    padding: ``[B]`` masked tokens at the start of each row, until the first sealing.
+    padding: ``[B]`` on the CPU, tokens at the start of each row that no query has seen so far, or more than are held
+        where none was seen; None before the first query, and once the text of every row is sealed or being sealed.
     positions, queries: what is known of the residual's tokens.
     newest: how many tokens came last.
     tally: what the sealings came to.
@@ -57,8 +58,15 @@ class Held:
             if room > 0:
                 cold.extend([block] if room >= block.num_tokens else block.first_tokens(room))
             room -= block.num_tokens
-        residual = self.residual.copy(0, kept_residual)
-        return replace(self, sinks=sinks, cold=cold, residual=residual, positions=positions, queries=queries)
+        return replace(
+            self,
+            sinks=sinks,
+            cold=cold,
+            residual=self.residual.copy(0, kept_residual),
+            padding=None if self.padding is None else self.padding.clamp_max(num_tokens),
+            positions=positions,
+            queries=queries,
+        )
 
     def map_batch(self, function: TensorFunction) -> "Held":
         """The same with ``function`` applied along the batch dimension."""
@@ -118,7 +126,7 @@ class Held:
         if fields.has("sinks"):
             held.sinks = Sinks.from_fields(fields.sub("sinks"), shape, num_tokens)
         if fields.has("padding"):
-            held.padding = fields.tensor("padding", torch.int64, (shape.batch,))
+            held.padding = fields.tensor("padding", torch.int64, (shape.batch,), on_host=True)
         held.positions = PositionLog.from_fields(fields.sub("positions"), shape)
         held.queries = QuerySampler.from_fields(fields.sub("queries"), shape)
         held.newest, held.tally = fields.integer("newest"), Tally.from_fields(fields.sub("tally"))

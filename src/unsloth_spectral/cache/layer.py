@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.cache.buffer import TokenBuffer, check_tokens
-from unsloth_spectral.cache.counting import count
+from unsloth_spectral.cache.counting import SharedBytes, count
 from unsloth_spectral.cache.held import Held
 from unsloth_spectral.cache.release import released
 from unsloth_spectral.cache.sealing import Sealing, join_last, without_padding
@@ -18,7 +18,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.sealer import Sealer, make_sealers
-from unsloth_spectral.codec.tensors import TensorFunction
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
@@ -107,15 +107,29 @@ class SpectralLayer:
             self._held.residual.append(keys, values)
         self._held.newest = keys.shape[-2]
 
-    def note_padding(self, padding: Tensor | None) -> None:
-        """Remember the padding for a first sealing that comes later, when no mask is at hand."""
-        self._held.padding = padding
+    @property
+    def awaits_rows(self) -> bool:
+        """Whether some row may have nothing but padding so far."""
+        return not self.is_sealed or self._held.padding is not None
 
-    def observe(self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0) -> None:
+    def note_padding(self, padding: Tensor) -> None:
+        """Note how many tokens ``[B]`` at the start of each row no query of a forward pass sees; more than are held
+        where none is seen.
+
+        What the queries of an earlier pass have seen is no padding: padding only ever shrinks.
+        """
+        if self.awaits_rows:
+            before, padding = self._held.padding, padding.cpu()
+            self._held.padding = padding if before is None else torch.minimum(before, padding)
+
+    def observe(
+        self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0, asking: Tensor | None = None
+    ) -> None:
         """Note what attention saw of the newest tokens, once they are appended: for the spectral codec.
 
         ``query [B, num_attention_heads, Q, D]`` times ``scaling`` is what scores are made with; ``rotation`` holds the
-        positions of the ``Q`` newest tokens, None for a model without rotary embeddings.
+        positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]`` bool, on the
+        CPU, leaves out the queries of padding.
         """
         held = self._held
         if self.config.codec != "spectral" or held.residual is None:
@@ -123,9 +137,7 @@ class SpectralLayer:
         new = query.shape[2]
         held.positions.append(None, held.residual.num_tokens - new - held.positions.num_tokens)
         held.positions.append(rotation, new)
-        padding = None if held.padding is None or self.is_sealed else held.padding
-        padded = 0 if padding is None else int(padding.max())
-        held.queries.note(query, self.num_tokens, self._num_missing, padded, scaling)
+        held.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
@@ -134,31 +146,34 @@ class SpectralLayer:
         A prefill is sealed from the codec's unit on; what came token by token waits for a whole block.
 
         Args:
-            padding: ``[B]`` integers, masked tokens at the start of each row; None where no row has any, or as
-                ``note_padding`` was told. Used at the first sealing: rows keep their own first tokens as sinks, and
-                padding is zeroed so that it takes no rank.
+            padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding`` was
+                told. Rows keep their own first tokens as sinks, and padding is zeroed so that it takes no rank.
         """
         config, held, residual = self.config, self._held, self._held.residual
         first_time = not self.is_sealed
         if residual is None or self._num_missing:
             return
-        padding = held.padding if padding is None else padding
-        sinks = held.sinks
+        noted = held.padding if padding is None else padding.cpu()
+        padding = self._padding_of_residual(noted)
+        before, sinks = held.num_before_residual, held.sinks
         if first_time and config.num_sink_tokens:
             sinks = Sinks.of(residual.block, config.num_sink_tokens, padding)
+        elif sinks is not None and padding is not None and noted is not None:
+            sinks = sinks.renewed(residual.block, before, noted)
         start = sinks.num_leading if first_time and sinks is not None else 0
         unit = self._sealer.unit(first_time)
         started = time.perf_counter()
         stop = start + (residual.num_tokens - start - config.residual_length) // unit * unit
         old, real = residual.slice(start, stop), None
-        if first_time and padding is not None:
-            real = torch.arange(start, stop, dtype=torch.int64, device=padding.device) >= padding[:, None]
+        if padding is not None:
+            real = (torch.arange(start, stop, dtype=torch.int64, device="cpu") >= padding[:, None]).to(old.keys.device)
             old = without_padding(old, real)
-        before = held.num_before_residual + start
 
         def observe(first: int, last: int) -> Observed:
             rotation = held.positions.range(start + first, start + last)
-            return Observed(rotation, *held.queries.sample(before + first, last - first))
+            seen = held.queries.sample(before + start + first, last - first)
+            hidden = None if padding is None else (padding - start - first).clamp(0, last - first)
+            return Observed(rotation, *seen, hidden)
 
         with no_autocast(old.keys.device):
             made = list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
@@ -168,8 +183,9 @@ class SpectralLayer:
         kept, positions = residual.copy(stop, residual.num_tokens), copy(held.positions)
         positions.drop(stop)
         tally = held.tally.add(made, config.block_size, time.perf_counter() - started)
-        # The padding is used up: the sinks hold the positions from now on.
-        self._held = Held(sinks, cold, kept, positions=positions, newest=held.newest, tally=tally)
+        # Once the first tokens of every row are among those sealed, the sinks hold where they stand.
+        waits = noted is not None and bool((noted >= before + stop).any())
+        self._held = Held(sinks, cold, kept, noted if waits else None, positions, newest=held.newest, tally=tally)
         released(old.keys.nbytes + old.values.nbytes)
 
     def crop(self, num_tokens: int) -> None:
@@ -189,7 +205,12 @@ class SpectralLayer:
             keys, values = self.reconstruct()
             kept = TokenBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
             self._sealer.reset()
-            self._held = Held(residual=kept)
+            padding, places = self._held.padding, self._held.sinks.positions
+            if padding is None:
+                padding = (
+                    torch.zeros(len(keys), dtype=torch.int64, device="cpu") if places is None else places[:, 0].cpu()
+                )
+            self._held = Held(residual=kept, padding=padding.clamp_max(num_tokens))
             return
         cropped = self._held.crop(num_tokens)
         if num_tokens < self._held.num_before_residual:
@@ -227,15 +248,26 @@ class SpectralLayer:
 
     # Counting
 
-    def stats(self) -> LayerStats:
-        """Tokens, bytes, ranks and errors of this layer."""
+    def stats(self, shared: SharedBytes | None = None) -> LayerStats:
+        """Tokens, bytes, ranks and errors of this layer; without the bytes that are in ``shared`` already."""
         held = self._held
         if held.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
-        log_bytes = held.positions.nbytes + held.queries.nbytes
-        return count(held.sinks, held.cold, held.residual, self._sealer.nbytes, log_bytes, held.tally)
+        noted = held.queries.nbytes + (0 if held.padding is None else storage_bytes(held.padding))
+        shared = SharedBytes() if shared is None else shared
+        return count(
+            held.sinks, held.cold, held.residual, held.positions, self._sealer.nbytes, noted, held.tally, shared
+        )
 
     # Inside
+
+    def _padding_of_residual(self, noted: Tensor | None) -> Tensor | None:
+        """How many tokens of the residual are padding, ``[B]`` on the CPU; None where none is, and no row waited."""
+        if noted is None or self._held.residual is None:
+            return None
+        padding = noted - self._held.num_before_residual
+        is_any = padding > 0 if not self.is_sealed else padding >= 0
+        return padding.clamp(0, self._held.residual.num_tokens) if bool(is_any.any()) else None
 
     @property
     def _num_missing(self) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
@@ -28,8 +30,9 @@ class PositionLog:
         return sum(piece.num_tokens for piece in self._pieces)
 
     @property
-    def nbytes(self) -> int:
-        return sum(piece.rotation.nbytes for piece in self._pieces if piece.rotation is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, of which blocks and other layers may hold the same."""
+        return [tensor for piece in self._pieces if piece.rotation is not None for tensor in piece.rotation.tensors]
 
     def append(self, rotation: Rotation | None, num_tokens: int) -> None:
         """Add the newest ``num_tokens`` tokens."""
@@ -85,9 +88,7 @@ class PositionLog:
         for piece in fields.subs("pieces"):
             num_tokens, rotation = piece.integer("num_tokens", 1), None
             if piece.has("rotation"):
-                rotation = Rotation.from_fields(piece.sub("rotation"), shape.key_dim)
-                fits = rotation.num_tokens == num_tokens and len(rotation.start) in (1, shape.batch)
-                piece.require(fits, f"positions of {num_tokens} tokens")
+                rotation = Rotation.from_fields(piece.sub("rotation"), shape.key_dim, shape.batch, num_tokens)
             log._pieces.append(_Piece(num_tokens, rotation))
         return log
 

@@ -29,9 +29,25 @@ class Sinks:
         if padding is None:
             return cls(ExactBlock(tokens.keys[..., :count, :].clone(), tokens.values[..., :count, :].clone()))
         # A row padded almost to its end takes its sinks from its last tokens.
-        first = padding.clamp_max(tokens.num_tokens - count)
-        positions = first[:, None] + torch.arange(count, dtype=torch.int64, device=padding.device)
+        first = padding.to(tokens.keys.device).clamp_max(tokens.num_tokens - count)
+        positions = first[:, None] + torch.arange(count, dtype=torch.int64, device=first.device)
         return cls(tokens.map_batch(lambda tensor: tensor.gather(-2, _index(positions, tensor))), positions)
+
+    def renewed(self, tokens: ExactBlock, before: int, padding: Tensor) -> "Sinks":
+        """The sinks with those of rows that begin among ``tokens``, as ``padding [B]`` says, ``before`` tokens having
+        come before."""
+        if self.positions is None:
+            return self
+        padding = padding.to(self.positions.device)
+        late = Sinks.of(tokens, self.block.num_tokens, (padding - before).clamp_min(0))
+        assert late.positions is not None
+        is_late = padding >= before
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(is_late.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+        block = ExactBlock(choose(late.block.keys, self.block.keys), choose(late.block.values, self.block.values))
+        return Sinks(block, choose(late.positions + before, self.positions))
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ from unsloth_spectral.files import check_target, replacing
 
 FORMAT = "unsloth-spectral snapshot"
 # Raise this whenever a reader of the old format would misread the new one.
-VERSION = 2
+VERSION = 3
 SUFFIX = ".safetensors"
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """One layer's cache. Bytes are those of the storages torch has allocated, metadata included.
+    """One layer's cache. Bytes are those of the storages torch has allocated, metadata included. What all layers of a
+    cache share, the tokens' positions, is counted in the first.
 
     Attributes:
         kind: ``"spectral"``, or the class name of the model's own cache for a layer that keeps it (sliding window ...).

@@ -22,17 +22,21 @@ class Basis(NamedTuple):
     variances: Tensor
 
 
-def query_metric(queries: Tensor, num_distinct: int | None = None) -> Tensor:
+def query_metric(queries: Tensor, counts: Tensor | None = None, repeats: int = 1) -> Tensor:
     """``E[q q^T]`` of ``queries [..., n, D]``, with a floor on its diagonal, ``[..., D, D]`` float32.
 
-    The fewer the queries, the higher the floor: fewer than ``D`` cannot even span the space. ``num_distinct`` tells how
-    many there are where some are taken several times.
+    The fewer the queries, the higher the floor: fewer than ``D`` cannot even span the space. ``counts`` tells how many
+    there are, 1 or more, where some are zeros that fill up; each is there ``repeats`` times.
     """
-    head_dim, count = queries.shape[-1], queries.shape[-2] if num_distinct is None else num_distinct
-    metric = queries.mT @ queries / queries.shape[-2]
+    head_dim, num_queries = queries.shape[-1], queries.shape[-2] // repeats
+    if counts is None:
+        counts = torch.tensor(num_queries, dtype=torch.float32, device=queries.device)
+    # A float: a number divided by a tensor of integers is of the process's default dtype.
+    counts = counts[..., None, None].float()
+    metric = queries.mT @ queries / (counts * repeats)
     floor = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metric.dtype).tiny)
     eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
-    return metric + (_FLOOR + _SCARCITY * (head_dim / count) ** 2) * floor[..., None, None] * eye
+    return metric + (_FLOOR + _SCARCITY * (head_dim / counts) ** 2) * floor[..., None, None] * eye
 
 
 def covariance(x: Tensor) -> Tensor:

@@ -64,9 +64,8 @@ class KeyCodes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor, as torch reports their storages."""
-        held = storage_bytes(self.planes, self.scales, self.vectors, self.vector_scales, self.mean, self.relative_error)
-        return held + (0 if self.rotation is None else self.rotation.nbytes)
+        """Bytes of every tensor, as torch reports their storages, but for the rotation's, which layers share."""
+        return storage_bytes(self.planes, self.scales, self.vectors, self.vector_scales, self.mean, self.relative_error)
 
     @property
     def num_bits(self) -> int:
@@ -150,9 +149,7 @@ class KeyCodes:
         batch, rows, count = shape.batch, (shape.batch, shape.heads), len(flat_widths(widths))
         tiles, rotation = num_tiles(num_tokens), None
         if fields.has("rotation"):
-            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim)
-            fits = rotation.num_tokens == num_tokens and len(rotation.start) in (1, batch)
-            fields.require(fits, f"positions of {num_tokens} tokens")
+            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, batch, num_tokens)
         return cls(
             fields.tensor("planes", torch.uint8, (batch, tiles, sum(map(sum, widths)), PLANE_BYTES)),
             fields.tensor("scales", torch.uint8, (batch, tiles, count)),

@@ -171,18 +171,21 @@ class SpectralSealer:
     def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         is_rotated = self.config.key_frame == "rotated"
         x, mean = key_codec.centre(tokens.keys, self._mean, observed.rotation, is_rotated, real)
-        metric = _in_score_units(observed.metric(x.shape[1], x.shape[-1], is_rotated), observed).to(x.device)
+        metric = observed.metric(x.shape[1], x.shape[-1], is_rotated).to(x.device)
         elements = tokens.values.shape[1] * tokens.values.shape[-1]
         spread = covariance(x)
-        keys, plan, reused = self._encode_keys(x, spread, mean, metric, observed.rotation, is_rotated, elements)
+        shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
+        keys, plan, reused = self._encode_keys(x, shares, spread, mean, metric, observed.rotation, is_rotated, elements)
         nbits = self._budget(x).value_nbits_of(self.layer) if self.value_nbits is None else self.value_nbits
         values = value_codec.encode(tokens.values, nbits, self._largest if reused else None)
-        keys, plan, values = self._within_limit(x, spread, metric, tokens.values, keys, plan, values)
+        keys, plan, values = self._within_limit(x, shares, spread, metric, tokens.values, keys, plan, values)
         limit = self.config.error_limit
         if limit is not None and max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
             return None
         block = CodedBlock(keys, values, tokens.keys.dtype)
-        if self._plan is None and block.is_finite and not self._is_short(x):
+        # What was made for a row of padding alone serves none of its later tokens.
+        is_of_all = bool((shares > 0).all())
+        if self._plan is None and block.is_finite and is_of_all and not self._is_short(x):
             self._plan, self._mean, self._largest = plan, mean, values.largest
         return block
 
@@ -190,11 +193,14 @@ class SpectralSealer:
         if not isinstance(last, CodedBlock) or not isinstance(new, CodedBlock):
             return None
         same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
-        same = same and (last.keys.rotation is None) == (new.keys.rotation is None)
         whole = last.num_tokens % GROUP_SIZE == 0
-        if same and whole and last.values.largest is new.values.largest:
-            return last.append(new)
-        return None
+        if not same or not whole or last.values.largest is not new.values.largest:
+            return None
+        before, behind = last.keys.rotation, new.keys.rotation
+        if before is None or behind is None:
+            return last.append(new) if before is behind else None
+        # Apart, what is even stays so: it takes no table, and the kernels read it.
+        return last.append(new) if before.runs_on(behind) else None
 
     def map_batch(self, function: TensorFunction) -> None:
         plan, mean, largest = self._plan, self._mean, self._largest
@@ -234,6 +240,7 @@ class SpectralSealer:
     def _encode_keys(
         self,
         x: Tensor,
+        shares: Tensor,
         spread: Tensor,
         mean: Tensor,
         metric: Tensor,
@@ -242,7 +249,7 @@ class SpectralSealer:
         value_elements: int,
     ) -> tuple[key_codec.KeyCodes, KeyPlan, bool]:
         own = principal_basis(spread, metric)
-        variances = own.variances.mean(0)
+        variances = _over_tokens(own.variances, shares)
         first_bit_cost = self._first_bit_cost(x)
         if self._plan is None:
             budget = self._budget(x)
@@ -252,8 +259,9 @@ class SpectralSealer:
             level = self._plan.level
             widths = widths_at(level, self.budget.weighted(self.layer, variances), first_bit_cost)
             keys, plan = key_codec.encode(x, spread, self._plan, metric, mean, rotation, is_rotated)
-            lost = (keys.relative_error.float().square().mean(0) * variances.sum(-1)).sum()
-            if float(lost) <= _WORTH_A_BASIS * float(key_codec.expected_error(variances, widths).sum()):
+            # Row by row: a row that the basis does not suit is not to be outvoted.
+            lost = (keys.relative_error.float().square() * own.variances.sum(-1)).sum(-1)
+            if bool((lost <= _WORTH_A_BASIS * key_codec.expected_error(own.variances, widths).sum(-1)).all()):
                 return keys, plan, True
         plan = key_codec.plan(own, widths, level)
         keys, plan = key_codec.encode(x, spread, plan, metric, mean, rotation, is_rotated)
@@ -262,6 +270,7 @@ class SpectralSealer:
     def _within_limit(
         self,
         x: Tensor,
+        shares: Tensor,
         spread: Tensor,
         metric: Tensor,
         values: Tensor,
@@ -277,7 +286,7 @@ class SpectralSealer:
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
             own = principal_basis(spread, metric) if own is None else own
             level /= 4
-            widths = widths_at(level, self.budget.weighted(self.layer, own.variances.mean(0)), 1.0)
+            widths = widths_at(level, self.budget.weighted(self.layer, _over_tokens(own.variances, shares)), 1.0)
             plan = key_codec.plan(own, widths, level)
             keys, plan = key_codec.encode(x, spread, plan, metric, keys.mean, keys.rotation, keys.is_rotated)
         nbits = coded.nbits
@@ -306,15 +315,7 @@ class SpectralSealer:
         return (16 * x.shape[1] * x.shape[-1] + 64 * x.shape[-1]) / x.shape[-2] + 8 * x.shape[1]
 
 
-def _in_score_units(metric: Tensor, observed: Observed) -> Tensor:
-    """``metric`` with the trace that the queries have.
-
-    The floor for scarce queries adds to it, many times over for a handful: a block sealed soon after the prefill would
-    be held to the prefill's water level with variances that much too large, and take a basis and bits it has no use
-    for.
-    """
-    if observed.queries is None:
-        return metric
-    power = observed.queries.float().square().sum(-1).unflatten(1, (metric.shape[1], -1)).mean((-2, -1))
-    trace = metric.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return metric * (power / trace.to(power.device)).to(metric.device)[..., None, None]
+def _over_tokens(variances: Tensor, shares: Tensor) -> Tensor:
+    """The mean of ``variances [B, H, D]`` over the tokens of all rows, of which padding is none: ``shares [B]`` of the
+    tokens are real."""
+    return variances.sum(0) / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)

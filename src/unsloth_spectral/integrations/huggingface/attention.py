@@ -13,6 +13,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.huggingface.rotary import forget, rotation_of
+from unsloth_spectral.integrations.huggingface.visible import visible_through
 
 
 # Within a compiled forward too this runs as it stands: a graph would bake in what changes from token to token, and take
@@ -80,14 +81,16 @@ def _observe(
     module: nn.Module, query: Tensor, mask: Tensor | None, options: ScoreOptions, layer: SpectralLayer
 ) -> None:
     """Let ``layer`` know the padding, positions and queries of its newest tokens."""
-    padding = None
-    if not layer.is_sealed:
-        padding = _left_padding(mask)
-        layer.note_padding(padding)
+    padding, asking, length = None, None, query.shape[2]
+    # While decoding a mask has nothing to tell, once every row has begun.
+    if length > 1 or layer.awaits_rows:
+        visible = visible_through(mask, len(query))
+        layer.note_padding(visible.first)
+        padding = (visible.first - (layer.num_tokens - length)).clamp(0, length)
+        padding, asking = padding if bool(padding.any()) else None, visible.asking
     if layer.config.codec == "spectral":
-        is_prefill = query.shape[2] == layer.num_tokens
-        rotation = rotation_of(module, query.shape[-1], padding if is_prefill else None)
-        layer.observe(query.detach(), rotation, options.scaling)
+        rotation = rotation_of(module, query.shape[-1], padding)
+        layer.observe(query.detach(), rotation, options.scaling, asking)
 
 
 def _attend_dense(
@@ -115,13 +118,3 @@ def _attend_dense(
 
 def _attend_blocks(query: Tensor, blocks: list[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
     return dispatch.attend(query, blocks, mask, options).transpose(1, 2).contiguous()
-
-
-def _left_padding(mask: Tensor | None) -> Tensor | None:
-    """Masked tokens at the start of each row, ``[B]``, as the newest query sees them; None where there are none."""
-    if mask is None:
-        return None
-    newest = mask[:, 0, -1]
-    visible = newest if newest.dtype == torch.bool else newest == 0
-    padding = (visible.cumsum(-1) == 0).sum(-1)
-    return padding if bool(padding.any()) else None

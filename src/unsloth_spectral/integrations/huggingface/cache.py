@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from unsloth_spectral.cache import snapshot
+from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
@@ -258,7 +259,8 @@ class SpectralCache(Cache):
 
     def stats(self) -> CacheStats:
         """Bytes stored and bytes a dense cache would take, the factor between them, and the same per layer."""
-        return CacheStats.of([layer_stats(layer) for layer in self.layers])
+        shared = SharedBytes()
+        return CacheStats.of([layer_stats(layer, shared) for layer in self.layers])
 
 
 def _num_spectral(model: PreTrainedModel) -> int:

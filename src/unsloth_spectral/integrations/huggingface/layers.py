@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.codec.config import SpectralConfig
@@ -116,10 +117,11 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
         return dense
 
 
-def layer_stats(layer: Any) -> LayerStats:
-    """Of a spectral layer, or of one that the model keeps natively, whatever its kind."""
+def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
+    """Of a spectral layer, or of one that the model keeps natively, whatever its kind; without the bytes that are in
+    ``shared`` already."""
     if isinstance(layer, SpectralCacheLayer):
-        return layer.spectral.stats()
+        return layer.spectral.stats(shared)
     # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
     # An image's keys and values are no tokens of the text.
     holds_text = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CrossAttentionLayer)

@@ -2,13 +2,13 @@
 
 Keys reach a cache already rotated, and later the rotation cannot be computed again: some models change their tables
 with length, and padding gives each row its own positions. So a hook notes the tables each attention module is called
-with.
+with. Another notes the positions that the tables were made for, which store them in a few bytes per token.
 """
 
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,17 +17,21 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from unsloth_spectral.rope import Dims, Rotation
+from unsloth_spectral.rope import Claim, Dims, Rotation
 
 logger = logging.getLogger("unsloth_spectral")
 _FUNCTION = "apply_rotary_pos_emb"
+_FREQUENCIES, _SCALING = "inv_freq", "attention_scaling"
+_MOST_CALLS = 4
 
 
 class _Noted(threading.local):
-    """What this thread's attention module was called with last, and the last rotation made: all layers share one."""
+    """What this thread's attention module was called with last, the last calls of rotary embeddings, each with its
+    positions, and the last rotation made: all layers share one."""
 
     module: int | None = None
     embeddings: Any = None
+    calls: tuple[tuple[nn.Module, Tensor], ...] = ()
     source: Any = None
     rotation: Rotation | None = None
 
@@ -36,8 +40,27 @@ _noted = _Noted()
 _stance = threading.Lock()
 
 
-def note(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, with keyword arguments, of every attention module."""
+def hook(model: nn.Module) -> tuple[Any, ...]:
+    """Note what ``rotation_of`` needs at every pass of ``model``, until the returned handles are removed."""
+    handles = []
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            handles.append(module.register_forward_pre_hook(_note_tables, with_kwargs=True))
+        elif any(name.endswith(_FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
+            handles.append(module.register_forward_pre_hook(_note_positions, with_kwargs=True))
+    return tuple(handles)
+
+
+def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of every module of rotary embeddings: ``(x, position_ids [B, n] or [axes, B, n])``."""
+    positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+    if isinstance(positions, Tensor) and positions.dtype in (torch.int64, torch.int32):
+        # A model may have several such modules, or call one several times.
+        _noted.calls = (*_noted.calls[1 - _MOST_CALLS :], (module, positions))
+
+
+def _note_tables(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of every attention module."""
     embeddings = kwargs.get("position_embeddings")
     if embeddings is not None:
         _noted.module, _noted.embeddings = id(module), embeddings
@@ -51,7 +74,7 @@ def forget() -> None:
 def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
     """Rotations of the tokens of the forward pass ``module`` is in; None where it has none or they cannot be read.
 
-    ``padding [B]`` tokens at the start of each row are padding, whose places mean nothing.
+    ``padding [B]`` tokens at the start of each row (on the CPU) are padding, whose places mean nothing.
     """
     embeddings = _noted.embeddings
     if _noted.module != id(module) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
@@ -75,7 +98,34 @@ def _read(kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor |
     ones = torch.zeros(len(cos), 1, cos.shape[1], pairs.dim, dtype=torch.float32, device=cos.device)
     ones[..., first] = 1.0
     turned = _turn(apply, ones, cos.float(), sin.float())[:, 0]
-    return Rotation.of(torch.complex(turned[..., first], turned[..., second]), first, second, padding)
+    table = torch.complex(turned[..., first], turned[..., second])
+    rotation = Rotation.of(table, first, second, padding, _claims(table))
+    _noted.calls = ()
+    return rotation
+
+
+def _claims(table: Tensor) -> Iterator[Claim]:
+    """What ``table [B or 1, n, P]`` may be, by the positions and frequencies of the last rotary embeddings."""
+    for module, positions in reversed(_noted.calls):
+        if positions.ndim not in (2, 3) or positions.shape[-1] != table.shape[1]:
+            continue
+        axes = positions if positions.ndim == 3 else positions[None]
+        if axes.shape[1] not in (1, len(table)) and len(table) > 1:
+            continue
+        numbers = axes.detach().cpu().long().transpose(0, 1)
+        for name, frequencies in module.named_buffers(recurse=False):
+            if name.endswith(_FREQUENCIES) and frequencies.shape == table.shape[2:]:
+                scaling = getattr(module, name.removesuffix(_FREQUENCIES) + _SCALING, 1.0)
+                # By their values: some models write new ones into the same tensor.
+                values = frequencies.detach().double().cpu().numpy().tobytes()
+                yield Claim(numbers, *_unit_and_step(values, float(scaling), table.device))
+
+
+@lru_cache(maxsize=16)
+def _unit_and_step(frequencies: bytes, scaling: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One pair of tensors for all passes of a model, so that what later passes bring joins what is held."""
+    step = torch.frombuffer(bytearray(frequencies), dtype=torch.float64).to(device)
+    return torch.full((1, 1, len(step)), scaling, dtype=torch.complex64, device=device), step
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
-from unsloth_spectral.integrations.huggingface.rotary import note
+from unsloth_spectral.integrations.huggingface.rotary import hook
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 from unsloth_spectral.integrations.reached import after_pass, before_pass
 
@@ -105,9 +105,8 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     if not switched.hooks:
         switched.hooks.append(model.register_forward_pre_hook(before_pass, with_kwargs=True))
         switched.hooks.append(model.register_forward_hook(after_pass, with_kwargs=True))
-        attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-        for module in attention if is_direct else []:
-            switched.hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        if is_direct:
+            switched.hooks.extend(hook(model))
     if not is_direct or is_enabled(model):
         return
     _register()
@@ -124,8 +123,8 @@ def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
     fast_path.take(model)
     give_back(model, (), switched.methods)
     _assign(switched.implementations)
-    for hook in switched.hooks:
-        hook.remove()
+    for handle in switched.hooks:
+        handle.remove()
     delattr(model, _STATE)
 
 

@@ -1,0 +1,62 @@
+"""What the queries of a forward pass may see, read off its mask."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+# What an additive mask takes from a score to hide a token: far less than its dtype's lowest number, as sums of masks
+# may be, and far more than any bias.
+_HIDDEN = -1000.0
+NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visible:
+    """Attributes:
+    first: ``[B]`` int64 on the CPU, the first token of each row that any query sees, ``NEVER`` where none is seen.
+    asking: ``[B, Q]`` bool on the CPU, the queries that see something and whose own token is seen: others are those of
+        padding, whose answers nobody reads; None where all are such.
+    """
+
+    first: Tensor
+    asking: Tensor | None
+
+
+class _Last(threading.local):
+    mask: Any = None
+    version: int | None = None
+    visible: Visible | None = None
+
+
+_last = _Last()
+
+
+def visible_through(mask: Tensor | None, batch: int) -> Visible:
+    """What ``mask [B or 1, heads or 1, Q, kv_length]``, bool or additive, lets queries see; None hides nothing.
+
+    The result for the last mask is kept: all layers get the same one.
+    """
+    if mask is None:
+        return Visible(torch.zeros(batch, dtype=torch.int64, device="cpu"), None)
+    version = None if mask.is_inference() else mask._version
+    is_last = _last.mask is not None and _last.mask() is mask and _last.version == version
+    if not is_last or _last.visible is None or len(_last.visible.first) != batch:
+        _last.visible = _read(mask, batch)
+        _last.mask, _last.version = ref(mask), version
+    return _last.visible
+
+
+def _read(mask: Tensor, batch: int) -> Visible:
+    # A mask grows with the square of the context: it is reduced as it is, without a copy.
+    seen, sees = (_any(mask, dim).any(1).cpu().expand(batch, -1) for dim in (-2, -1))
+    first = torch.where(seen.any(-1), seen.int().argmax(-1), NEVER)
+    asking = seen[:, -mask.shape[-2] :] & sees
+    return Visible(first, None if bool(asking.all()) else asking)
+
+
+def _any(mask: Tensor, dim: int) -> Tensor:
+    return mask.any(dim) if mask.dtype == torch.bool else mask.amax(dim) > _HIDDEN

@@ -1,0 +1,287 @@
+"""The rotations of consecutive tokens, kept as integer places and one angle per pair where a model's tables allow."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.fields import Field, Fields
+from unsloth_spectral.rope.fit import Claim, at_places, evenly
+from unsloth_spectral.rope.places import Places
+
+Dims: TypeAlias = slice | Tensor
+
+# A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
+_MOST_KEPT_BYTES = 4 << 20
+
+
+class _Last(threading.local):
+    """What the last layer asked for: those behind it ask for the same."""
+
+    step: Tensor | None = None
+    places: Tensor | None = None
+    axes: tuple[int, ...] | None = None
+    span: tuple[int, int] = (0, 0)
+    table: Tensor | None = None
+    pieces: Any = None
+    joined: Any = None
+
+
+_last = _Last()
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotations of consecutive tokens: pair ``j`` of a token is multiplied by ``table()[token, j]``.
+
+    With a ``step`` that is ``unit * exp(i * step * place)``, and the table is made when it is needed. Slices, rows
+    picked from a batch and all layers of a model share the tensors.
+
+    Attributes:
+        first, second: the ``P`` dimensions that make the real and the imaginary parts, as slices where they run on
+            evenly (many times faster), else ``[P]`` int64; others are not rotated.
+        unit: ``[R or 1, 1, P]`` complex64, the rotation of place 0; ``[R or 1, n, P]``, the rotations of all tokens,
+            where there is no step.
+        step: ``[P]`` float64, the angle from one place to the next; None where the tokens stand at no places known.
+        num_tokens: how many tokens it is for.
+        places: where the tokens stand.
+        axes: of ``places``, the one that each pair turns along; None for a single one.
+        rows: ``[B]`` int64, which of the ``R`` rows each row of the batch has; None where all have the only one.
+        offset: the first token, among those of ``places`` or ``unit``.
+    """
+
+    first: Dims
+    second: Dims
+    unit: Tensor
+    step: Tensor | None
+    num_tokens: int
+    places: Places = Places()
+    axes: tuple[int, ...] | None = None
+    rows: Tensor | None = None
+    offset: int = 0
+
+    @classmethod
+    def of(
+        cls, table: Tensor, first: Dims, second: Dims, padding: Tensor | None = None, claims: Iterable[Claim] = ()
+    ) -> "Rotation":
+        """From ``table [B or 1, num_tokens, P]`` complex64, as integer places where one of ``claims`` reproduces it,
+        as a few numbers where its angles grow evenly, else as it is.
+
+        The first ``padding [B]`` tokens of each row (on the CPU) may stand anywhere.
+        """
+        num_tokens = table.shape[1]
+        if len(table) > 1 and bool((table == table[:1]).all()):
+            table = table[:1]
+        for claim in claims:
+            placed = at_places(table, claim, padding)
+            if placed is not None:
+                places, axes = placed
+                rows = _all_rows(places.num_rows, table.device)
+                return cls(first, second, claim.unit, claim.step, num_tokens, places, axes, rows)
+        even = evenly(table, padding)
+        unit, step = (table.clone(), None) if even is None else even
+        return cls(first, second, unit, step, num_tokens, rows=_all_rows(len(unit), table.device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, of which other rotations may hold the same."""
+        return tuple(tensor for tensor in (self.unit, self.step, self.places.table, self.rows) if tensor is not None)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every token is turned from the one before by the same ``step``."""
+        return self.step is not None and self.places.table is None
+
+    @property
+    def start(self) -> Tensor:
+        """``[B or 1, 1, P]`` complex64, the first token's rotation."""
+        if self.step is None:
+            return self._by_batch(self.unit[:, self.offset : self.offset + 1])
+        numbers = self.places.numbers(self.offset, self.offset + 1)
+        return self._by_batch(self.unit * self._turned(numbers))
+
+    def indices(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """``first`` and ``second`` as ``[P]`` int32 each, of ``head_dim`` dimensions."""
+        every = torch.arange(head_dim, dtype=torch.int32, device=self.unit.device)
+        return every[self.first].contiguous(), every[self.second].contiguous()
+
+    def table(self) -> Tensor:
+        """``[B or 1, num_tokens, P]`` complex64."""
+        if self.step is None:
+            return self._by_batch(self.unit[:, self.offset : self.offset + self.num_tokens])
+        if self.is_even:
+            return self.start * self._kept(0, self.num_tokens)
+        return self._by_batch(self.unit * self._kept(self.offset, self.offset + self.num_tokens))
+
+    def slice(self, start: int, stop: int) -> "Rotation":
+        """The rotations of tokens ``start`` to ``stop``."""
+        return replace(self, offset=self.offset + start, num_tokens=stop - start)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
+        """``function`` applied along the batch dimension, where the rows differ."""
+        return self if self.rows is None else replace(self, rows=function(self.rows))
+
+    @classmethod
+    def join(cls, pieces: Sequence["Rotation"]) -> "Rotation":
+        """The tokens of all ``pieces``, one after another; the same object where the last call had the same pieces."""
+        described = _Described(pieces)
+        joined: Rotation | None = None if _last.joined is None else _last.joined()
+        if joined is None or not described.is_same(_last.pieces):
+            joined = _join_places(pieces)
+            if joined is None:
+                rows = max(1 if piece.rows is None else len(piece.rows) for piece in pieces)
+                tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
+                joined = cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
+            _last.pieces, _last.joined = described, ref(joined)
+        return joined
+
+    def runs_on(self, other: "Rotation") -> bool:
+        """Whether joining ``other`` behind keeps what is even even."""
+        return Rotation.join([self, other]).is_even or not (self.is_even or other.is_even)
+
+    def to_fields(self) -> dict[str, Field]:
+        return {
+            "first": _dims_field(self.first),
+            "second": _dims_field(self.second),
+            "unit": self.unit,
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "places": self.places.to_fields(),
+            "axes": self.axes,
+            "rows": self.rows,
+            "offset": self.offset,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields, head_dim: int, batch: int, num_tokens: int) -> "Rotation":
+        """Of ``num_tokens`` in ``batch`` rows, and of pairs among ``head_dim`` dimensions.
+
+        Raises:
+            LoadError: the fields do not fit each other or that.
+        """
+        unit = fields.tensor("unit", torch.complex64, (None, None, None))
+        pairs, step, places, axes = unit.shape[-1], None, Places.from_fields(fields.sub("places")), None
+        fields.require(fields.integer("num_tokens", 1) == num_tokens, f"positions of {num_tokens} tokens")
+        offset = fields.integer("offset")
+        if fields.has("step"):
+            step = fields.tensor("step", torch.float64, (pairs,))
+        if fields.has("axes"):
+            axes = fields.integers("axes")
+            fields.require(len(axes) == pairs, f"an axis for each of {pairs} pairs")
+        is_axis = places.num_axes == 1 or (axes is not None and max(axes) < places.num_axes)
+        fields.require(is_axis, f"axes below {places.num_axes}")
+        fields.require(step is None or unit.shape[1] == 1, "one unit")
+        known = unit.shape[1] if step is None else places.num_tokens
+        fields.require(known is None or offset + num_tokens <= known, f"positions of {num_tokens} tokens")
+        counts = {len(unit), places.num_rows if step is not None else 1}
+        most, rows = max(counts), None
+        fields.require(counts <= {1, most}, f"places of {most} rows")
+        if fields.has("rows"):
+            rows = fields.tensor("rows", torch.int64, (batch,))
+            fields.require(bool(((rows >= 0) & (rows < most)).all()), f"rows below {most}")
+        fields.require(rows is not None or most == 1, f"a row among {most} for each of {batch}")
+        first, second = (_dims_of(fields, name, pairs, head_dim) for name in ("first", "second"))
+        return cls(first, second, unit, step, num_tokens, places, axes, rows, offset)
+
+    def _by_batch(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows is None or len(tensor) == 1 else tensor[self.rows]
+
+    def _turned(self, numbers: Tensor) -> Tensor:
+        """``[R, n, P]`` complex64: ``exp(i * step * numbers)``, of ``numbers [R, A, n]`` on the CPU."""
+        assert self.step is not None
+        # In float64: the angle of the ten-thousandth token keeps its fraction.
+        angle = _by_pair(numbers, self.axes).to(self.step.device, torch.float64) * self.step
+        return torch.polar(torch.ones_like(angle), angle).to(self.unit.dtype)
+
+    def _kept(self, start: int, stop: int) -> Tensor:
+        """``_turned`` of tokens ``start`` to ``stop`` of ``places``, or of those places themselves where tokens run on
+        evenly. The last one is kept, as all layers of a model ask for the same, unless it is long."""
+        places, span = self.places.table, _last.span
+        is_kept = _last.step is self.step and _last.places is places and _last.axes == self.axes
+        if not is_kept or _last.table is None or span[0] != start or span[1] < stop:
+            if places is None:
+                numbers = torch.arange(start, stop, dtype=torch.int64, device="cpu")[None, None]
+            else:
+                numbers = self.places.numbers(start, stop)
+            table = self._turned(numbers)
+            if table.nbytes > _MOST_KEPT_BYTES:
+                return table
+            _last.step, _last.places, _last.axes = self.step, places, self.axes
+            _last.span, _last.table = (start, stop), table
+        return _last.table[:, : stop - start]
+
+
+class _Described:
+    """What pieces were joined, without keeping them."""
+
+    def __init__(self, pieces: Sequence[Rotation]) -> None:
+        self._numbers = [(p.num_tokens, p.offset, p.places.first, p.axes, len(p.tensors)) for p in pieces]
+        self._tensors = [ref(tensor) for piece in pieces for tensor in piece.tensors]
+
+    def is_same(self, other: "_Described") -> bool:
+        return self._numbers == other._numbers and all(
+            mine() is theirs() is not None for mine, theirs in zip(self._tensors, other._tensors, strict=True)
+        )
+
+
+def _join_places(pieces: Sequence[Rotation]) -> Rotation | None:
+    """The tokens of all ``pieces`` by their places; None where they are not of one kind."""
+    leader = pieces[0]
+    for piece in pieces:
+        if piece.step is None or leader.step is None:
+            return None
+        if not _equal(piece.step, leader.step) or not _equal(piece.unit, leader.unit):
+            return None
+    has_units_by_row = len(leader.unit) > 1
+    if has_units_by_row and any(piece.rows is not leader.rows for piece in pieces):
+        return None
+    numbers = []
+    for piece in pieces:
+        own = piece.places.numbers(piece.offset, piece.offset + piece.num_tokens)
+        numbers.append(own if piece.rows is None or has_units_by_row else own[piece.rows.cpu()])
+    axes = next((p.axes for p in pieces if all(map(lambda n, q: _suits(n, q.axes, p.axes), numbers, pieces))), None)
+    if axes is None and any(piece.axes is not None for piece in pieces):
+        return None
+    most = [max(sizes) for sizes in zip(*(own.shape[:2] for own in numbers), strict=True)]
+    places = Places.of(torch.cat([own.expand(*most, -1) for own in numbers], -1))
+    rows = leader.rows if has_units_by_row else _all_rows(places.num_rows, leader.unit.device)
+    num_tokens = sum(piece.num_tokens for piece in pieces)
+    return replace(leader, num_tokens=num_tokens, places=places, axes=axes, rows=rows, offset=0)
+
+
+def _suits(numbers: Tensor, axes: tuple[int, ...] | None, others: tuple[int, ...] | None) -> bool:
+    """Whether ``numbers [R, A, n]`` are the same for each pair along ``others`` as along ``axes``."""
+    return axes == others or bool((_by_pair(numbers, axes) == _by_pair(numbers, others)).all())
+
+
+def _by_pair(numbers: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """``[R, n, P or 1]`` of ``numbers [R, A, n]``."""
+    return numbers.mT if axes is None or numbers.shape[1] == 1 else numbers[:, list(axes)].mT
+
+
+def _all_rows(count: int, device: torch.device) -> Tensor | None:
+    return None if count == 1 else torch.arange(count, dtype=torch.int64, device=device)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.device == other.device and torch.equal(one, other))
+
+
+def _dims_field(dims: Dims) -> Field:
+    return dims if isinstance(dims, Tensor) else [dims.start, dims.stop, dims.step]
+
+
+def _dims_of(fields: Fields, name: str, pairs: int, head_dim: int) -> Dims:
+    if fields.is_tensor(name):
+        dims = fields.tensor(name, torch.int64, (pairs,))
+        fields.require(bool(((dims >= 0) & (dims < head_dim)).all()), f"dimensions below {head_dim} as {name!r}")
+        return dims
+    evenly = fields.integers(name)
+    fields.require(len(evenly) == 3 and evenly[2] > 0, f"start, stop and step as {name!r}")
+    places = range(*evenly)
+    fields.require(len(places) == pairs and places[-1] < head_dim, f"{pairs} dimensions below {head_dim} as {name!r}")
+    return slice(*evenly)

@@ -1,0 +1,42 @@
+"""Turning pairs of dimensions by a table of rotations, and back."""
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.rope.rotation import Rotation
+
+
+def rotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``x [..., tokens, head_dim]`` with every pair turned by the complex ``table``, like ``[..., tokens, P]``."""
+    real, imaginary = x[..., rotation.first], x[..., rotation.second]
+    cos, sin = table.real, table.imag
+    out = x.clone()
+    out[..., rotation.first] = real * cos - imaginary * sin
+    out[..., rotation.second] = real * sin + imaginary * cos
+    return out
+
+
+def unrotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """The inverse of ``rotate``, whatever the size of the table's entries."""
+    return rotate(x, table.conj() / table.abs().square(), rotation)
+
+
+def unrotated_sum(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``unrotate(x, table, rotation).sum(-2)``, with nothing but sums as long as the tokens."""
+    inverse = table.conj() / table.abs().square()
+    cos, sin = inverse.real.contiguous(), inverse.imag.contiguous()
+    real, imaginary = x[..., rotation.first], x[..., rotation.second]
+    out = x.sum(-2)
+    out[..., rotation.first] = torch.addcmul(real * cos, imaginary, sin, value=-1).sum(-2)
+    out[..., rotation.second] = torch.addcmul(real * sin, imaginary, cos).sum(-2)
+    return out
+
+
+def minus_rotated(x: Tensor, fixed: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
+    """``x - rotate(fixed, table, rotation)``, where ``fixed [..., 1, head_dim]`` is the same for all tokens."""
+    cos, sin = table.real.contiguous(), table.imag.contiguous()
+    real, imaginary = fixed[..., rotation.first], fixed[..., rotation.second]
+    out = x - fixed
+    out[..., rotation.first] = torch.addcmul(torch.addcmul(x[..., rotation.first], cos, -real), sin, imaginary)
+    out[..., rotation.second] = torch.addcmul(torch.addcmul(x[..., rotation.second], sin, -real), cos, -imaginary)
+    return out
