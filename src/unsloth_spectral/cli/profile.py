@@ -22,11 +22,12 @@ def command(
     from unsloth_spectral import reports
     from unsloth_spectral.eval.environment import environment
     from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
-    from unsloth_spectral.integrations.huggingface.fingerprint import save_profile
+    from unsloth_spectral.integrations.huggingface.fingerprint import profile_path, save_profile
 
     check_outputs(json_file)
     with progress_shown() as report:
         loaded = load(model, report)
+        profile_path(loaded.model)  # refuses a model that could not be known again before minutes of work
         found = measure_profile(loaded, on_progress=report)
     facts = {
         "model": loaded.name,

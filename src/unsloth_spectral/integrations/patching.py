@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from types import MethodType
 from typing import Any
@@ -65,8 +66,15 @@ def patch(model: PreTrainedModel, config: SpectralConfig) -> None:
     previous = {name: own[name] for name in methods if name in own}
     setattr(model, _STATE, _Patch(config, previous, watch(model)))
     for name, method in methods.items():
-        # Bound: a deepcopy of the model gets one bound to itself.
-        setattr(model, name, MethodType(method, model))
+        setattr(model, name, _bound(method, model))
+
+
+def _bound(method: Callable[..., Any], model: PreTrainedModel) -> Callable[..., Any]:
+    """``method`` of ``model``; a copy of the model, pickled or deep, gets one bound to itself."""
+    # A method is pickled as an attribute's name, which the new model would look up on its class.
+    bound: Any = partial(method, model)
+    bound.__name__ = method.__name__  # a method has one, which Unsloth asks for
+    return bound
 
 
 def unpatch(model: PreTrainedModel) -> None:

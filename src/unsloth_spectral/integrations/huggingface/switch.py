@@ -29,6 +29,20 @@ class _Switched:
     implementations: _Implementations
     hooks: tuple[Any, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.implementations, self.hooks)
+
+
+def _register() -> None:
+    AttentionInterface.register(ATTENTION_NAME, attend)
+    # Without a mask function of the same name padding would be ignored without a word.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def _unpickled(implementations: _Implementations, hooks: tuple[Any, ...]) -> _Switched:
+    _register()  # the process may be another one
+    return _Switched(implementations, hooks)
+
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether the model's language part uses the spectral attention function now."""
@@ -46,9 +60,7 @@ def enable(model: PreTrainedModel) -> None:
     fast_path.leave(model)
     if is_enabled(model):
         return
-    AttentionInterface.register(ATTENTION_NAME, attend)
-    # Without a mask function of the same name padding would be ignored without a word.
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    _register()
     if _STATE not in vars(model):
         before = _implementations(model)
         attention = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
