@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BertConfig,
     BertForMaskedLM,
     CLIPVisionConfig,
@@ -278,6 +280,46 @@ def test_a_patched_model_can_be_pickled_after_unpatching(model: LlamaForCausalLM
     unpatch_unsloth_attention(model)
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(generate(twin).sequences, generate(model).sequences)
+
+
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_a_pickled_model_stays_patched_or_switched(
+    is_patched: bool, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(one: PreTrainedModel) -> Any:
+        whole = state(one)
+        return [
+            [set(names) for names in whole["attributes"]],
+            whole["hooks"],
+            whole["configs"],
+            whole["implementations"],
+        ]
+
+    plain = kept(model)
+    if is_patched:
+        patch_unsloth_attention(model, **OPTIONS)
+    else:
+        SpectralCache(model)
+    generated, pickled = generate(model), pickle.dumps(model)
+    # As in another process, which knows no attention function of this package.
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, ATTENTION_NAME)
+    twin = pickle.loads(pickled)
+    found = generate(twin)
+    assert isinstance(cache_of(found), SpectralCache if is_patched else DynamicCache)
+    assert torch.equal(found.sequences, generated.sequences)
+    # It answers for itself: the first is as before, and the second can be given back.
+    assert twin.generate is not model.generate
+    unpatch_unsloth_attention(twin)
+    assert kept(twin) == plain
+    assert isinstance(cache_of(generate(twin)), DynamicCache)
+    assert isinstance(cache_of(generate(model)), SpectralCache if is_patched else DynamicCache)
+
+
+def test_a_patched_generate_has_a_name(model: LlamaForCausalLM) -> None:
+    """Unsloth asks for it."""
+    patch_unsloth_attention(model, **OPTIONS)
+    assert isinstance(model.generate.__name__, str)
 
 
 def test_saving_a_patched_model_writes_nothing_of_the_patch(model: LlamaForCausalLM, tmp_path: Any) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,6 +367,22 @@ def test_saving_is_refused(tiny_llama: Build, tmp_path: Path) -> None:
     with pytest.raises(SpectralError, match="the model of this cache is gone"):
         cache.save(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pickling_names_what_does_it(tiny_llama: Build) -> None:
+    model = tiny_llama(initializer_range=0.1)
+    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    feed(model, token_ids(), cache)
+    for write in (pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())):
+        for wanted in (cache, [copy.copy(cache)], {"cache": copy.deepcopy(cache)}):
+            with pytest.raises(SpectralError, match=r"write it with cache\.save\(path\)") as caught:
+                write(wanted)
+            assert "\n" not in str(caught.value)
+    for copied in (copy.copy(cache), copy.deepcopy(cache)):
+        assert copied._model() is model
+    del model
+    gc.collect()
+    assert cache._model() is None, "a cache keeps no model alive"
 
 
 def test_what_has_no_stored_form_is_refused(tmp_path: Path) -> None:

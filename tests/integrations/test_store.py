@@ -11,15 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from transformers import LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM
 
 from unsloth_spectral import PrefixStore, SpectralCache, SpectralConfig
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.errors import InvalidArgumentError, LoadError
+from unsloth_spectral.errors import InvalidArgumentError, LoadError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
 from unsloth_spectral.integrations.huggingface import store as store_module
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
@@ -222,6 +223,71 @@ def test_mistakes(model: LlamaForCausalLM, tmp_path: Path) -> None:
             store.prefill(model, ids)
     with pytest.raises(InvalidArgumentError, match="give one of them"):
         store.prefill(model, token_ids(), preset="small", config=CONFIG)
+
+
+TEXT = 'give tokenizer(text, return_tensors="pt").input_ids'
+NO_TOKENS = [
+    ("a text", f"got a str: {TEXT}"),
+    (["a text"], f"got a list: {TEXT}"),
+    (None, f"got a NoneType: {TEXT}"),
+    ([], f"got a list: {TEXT}"),
+    ([5, 6, 7], "got a list: give torch.as_tensor(input_ids)[None]"),
+    ([[5, 6, 7]], "got a list: give torch.as_tensor(input_ids)"),
+    (np.array([5, 6]), "got a ndarray: give torch.as_tensor(input_ids)[None]"),
+    (np.array([[5, 6]]), "got a ndarray: give torch.as_tensor(input_ids)"),
+    (BatchEncoding({"input_ids": [[5]]}), 'got a BatchEncoding: give its "input_ids", made with return_tensors="pt"'),
+    (torch.ones(1, 5), "of int64 or int32, got torch.float32: convert it"),
+    (torch.ones(1, 5, dtype=torch.bool), "of int64 or int32, got torch.bool: convert it"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), NO_TOKENS)
+def test_what_is_no_tensor_of_tokens(wrong: Any, message: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    cache, store, path = SpectralCache(model, config=CONFIG), PrefixStore(tmp_path), tmp_path / "a.safetensors"
+    feed(model, token_ids(), cache)
+    cache.save(path, token_ids())
+    calls: list[Callable[[], Any]] = [lambda: store.prefill(model, wrong), lambda: store.num_stored(model, wrong)]
+    if wrong is not None:  # these need none
+        calls += [lambda: SpectralCache.load(path, model, wrong), lambda: cache.save(path, wrong)]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError) as caught:
+            call()
+        assert str(caught.value).startswith("input_ids must be a tensor of token ids, [sequences, tokens], ")
+        assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("wrong", [128, -1])
+def test_tokens_of_another_vocabulary(wrong: int, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    ids = token_ids()
+    ids[0, 7] = wrong
+    with pytest.raises(InvalidArgumentError, match=rf"from 0 to 127, got {wrong}: use this model's tokenizer"):
+        PrefixStore(tmp_path).prefill(model, ids)
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear is not a transformers PreTrainedModel"):
+        PrefixStore(tmp_path).prefill(torch.nn.Linear(1, 1), token_ids())
+
+
+def test_pefts_wrapper_is_looked_through(model: LlamaForCausalLM, tmp_path: Path, fed: list[int]) -> None:
+    class Wrapper(torch.nn.Module):
+        peft_config: dict[str, Any] = {}  # noqa: RUF012
+
+        def get_base_model(self) -> LlamaForCausalLM:
+            return model
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return model(*args, **kwargs)
+
+    for wrapper in (Wrapper(), Wrapper(), model):
+        assert PrefixStore(tmp_path).prefill(wrapper, token_ids(), config=CONFIG).get_seq_length() == 299
+    assert fed == [299]
+    path = tmp_path / "a.safetensors"
+    PrefixStore(tmp_path).prefill(model, token_ids(), config=CONFIG).save(path)
+    assert SpectralCache.load(path, Wrapper()).get_seq_length() == 299
 
 
 # Several processes at once

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import platformdirs
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import PrefixStore, SpectralCache, SpectralConfig
+from unsloth_spectral.cli import profile as profile_command
 from unsloth_spectral.errors import LoadError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.cache import _devices
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
@@ -53,10 +55,12 @@ class Opaque(Tensor):
 
 
 class TakenApart(Opaque):
-    """A wrapper that says which tensors it consists of, as torchao's do."""
+    """A wrapper that says what it consists of, as torchao's do, and DTensor with its mesh."""
+
+    mesh = object()
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["codes", "scale"], None
+        return ["codes", "scale", "mesh"], None
 
 
 class Dequantizable(Opaque):
@@ -292,6 +296,16 @@ def test_offloaded_weights_have_no_profile(tiny_llama: Build, caplog: pytest.Log
     assert "offloaded, load it whole" in caplog.messages[0]
     with pytest.raises(UnsupportedModelError, match="nothing can be saved for it: it has weights that are offloaded"):
         identify(model)
+
+
+def test_the_profile_command_refuses_before_it_measures(tiny_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured for nothing")
+
+    monkeypatch.setattr("unsloth_spectral.eval.profile.measure_profile", measure)
+    monkeypatch.setattr(profile_command, "load", lambda *_: SimpleNamespace(model=tiny_llama().to("meta")))
+    with pytest.raises(UnsupportedModelError, match="has no profile"):
+        profile_command.command()
 
 
 def test_fingerprints_of_plain_models_stay(tiny_llama: Build) -> None:

@@ -1,9 +1,33 @@
 """Knowing a text again by a hash of its tokens."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
+
+from unsloth_spectral.errors import InvalidArgumentError
+
+
+def check_tokens(input_ids: object) -> None:
+    """Raise unless ``input_ids`` is a tensor of token ids.
+
+    Raises:
+        InvalidArgumentError: says what it is, and what to give instead.
+    """
+    wanted = "input_ids must be a tensor of token ids, [sequences, tokens]"
+    if isinstance(input_ids, Tensor):
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InvalidArgumentError(f"{wanted}, of int64 or int32, got {input_ids.dtype}: convert it")
+        return
+    first = input_ids[0] if isinstance(input_ids, list | tuple) and input_ids else None
+    fix = 'give tokenizer(text, return_tensors="pt").input_ids'
+    if isinstance(input_ids, Mapping):
+        fix = 'give its "input_ids", made with return_tensors="pt"'
+    elif isinstance(first, int | list | tuple) or hasattr(input_ids, "__array__"):
+        is_flat = isinstance(first, int) or getattr(input_ids, "ndim", None) == 1
+        fix = f"give torch.as_tensor(input_ids){'[None]' * is_flat}"
+    raise InvalidArgumentError(f"{wanted}, got a {type(input_ids).__name__}: {fix}")
 
 
 def token_hashes(input_ids: Tensor, counts: Iterable[int]) -> dict[int, str]:

@@ -2,8 +2,9 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, SupportsIndex
 from weakref import WeakSet, ref
 
 import torch
@@ -35,6 +36,22 @@ from unsloth_spectral.integrations.options import config_of
 
 logger = logging.getLogger("unsloth_spectral")
 _told: WeakSet[PreTrainedModel] = WeakSet()
+
+
+class _ModelReference(ref[PreTrainedModel]):
+    """A weak reference to a cache's model. Copies of the cache share it; pickling stops at it."""
+
+    def __copy__(self) -> "_ModelReference":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "_ModelReference":
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        raise SpectralError(
+            "a SpectralCache cannot be pickled, nor written by torch.save: write it with cache.save(path) and read it "
+            "with SpectralCache.load(path, model)"
+        )
 
 
 class SpectralCache(Cache):
@@ -77,7 +94,7 @@ class SpectralCache(Cache):
     def _build(self, model: PreTrainedModel, config: SpectralConfig, profile: ModelProfile | None) -> None:
         hold(model)
         # Weak, as a copy of a cache is no copy of the model.
-        self.config, self.profile, self._model = config, profile, ref(model)
+        self.config, self.profile, self._model = config, profile, _ModelReference(model)
         plans = layers_of(model.config.get_text_config(decoder=True))
         sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
@@ -182,7 +199,12 @@ class SpectralCache(Cache):
                 # In the first supported releases a layer with a window zeroes what it holds, but goes on holding it.
                 layer.is_initialized = False
 
-    def save(self, path: str | os.PathLike[str], input_ids: Tensor | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        input_ids: Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write all of this cache to one file, whole or not at all.
 
         ``load`` makes a cache of it that goes on as this one would, token for token.
@@ -191,11 +213,15 @@ class SpectralCache(Cache):
             path: ends in ``.safetensors``; a file that is there is replaced.
             input_ids: ``[B, n]``, what was fed to the model, or more: a hash of the tokens held is written, by which
                 ``load`` can tell whether a prompt begins with them. The cache itself has seen no tokens.
+            model_inputs: what the processor returned for ``input_ids``, where they hold images, video or audio: the
+                tokens that stand for these are the same for any image, so hashes of the inputs are written too.
 
         Raises:
-            InvalidArgumentError: the path cannot be written, the cache is empty, or ``input_ids`` are too few.
+            InvalidArgumentError: the path cannot be written, the cache is empty, ``input_ids`` are too few or no
+                tokens, or they hold tokens that stand for images and ``model_inputs`` are missing.
             SpectralError: a layer that the model keeps natively holds something of which there is no stored form; or
                 the model is gone.
+            UnsupportedModelError: the model's weights cannot be read, so that it could not be known again.
             OSError: the disk is full or the like.
         """
         target, model = snapshot.check_path(path), self._model()
@@ -207,12 +233,16 @@ class SpectralCache(Cache):
             raise InvalidArgumentError("an empty cache has nothing to save: give it to the model with a prompt first")
         self._take_back()
         batch = self._spectral[0].spectral.blocks[0].reconstruct()[0].shape[0]
-        header = make_header(model, self.config, batch, self._shortest, input_ids)
+        header = make_header(model, self.config, batch, self._shortest, input_ids, model_inputs)
         snapshot.write(target, header, self._to_fields())
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: PreTrainedModel, input_ids: Tensor | None = None
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> "SpectralCache":
         """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
 
@@ -223,17 +253,19 @@ class SpectralCache(Cache):
             path: the file; it may be replaced or deleted while the cache lives, but not written into.
             model: the model that made it, or an equal one, of the same dtype.
             input_ids: ``[B, n]``, a prompt that must begin with the tokens held.
+            model_inputs: what the processor returned for that prompt, which must begin with the same images, video and
+                audio; those of a batch must be the same as a whole.
 
         Raises:
-            LoadError: there is no such snapshot, it is truncated or altered, of another version, another model or other
-                tokens; the message is one line that says what differs.
-            UnsupportedModelError: the model cannot carry a spectral cache.
+            LoadError: there is no such snapshot, it is truncated or altered, of another version, another model, other
+                tokens or other images; the message is one line that says what differs.
+            InvalidArgumentError: ``input_ids`` are no tokens, or ``model_inputs`` are missing.
+            UnsupportedModelError: the model cannot carry a spectral cache, or its weights cannot be read.
         """
-        model = unwrapped(model)
-        found = snapshot.read(path)
+        found, model = snapshot.read(path), unwrapped(model)
         config = config_in(found.header)
         check_model(model, config)
-        check_header(found.header, model, input_ids)
+        check_header(found.header, model, input_ids, model_inputs)
         cache, fields = cls.__new__(cls), found.fields
         profile = None
         if fields.has("profile"):

@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.cache.tokens import token_hashes
+from unsloth_spectral.cache.tokens import check_tokens, token_hashes
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.files import expanded
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.identity import identify
+from unsloth_spectral.integrations.huggingface.media import placeholders_in
 from unsloth_spectral.integrations.huggingface.prefill import feed
-from unsloth_spectral.integrations.huggingface.support import unwrapped
+from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.log import warn_once
 
@@ -84,12 +85,13 @@ class PrefixStore:
             preset, config: how to compress; they must not both be given.
 
         Raises:
-            InvalidArgumentError: ``input_ids`` are not one sequence, or an option is out of its range.
-            UnsupportedModelError: the model cannot carry a spectral cache.
+            InvalidArgumentError: ``input_ids`` are not one sequence of the model's tokens, or some stand for images,
+                video or audio; or an option is out of its range.
+            UnsupportedModelError: the model cannot carry a spectral cache, or its weights cannot be read.
         """
-        self._check(input_ids)
-        model = unwrapped(model)
-        fresh = SpectralCache(model, config=config_of(config, preset=preset))
+        chosen, model = config_of(config, preset=preset), unwrapped(model)
+        _check(model, chosen, input_ids)
+        fresh = SpectralCache(model, config=chosen)
         key, count = _key(model, fresh), input_ids.shape[1] - 1
         cache = self._load_longest(model, input_ids[:, :count], key) or fresh
         held = cache.get_seq_length()
@@ -111,17 +113,10 @@ class PrefixStore:
         Raises:
             InvalidArgumentError, UnsupportedModelError: as ``prefill``.
         """
-        self._check(input_ids)
-        model = unwrapped(model)
-        key = _key(model, SpectralCache(model, config=config_of(config, preset=preset)))
+        chosen, model = config_of(config, preset=preset), unwrapped(model)
+        _check(model, chosen, input_ids)
+        key = _key(model, SpectralCache(model, config=chosen))
         return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
-
-    @staticmethod
-    def _check(input_ids: Tensor) -> None:
-        if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
-            raise InvalidArgumentError(
-                f"input_ids must be one sequence, [1, n], got shape {tuple(input_ids.shape)}: call once for each"
-            )
 
     def _found(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
         """Stored beginnings of ``input_ids``, the longest first."""
@@ -183,6 +178,27 @@ class PrefixStore:
             with contextlib.suppress(PermissionError):  # Windows keeps what is mapped
                 path.unlink(missing_ok=True)
                 total -= sizes[path].st_size
+
+
+def _check(model: PreTrainedModel, config: SpectralConfig, input_ids: Tensor) -> None:
+    check_model(model, config)
+    check_tokens(input_ids)
+    if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
+        fix = "give input_ids[None]" if input_ids.ndim == 1 else "call once for each"
+        raise InvalidArgumentError(f"input_ids must be one sequence, [1, n], got shape {tuple(input_ids.shape)}: {fix}")
+    placeholders = placeholders_in(model, input_ids)
+    if placeholders is not None:
+        raise InvalidArgumentError(
+            f"input_ids must be text, as a store knows tokens alone, got {placeholders}: feed them to the model with a "
+            "SpectralCache, then cache.save(path, input_ids, model_inputs)"
+        )
+    vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if vocab_size is not None and not 0 <= lowest <= highest < vocab_size:
+        raise InvalidArgumentError(
+            f"input_ids must be from 0 to {vocab_size - 1}, got {lowest if lowest < 0 else highest}: use this model's "
+            "tokenizer"
+        )
 
 
 def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:

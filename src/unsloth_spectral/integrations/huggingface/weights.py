@@ -75,7 +75,9 @@ def _parts(weight: Tensor, *, may_convert: bool) -> list[Tensor]:
         # The protocol by which torch.compile takes wrappers apart.
         if hasattr(weight, "__tensor_flatten__"):
             names, _ = weight.__tensor_flatten__()
-            return [part for name in names for part in _parts(getattr(weight, name), may_convert=may_convert)]
+            # A DTensor names its device mesh, too.
+            inner = [value for name in names if isinstance(value := getattr(weight, name), Tensor)]
+            return [part for tensor in inner for part in _parts(tensor, may_convert=may_convert)]
         return [_uncovered(weight)]
     except Exception as error:  # a foreign class may raise anything
         reason = error
