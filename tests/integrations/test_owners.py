@@ -432,7 +432,9 @@ def test_a_copy_stays_as_it_was_copied_until_it_is_unpatched(
     unpatch_unsloth_attention(twin)
     for name in ("hooks", "configs", "implementations"):
         assert state(twin)[name] == state(clean)[name]
-    assert [set(module) for module in state(twin)["attributes"]] == [set(module) for module in state(clean)["attributes"]]
+    assert [set(module) for module in state(twin)["attributes"]] == [
+        set(module) for module in state(clean)["attributes"]
+    ]
     assert torch.equal(generate(twin).sequences, expected)
 
 

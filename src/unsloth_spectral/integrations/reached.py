@@ -47,7 +47,9 @@ def check_reached(call: Call, model: PreTrainedModel, method: Callable[..., Any]
         CacheBypassedError: it did not; the message names it, and says what to do.
     """
     if not call.is_prepared:
-        raise CacheBypassedError(_explain(model, method, "made no cache by transformers' _prepare_cache_for_generation"))
+        raise CacheBypassedError(
+            _explain(model, method, "made no cache by transformers' _prepare_cache_for_generation")
+        )
     if call.cache is not None and call.cache.get_seq_length() == 0:
         raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 
@@ -94,7 +96,9 @@ def _remedy(model: PreTrainedModel, path: str) -> str:
     """What keeps tokens out of a cache in ``model``, whose function ``path`` did, and what to do about it."""
     unpatch = "or call unpatch_unsloth_attention(model)"
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return f"gradient checkpointing, in training mode, lets no layer see a cache: call model.eval() first, {unpatch}"
+        return (
+            f"gradient checkpointing, in training mode, lets no layer see a cache: call model.eval() first, {unpatch}"
+        )
     if path.startswith("unsloth") or hasattr(model, "for_training"):
         return f"supported are {SUPPORTED}{_installed()}: install one of them, {unpatch}"
     return f"that function has to hand the cache it is given on to transformers' own code: let it, {unpatch}"

@@ -83,8 +83,7 @@ class SpectralCache(Cache):
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native()
-            for plan in plans
+            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native() for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
@@ -112,6 +111,7 @@ class SpectralCache(Cache):
             raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
+            self._num_before = self._shortest
             for layer in self._crossing:
                 layer.begin_pass()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -155,6 +155,8 @@ class SpectralCache(Cache):
 
     @property
     def _shortest(self) -> int:
+        if len({layer.get_seq_length() for layer in self._crossing}) > 1:
+            return self._num_before  # interrupted when some of them had an image and others had not
         return min(layer.spectral.num_tokens for layer in self._spectral)
 
     def _take_back(self) -> None:
