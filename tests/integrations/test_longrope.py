@@ -205,7 +205,7 @@ def test_new_tokens_alone_cannot_be_read_again(padding: int) -> None:
     with torch.no_grad():
         model(first, attention_mask=mask[:, :40], **cache_argument(cache))
     with pytest.raises(
-        CacheBypassedError, match="drops the 40 tokens .* only 100 newer tokens: give generate the whole"
+        CacheBypassedError, match=r"drops the 40 tokens .* only 100 newer tokens: give generate the whole"
     ):
         generate(model, token_ids(length=100), attention_mask=mask, **cache_argument(cache))
     assert cache.get_seq_length() == 40

@@ -120,7 +120,7 @@ class SpectralCache(Cache):
         """``model`` is about to run with this cache.
 
         Raises:
-            SpectralError: it has another number of layers: what it would leave empty would pass for an interrupted pass.
+            SpectralError: it has another number of layers: those left empty would pass for an interrupted pass.
         """
         depth = _depth(model)
         if depth != self._depth:
