@@ -18,4 +18,4 @@ class LoadError(SpectralError):
 
 
 class CacheBypassedError(SpectralError):
-    """A step of ``generate`` did not reach its spectral cache; the message names the path it took."""
+    """A step of ``generate`` did not reach its spectral cache; the message names the path it took and what to do."""

@@ -1,5 +1,4 @@
-"""Scopes, patches, own caches and calls in any order and from several threads: each gets its options, and in the end the
-model is as it was."""
+"""Scopes, patches, own caches and calls, in any order and in several threads."""
 
 import asyncio
 import copy
@@ -141,13 +140,12 @@ def use(model: Any, cache: SpectralCache) -> None:
     assert cache.get_seq_length() == before + 5
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("attention", "seed"), [("sdpa", 0), ("sdpa", 1), ("sdpa", 2), ("eager", 3), ("eager", 4)])
 def test_any_order_of_scopes_patches_and_caches_in_three_threads(
-    model: LlamaForCausalLM, workers: list[Worker], seed: int, attention: str
+    model: LlamaForCausalLM, workers: list[Worker], attention: str, seed: int
 ) -> None:
     model.set_attn_implementation(attention)
-    choices, expected, then = random.Random(f"{attention} {seed}"), Expected(), state(model)
+    choices, expected, then = random.Random(seed), Expected(), state(model)
     for _ in range(60):
         number = choices.randrange(len(workers))
         step(choices, model, expected, number, workers[number])

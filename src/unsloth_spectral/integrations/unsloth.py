@@ -19,11 +19,13 @@ def patch_unsloth_attention(
 ) -> None:
     """Give every ``model.generate(...)`` call from now on a fresh spectral cache, with no other change of code.
 
-    A call that brings its own cache, or ``use_cache=False``, is left alone. Patching again only changes
-    the options. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
+    A call that brings its own cache, names a ``cache_implementation`` (of Unsloth's models every call does, which is
+    overruled) or has ``use_cache=False`` is left alone. Patching again only changes the options, within a scope that
+    scope's. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
 
     A model that Unsloth has loaded generates on transformers' code, off Unsloth's fast path, and trains as before. If a
-    step of ``generate`` does not reach the cache all the same, it raises ``CacheBypassedError`` and names the path.
+    step of ``generate`` does not reach the cache all the same, it raises ``CacheBypassedError``, which names the path
+    and what to do. So does ``generate_batch``, which uses no cache.
 
     Args:
         model: a decoder-only transformers model, Unsloth's or PEFT's wrapper around it, patched before or after
@@ -42,5 +44,8 @@ def patch_unsloth_attention(
 
 
 def unpatch_unsloth_attention(model: nn.Module) -> None:
-    """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model."""
+    """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model.
+
+    Calls that run in other threads end as they began, and so do their scopes; within a scope it ends that scope's part.
+    """
     unpatch(unwrapped(model))

@@ -130,6 +130,7 @@ class SpectralCache(Cache):
             raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
+            self._num_before = self._shortest
             for layer in self._crossing:
                 layer.begin_pass()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -138,7 +139,7 @@ class SpectralCache(Cache):
         """``model`` is about to run with this cache.
 
         Raises:
-            SpectralError: it has another number of layers: what it would leave empty would pass for an interrupted pass.
+            SpectralError: it has another number of layers: those left empty would pass for an interrupted pass.
         """
         depth = _depth(model)
         if depth != self._depth:
@@ -173,6 +174,8 @@ class SpectralCache(Cache):
 
     @property
     def _shortest(self) -> int:
+        if len({layer.get_seq_length() for layer in self._crossing}) > 1:
+            return self._num_before  # interrupted when some of them had an image and others had not
         return min(layer.spectral.num_tokens for layer in self._spectral)
 
     def _take_back(self) -> None:

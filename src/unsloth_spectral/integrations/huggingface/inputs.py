@@ -20,7 +20,7 @@ def prepare_inputs(
     transformers drops the cache and reads the text again. That pass refills the same cache.
 
     Raises:
-        CacheBypassedError: the cache is dropped, but not all of the text is read again.
+        CacheBypassedError: the cache is dropped, but not all of the text is there to be read again.
     """
     inputs = original(input_ids, *args, **kwargs)
     cache = cache_in(kwargs)
@@ -29,14 +29,18 @@ def prepare_inputs(
     if cache_in(inputs) is not None:
         bypassed(model, original, cache, "took another cache for")
         return inputs
-    num_held, num_read = cache.get_seq_length(), _num_read(inputs)
-    mask = kwargs.get("attention_mask")
-    length = mask.shape[-1] if isinstance(mask, Tensor) else num_held + 1
-    if num_read < length:
+    num_held, num_given, mask = cache.get_seq_length(), input_ids.shape[1], kwargs.get("attention_mask")
+    # A mask is of the whole text. Without one, generate says how many tokens are new only if it was given all.
+    is_whole = num_held == 0 or kwargs.get("next_sequence_length") is not None
+    if isinstance(mask, Tensor):
+        is_whole = num_given >= mask.shape[-1]
+    if is_whole and _num_read(inputs) < num_given:
+        # Phi-4-multimodal's own code goes on with the newest token alone.
+        inputs = original(input_ids, *args, **{**kwargs, "next_sequence_length": None})
+    if not is_whole or _num_read(inputs) < num_given:
         raise CacheBypassedError(
-            f"{type(model).__name__}: transformers drops the {num_held} tokens of the cache, whose keys are no longer "
-            f"valid, but is given only {num_read} of {length} tokens to read again: pass generate the whole text, "
-            "without prefill_chunk_size"
+            f"{type(model).__name__}: transformers drops the {num_held} tokens of the cache to read the text again, "
+            f"but has only {_num_read(inputs)} newer tokens: give generate the whole text, without prefill_chunk_size"
         )
     cache.reset()
     return {**inputs, **cache_argument(cache)}
@@ -55,6 +59,6 @@ def refuse_batching(model: PreTrainedModel, original: Callable[..., Any], *args:
         CacheBypassedError: always.
     """
     raise CacheBypassedError(
-        f"{type(model).__name__}: {original.__name__} keeps keys and values in pages of its own and uses no cache: call "
-        "generate, or call unpatch_unsloth_attention(model) before it"
+        f"{type(model).__name__}: {original.__name__} keeps keys and values in pages of its own, not in a cache: call "
+        "generate, or call unpatch_unsloth_attention(model) first"
     )

@@ -1,4 +1,4 @@
-"""The cache layers that a model's configuration asks for: as transformers has it, but for layers that attend to an image."""
+"""The cache layers that a model's configuration asks for: transformers' own, and one for an image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class CrossAttentionLayer(DynamicLayer):
         """Forget what a forward pass that was interrupted has added."""
         if self.num_before == 0:
             self.reset()
-        else:
+        elif self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., : self.num_before, :], self.values[..., : self.num_before, :]
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -37,7 +37,8 @@ class SpectralCacheLayer(CacheLayerMixin):
     def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.is_initialized = dtype, device, True
         # Whoever reads them without attention is told why there are none.
-        self.keys = self.values = CompressedStates(self.spectral, seal_after=False)
+        self.keys: Any = CompressedStates(self.spectral, seal_after=False)
+        self.values: Any = self.keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
