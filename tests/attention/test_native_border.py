@@ -151,6 +151,7 @@ def test_query_mask_and_sinks(block: CodedBlock) -> None:
         refuses(block, mask=other)
     for other in (mask.to("meta"), mask.float().to("meta")):
         refuses(block, mask=other)
+    assert torch.equal(attend(block, sinks=random(8)[::2]), attend(block, sinks=random(8)[::2].clone()))
     for sinks in (random(3), random(8), random(4).to("meta")):
         refuses(block, sinks=sinks)
     for query in (random(2, 4, 1, 64).to("meta"), random(1, 4, 1, 64), random(2, 4, 1, 32), random(2, 3, 1, 64)):

@@ -147,7 +147,7 @@ def attend(
     structures = (_Block * len(prepared))(*prepared)
     num_tokens = 0 if mask is None else sum(block.num_tokens for block in blocks)
     mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
-    sinks = None if options.sinks is None else options.sinks.detach().float().flatten()
+    sinks = None if options.sinks is None else options.sinks.detach().float().flatten().contiguous()
     constants = _constants(value_dim)
     call = _Call(
         ctypes.addressof(structures),
