@@ -176,7 +176,7 @@ class SpectralSealer:
         spread = covariance(x)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
         keys, plan, reused = self._encode_keys(x, shares, spread, mean, metric, observed.rotation, is_rotated, elements)
-        nbits = self._budget(x).value_nbits_of(self.layer) if self.value_nbits is None else self.value_nbits
+        nbits = self._value_nbits(x, shares)
         values = value_codec.encode(tokens.values, nbits, self._largest if reused else None)
         keys, plan, values = self._within_limit(x, shares, spread, metric, tokens.values, keys, plan, values)
         limit = self.config.error_limit
@@ -251,9 +251,13 @@ class SpectralSealer:
         own = principal_basis(spread, metric)
         variances = _over_tokens(own.variances, shares)
         first_bit_cost = self._first_bit_cost(x)
-        if self._plan is None:
+        if not bool((shares > 0).any()):
+            # Padding throughout, which says nothing of what tokens cost.
+            widths, level = torch.zeros_like(variances, dtype=torch.int64), 1.0
+        elif self._plan is None:
             budget = self._budget(x)
-            widths = budget.allocate(self.layer, variances, first_bit_cost, self._fixed_cost(x), value_elements)
+            fixed_cost = self._fixed_cost(x, rotation)
+            widths = budget.allocate(self.layer, variances, first_bit_cost, fixed_cost, value_elements)
             level = budget.level_of(self.layer)
         else:
             level = self._plan.level
@@ -295,6 +299,11 @@ class SpectralSealer:
             coded = value_codec.encode(values, nbits)
         return keys, plan, coded
 
+    def _value_nbits(self, x: Tensor, shares: Tensor) -> int:
+        if self.value_nbits is not None:
+            return self.value_nbits
+        return self._budget(x).value_nbits_of(self.layer) if bool((shares > 0).any()) else 1
+
     def _budget(self, x: Tensor) -> Budget:
         return self.short_budget if self._plan is None and self._is_short(x) else self.budget
 
@@ -309,10 +318,11 @@ class SpectralSealer:
         row = x.shape[-1] + (4 if self._is_short(x) else 12)
         return 1 + key_codec.SCALE_BITS + 8 * row / x.shape[-2]
 
-    @staticmethod
-    def _fixed_cost(x: Tensor) -> float:
-        """Bits a token that go whatever the widths: the keys' mean, where tokens stand, and the values' scales."""
-        return (16 * x.shape[1] * x.shape[-1] + 64 * x.shape[-1]) / x.shape[-2] + 8 * x.shape[1]
+    def _fixed_cost(self, x: Tensor, rotation: Rotation | None) -> float:
+        """Bits a token that go whatever the widths: the keys' mean, this layer's share of the positions, and the
+        values' scales."""
+        positions = 0 if rotation is None else 8 * storage_bytes(*rotation.tensors) / self.budget.num_layers
+        return (16 * x.shape[1] * x.shape[-1] + positions) / x.shape[-2] + 8 * x.shape[1]
 
 
 def _over_tokens(variances: Tensor, shares: Tensor) -> Tensor:
