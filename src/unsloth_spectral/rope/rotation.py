@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -59,7 +59,7 @@ class Rotation:
     unit: Tensor
     step: Tensor | None
     num_tokens: int
-    places: Places = Places()
+    places: Places = field(default_factory=Places)
     axes: tuple[int, ...] | None = None
     rows: Tensor | None = None
     offset: int = 0
