@@ -208,6 +208,11 @@ def test_a_batch_is_compared_whole(model: PreTrainedModel) -> None:
         ({"images": ["a.png"]}, "must be tensors or numbers, got 'images' as list"),
     ],
 )
-def test_what_is_no_input_is_refused(model: PreTrainedModel, wrong: Any, message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        media_hashes(model, wrong)
+def test_what_is_no_input_is_refused(model: PreTrainedModel, wrong: Any, message: str, tmp_path: Path) -> None:
+    cache = saved(model, tmp_path / "a.safetensors", inputs(1))
+    for call in (
+        lambda: cache.save(tmp_path / "b.safetensors", inputs(1)["input_ids"], wrong),
+        lambda: SpectralCache.load(tmp_path / "a.safetensors", model, inputs(1)["input_ids"], wrong),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            call()

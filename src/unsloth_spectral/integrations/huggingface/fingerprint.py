@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -37,8 +38,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     sampled, reason = False, "it has no parameters"
     for weight in (parameters[0], parameters[len(parameters) // 2]) if parameters else ():
         try:
-            # A share of it, where the model is spread over processes: all make their caches at the same time.
-            parts = plain_tensors(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+            parts = plain_tensors(_whole(weight))
         except UnsupportedModelError as error:
             reason = str(error)
             continue
@@ -51,6 +51,16 @@ def fingerprint(model: PreTrainedModel) -> str:
     known = digest.hexdigest()[:16]
     _known[model] = known
     return known
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of ``weight``, of which this process may have a share: all processes make their caches at the same time."""
+    if not isinstance(weight, DTensor) or weight.is_meta:
+        return weight
+    try:
+        return weight.full_tensor()
+    except Exception as error:  # quantized shares may lack what gathering asks of them
+        raise UnsupportedModelError(f"its weights cannot be gathered ({type(error).__name__})") from error
 
 
 def profile_path(model: PreTrainedModel) -> Path:

@@ -30,10 +30,10 @@ def make_header(
         InvalidArgumentError: ``input_ids`` are not as many rows, or fewer tokens, or hold tokens that stand for images
             and ``model_inputs`` are missing.
     """
-    token_hash, hashes = None, media_hashes(model, model_inputs or {})
+    token_hash, hashes = None, media_hashes(model, {} if model_inputs is None else model_inputs)
     if input_ids is not None:
         check_tokens(input_ids)
-        if len(input_ids) != batch or input_ids.ndim != 2 or input_ids.shape[1] < num_tokens:
+        if input_ids.ndim != 2 or len(input_ids) != batch or input_ids.shape[1] < num_tokens:
             raise InvalidArgumentError(
                 f"input_ids must be the {batch} rows of at least {num_tokens} tokens that this cache holds, got shape "
                 f"{tuple(input_ids.shape)}: give all that was fed to the model, from the beginning"

@@ -77,7 +77,8 @@ def _parts(weight: Tensor, *, may_convert: bool) -> list[Tensor]:
             names, _ = weight.__tensor_flatten__()
             # A DTensor names its device mesh, too.
             inner = [value for name in names if isinstance(value := getattr(weight, name), Tensor)]
-            return [part for tensor in inner for part in _parts(tensor, may_convert=may_convert)]
+            if inner:
+                return [part for tensor in inner for part in _parts(tensor, may_convert=may_convert)]
         return [_uncovered(weight)]
     except Exception as error:  # a foreign class may raise anything
         reason = error
