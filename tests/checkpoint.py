@@ -1,12 +1,16 @@
-"""A tiny random model with a tokenizer of bytes, as files that the command line can load."""
+"""A tiny random model with a tokenizer of its own, as files that the command line can load."""
 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from unsloth_spectral.eval.documents import default_document
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+WORDS = 1000
 CHAT = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -14,20 +18,27 @@ CHAT = (
 
 
 def save_checkpoint(folder: Path) -> Path:
-    """Write the model to ``folder``: two layers, a token for every byte, 8,192 positions, always the same weights."""
-    special = ["<pad>", "<s>", "</s>"]
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    """Write the model to ``folder``: two layers, 8,192 positions, always the same weights; any text has tokens."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [default_document()[:30_000]],
+        trainers.BpeTrainer(
+            vocab_size=WORDS,
+            special_tokens=SPECIAL,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     config = LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=WORDS,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
         max_position_embeddings=8192,
         initializer_range=0.1,
         bos_token_id=1,
@@ -42,9 +53,9 @@ def save_checkpoint(folder: Path) -> Path:
     logging.enable_progress_bar()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=special[0],
-        bos_token=special[1],
-        eos_token=special[2],
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
         chat_template=CHAT,
     ).save_pretrained(folder)
     return folder

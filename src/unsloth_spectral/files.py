@@ -48,29 +48,34 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or the like; its ``filename`` is ``path``.
     """
-    try:
+    with _naming(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a result is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        # What fails while writing names no file, and the temporary name means nothing to the user.
-        error.filename, error.filename2 = str(path), None
-        raise
+        with _naming(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files for the owner alone; a result is an ordinary file.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors name ``path``: what fails while writing names nothing, else it is the temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The entry point and its commands. A new command: its file beside this one, and its name in ``_COMMANDS``."""
 
+import contextlib
 import io
 import logging
 import os
@@ -91,11 +92,13 @@ def main() -> None:
     except SpectralError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{'output' if error.filename is None else repr(error.filename)}: {error.strerror or error}")
+        place = "input or output" if error.filename is None else repr(error.filename)
+        _fail(f"{place}: {error.strerror}" if error.strerror else str(error))
 
 
 def _fail(reason: str) -> NoReturn:
-    err.print(f"[bold red]error:[/] {plain(reason)}", highlight=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # where nobody can be told, the status still tells
+        err.print(f"[bold red]error:[/] {plain(reason)}", highlight=False, soft_wrap=True)
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -14,8 +14,7 @@ def cache_folder() -> Path:
     Raises:
         OSError: the variable is not set, and the user has no home folder.
     """
-    folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("unsloth-spectral"))
     try:
-        return folder.expanduser().absolute()
-    except RuntimeError as error:
-        raise NotADirectoryError(f"{folder}: there is no such home folder") from error
+        return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("unsloth-spectral")).expanduser().absolute()
+    except RuntimeError as error:  # that of platformdirs, or of pathlib where an older platformdirs leaves the `~`
+        raise NotADirectoryError(str(error)) from error
