@@ -11,7 +11,7 @@ from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
-from unsloth_spectral.integrations.huggingface.rotary import hook
+from unsloth_spectral.integrations.huggingface.rotary import note_rotations
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 from unsloth_spectral.integrations.reached import after_pass, before_pass
 
@@ -106,7 +106,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
         switched.hooks.append(model.register_forward_pre_hook(before_pass, with_kwargs=True))
         switched.hooks.append(model.register_forward_hook(after_pass, with_kwargs=True))
         if is_direct:
-            switched.hooks.extend(hook(model))
+            switched.hooks.extend(note_rotations(model))
     if not is_direct or is_enabled(model):
         return
     _register()
