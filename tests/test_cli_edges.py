@@ -100,7 +100,7 @@ class TestStreams:
     ) -> None:
         read, write = os.pipe()
         os.close(read)
-        broken = open(write, "w")  # noqa: SIM115: closing it fails
+        broken = open(write, "w")  # noqa: SIM115
         monkeypatch.setattr(sys, "stdout", broken)
         monkeypatch.setattr(sys, "stderr", sys.stderr)  # typer puts a wrapper in its place
         assert main(monkeypatch, *CHAT, stdin=b"Who?\nWho?\n") == EXIT_BROKEN_PIPE

@@ -192,11 +192,10 @@ def test_a_folder_that_does_not_serve_costs_no_run(
     obstacle: str,
 ) -> None:
     store = PrefixStore(tmp_path / "store")
+    error = NotImplementedError("no locks") if obstacle == "without locks" else PermissionError(13, "Permission denied")
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise (
-            NotImplementedError("no locks") if obstacle == "without locks" else PermissionError(13, "Permission denied")
-        )
+        raise error
 
     if obstacle == "gone":
         store.folder.rmdir()
