@@ -1,5 +1,6 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
 import stat
 import sys
@@ -66,6 +67,30 @@ def test_interrupted(tmp_path: Path, error: type[BaseException]) -> None:
         write_half()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_fails_names_the_file(tmp_path: Path) -> None:
+    """Not the temporary one, nor nothing at all, as an error of writing does."""
+    target = tmp_path / "a.json"
+
+    def full(number: int | None) -> None:
+        with replacing(target):
+            raise OSError(number, "No space left on device") if number else OSError("transformers says so")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        full(errno.ENOSPC)
+    assert caught.value.filename == str(target)
+    with pytest.raises(OSError, match=r"^transformers says so$"):
+        full(None)
+    with pytest.raises(FileNotFoundError) as missing, replacing(tmp_path / "missing" / "a.json"):
+        pass
+    assert missing.value.filename == str(tmp_path / "missing" / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_nobody_knows() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"no home folder for '~nobody-here/a\.json'"):
+        check_target("~nobody-here/a.json", (".json",))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")

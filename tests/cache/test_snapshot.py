@@ -138,6 +138,18 @@ def test_what_is_no_snapshot(tmp_path: Path, path: Path) -> None:
     assert "truncated, or no safetensors file" in refusal(other)
 
 
+def test_what_is_no_file(tmp_path: Path) -> None:
+    assert "is a folder, pipe or device" in refusal(tmp_path)
+    assert "is a folder, pipe or device" in refusal(Path("/dev/null"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    both_ends = os.open(pipe, os.O_RDWR)  # else a reader that opens it waits for good
+    try:
+        assert "is a folder, pipe or device" in refusal(pipe)
+    finally:
+        os.close(both_ends)
+
+
 @pytest.mark.parametrize("is_gone", [False, True])
 def test_a_file_that_goes_while_it_is_opened(is_gone: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*args: Any, **kwargs: Any) -> None:

@@ -110,12 +110,17 @@ def test_the_end_of_an_answer(loaded: LoadedModel, document: str) -> None:
 
 
 def test_no_room(loaded: LoadedModel, document: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="need 657 tokens, and the model has 600"):
+    with pytest.raises(InvalidArgumentError, match="need 657 tokens, and the model has 600: take at most 343 of"):
         Conversation(loaded, document[:400], config=CONFIG)
+    Conversation(loaded, document[:400], config=CONFIG, document_length=343)
+    with pytest.raises(InvalidArgumentError, match="ask for shorter answers"):
+        Conversation(loaded, document[:400], config=CONFIG, answer_length=600)
     short = Conversation(loaded, document, config=CONFIG, document_length=200, answer_length=50)
     assert short.document_tokens == 201
     with pytest.raises(InvalidArgumentError, match="start again, or ask less"):
         talk(short, "x" * 400)
+    with pytest.raises(InvalidArgumentError, match="question must be text"):
+        talk(short, "caf\udce9")
     assert talk(short, "Who?")[0]
 
 

@@ -118,7 +118,12 @@ def test_to_dict_is_json(loaded: LoadedModel, document: str) -> None:
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"max_new_tokens": 1}, "max_new_tokens must be at least 2, got 1"),
         ({"question": "  "}, "question must not be empty"),
+        ({"question": "caf\udce9"}, "question must be text"),
+        ({"seed": 10**30}, r"seed must be 0 to 2\*\*63 - 1, got 1000000000000000000000000000000"),
+        ({"seed": -1}, "seed must be 0"),
         ({"context_length": 2500, "max_new_tokens": 2000}, "lower context_length to at most"),
+        ({"max_new_tokens": 10**6}, "lower max_new_tokens, or ask a shorter question"),
+        ({"question": "x" * 9000}, "lower max_new_tokens, or ask a shorter question"),
     ],
 )
 def test_options_out_of_range(loaded: LoadedModel, document: str, options: dict[str, Any], message: str) -> None:

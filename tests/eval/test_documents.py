@@ -1,6 +1,8 @@
 """Documents: the default one, files of the user's, and what is refused."""
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,17 @@ class TestRead:
 
     def test_folder(self, tmp_path: Path) -> None:
         assert f"{str(tmp_path)!r} is a folder" in refused(tmp_path)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+    def test_devices_and_pipes(self, tmp_path: Path) -> None:
+        for device in ("/dev/zero", "/dev/full", "/dev/null"):
+            assert f"{device!r} is a device" in refused(Path(device))
+        pipe = tmp_path / "pipe"  # as a shell's <(command) is
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_text, args=("text",))
+        writer.start()
+        assert read_document(pipe) == "text"
+        writer.join()
 
     @pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "a\nb"])
     def test_impossible_path(self, path: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.eval.prompt import build_prompt
+from unsloth_spectral.eval.prompt import build_prompt, check_question
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
@@ -45,3 +45,10 @@ def test_no_room_for_the_opening(character_tokenizer: Any) -> None:
     document_ids = torch.tensor([ids(character_tokenizer, "x" * 119)])
     with pytest.raises(InvalidArgumentError, match="must exceed the 1 tokens"):
         build_prompt(character_tokenizer, document_ids, "Why?", context_length=1, start=0, continuation_length=1)
+
+
+@pytest.mark.parametrize(("question", "message"), [("", "empty"), (" \n", "empty"), ("caf\udce9", r"got 'caf\\udce9'")])
+def test_what_is_no_question(question: str, message: str) -> None:
+    check_question("café \0?")
+    with pytest.raises(InvalidArgumentError, match=message):
+        check_question(question)

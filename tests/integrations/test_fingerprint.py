@@ -2,20 +2,28 @@
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.errors import LoadError
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.integrations import cache_folder as cache_folder_module
+from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
-from unsloth_spectral.integrations.huggingface.fingerprint import fingerprint, profile_of, profile_path, save_profile
+from unsloth_spectral.integrations.huggingface.fingerprint import (
+    fingerprint,
+    profile_of,
+    profile_path,
+    profile_target,
+    save_profile,
+)
 
 PROFILE = ModelProfile((0.5, 0.001), (0.02, 0.01), ((3.0, 1.0), (2.0, 0.5)))
 OTHER = ModelProfile((1.0, 2.0), (1.0, 1.0), ((1.0,), (1.0,)))
@@ -24,8 +32,7 @@ Build = Callable[..., LlamaForCausalLM]
 
 @pytest.fixture(autouse=True)
 def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -96,25 +103,90 @@ MALFORMED = {
 }
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
 @pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_file_says_so(tiny_llama: Build, text: str) -> None:
+def test_a_malformed_file_is_ignored_with_one_warning(
+    tiny_llama: Build, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_llama()
     path = save_profile(model, PROFILE, {})
     path.write_text(text)
-    with pytest.raises(LoadError, match="delete it or measure it again") as caught:
-        profile_of(model, 2)
-    assert str(path) in str(caught.value)
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert profile_of(model, 2) is None
+        assert SpectralCache(model).profile is None
+    (warning,) = warnings_of(caplog)
+    assert str(path) in warning
+    assert "delete it or measure it again" in warning
 
 
-def test_a_file_that_cannot_be_read(tiny_llama: Build) -> None:
-    path = profile_path(tiny_llama())
-    path.mkdir(parents=True)
-    with pytest.raises(LoadError, match="cannot be read"):
-        profile_of(tiny_llama(), 2)
-    path.rmdir()
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(LoadError):
-        profile_of(tiny_llama(), 2)
+def test_bytes_that_are_no_text_are_ignored(tiny_llama: Build, caplog: pytest.LogCaptureFixture) -> None:
+    save_profile(tiny_llama(), PROFILE, {}).write_bytes(b"\xff\xfe\x00")
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert profile_of(tiny_llama(), 2) is None
+    assert "is no JSON" in caplog.text
+
+
+def test_a_profile_of_another_number_of_layers_is_ignored(tiny_llama: Build, caplog: pytest.LogCaptureFixture) -> None:
+    save_profile(tiny_llama(), ModelProfile((1.0,), (1.0,), ((1.0,),)), {})
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert SpectralCache(tiny_llama()).profile is None
+    assert "is of 1 layers, not 2" in caplog.text
+
+
+@pytest.fixture(params=["a file in the path", "a folder in its place", "no permission", "no home"])
+def unreadable(
+    request: pytest.FixtureRequest, tiny_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache folder in which no profile can be looked for."""
+    if request.param == "a file in the path":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    elif request.param == "a folder in its place":
+        profile_path(tiny_llama()).mkdir(parents=True)
+    elif request.param == "no permission":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        # Not by chmod, which stops no root.
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+
+        def no_home(*_: object) -> Path:
+            raise RuntimeError("no home folder")
+
+        monkeypatch.delenv(CACHE_VARIABLE)
+        monkeypatch.setattr(cache_folder_module, "user_cache_path", no_home)
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_home_that_cannot_be_read_costs_no_run(tiny_llama: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = tiny_llama(), torch.randint(3, 128, (1, 300), generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        for _ in range(2):
+            cache = SpectralCache(model)
+            assert cache.profile is None
+        patch_unsloth_attention(model)
+        assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > 300
+    (warning,) = warnings_of(caplog)
+    assert f"set {CACHE_VARIABLE} to a folder that can be read" in warning
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_profile_that_cannot_be_kept_is_refused_before_it_is_measured(tiny_llama: Build) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"set {CACHE_VARIABLE} to a folder that can be written to"):
+        profile_target(tiny_llama())
+
+
+def test_a_home_that_an_older_platformdirs_does_not_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setattr(cache_folder_module, "user_cache_path", lambda _: Path("~nobody-here/.cache"))
+    with pytest.raises(NotADirectoryError):
+        cache_folder_module.cache_folder()
 
 
 def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
@@ -128,10 +200,3 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
 
     assert widths()[0] > widths()[1]
     assert len(set(widths(use_profile=False))) == 1
-
-
-def test_a_profile_of_another_number_of_layers_says_so(tiny_llama: Build) -> None:
-    model = tiny_llama()
-    save_profile(model, ModelProfile((1.0,), (1.0,), ((1.0,),)), {})
-    with pytest.raises(LoadError):
-        SpectralCache(model, config=SpectralConfig(bits_per_element=3.5))

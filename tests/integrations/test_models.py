@@ -22,6 +22,7 @@ from transformers.utils import logging
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.integrations import embedded
 from unsloth_spectral.integrations import models as module
+from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE
 from unsloth_spectral.integrations.models import LoadedModel, load_model
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat"]
@@ -76,10 +77,32 @@ class TestEmbedded:
         tokens = smollm2.model.generate(**prompt, max_new_tokens=4, do_sample=False)
         assert "Paris" in smollm2.tokenizer.decode(tokens[0])
 
+    @pytest.mark.parametrize(("asked", "given"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+    def test_without_a_copy_the_gguf_file_is_read(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        tiny_llama: Callable[..., LlamaForCausalLM],
+        asked: str | None,
+        given: torch.dtype,
+    ) -> None:
+        source, lines = tmp_path / "model.gguf", []
+        source.write_bytes(b"GGUF and so on")
+        monkeypatch.setenv(CACHE_VARIABLE, str(source / "cache"))
+        monkeypatch.setattr(embedded, "embedded_file", lambda: source)
+        monkeypatch.setattr(module, "embedded_file", lambda: source)
+        model, tokenizer = tiny_llama(), word_tokenizer()
+        monkeypatch.setattr(module, "read_gguf", lambda path: (model.train(), tokenizer) if path == source else None)
+        loaded = load_model(device="cpu", dtype=asked, on_progress=lines.append)
+        assert (loaded.name, loaded.tokenizer) == (module.EMBEDDED_NAME, tokenizer)
+        assert loaded.model.dtype == given
+        assert not loaded.model.training
+        assert "from its GGUF file" in lines[-1]
+
     def test_copy_that_does_not_load(self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, cache = tmp_path / "model.gguf", tmp_path / "cache"
         source.write_bytes(b"GGUF and so on")
-        monkeypatch.setenv(embedded.CACHE_VARIABLE, str(cache))
+        monkeypatch.setenv(CACHE_VARIABLE, str(cache))
         monkeypatch.setattr(embedded, "embedded_file", lambda: source)
         monkeypatch.setattr(
             embedded, "convert_gguf", lambda _, target: shutil.copytree(saved, target, dirs_exist_ok=True)

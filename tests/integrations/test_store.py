@@ -184,6 +184,49 @@ def test_what_cannot_be_written_is_not_lost(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("obstacle", ["gone", "unreadable", "read-only", "without locks"])
+def test_a_folder_that_does_not_serve_costs_no_run(
+    model: LlamaForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    obstacle: str,
+) -> None:
+    store = PrefixStore(tmp_path / "store")
+    error = NotImplementedError("no locks") if obstacle == "without locks" else PermissionError(13, "Permission denied")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    if obstacle == "gone":
+        store.folder.rmdir()
+    elif obstacle == "unreadable":  # not by chmod, which stops no root
+        monkeypatch.setattr(Path, "iterdir", refuse)
+    elif obstacle == "read-only":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    else:
+        monkeypatch.setattr(FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert store.prefill(model, token_ids(), config=CONFIG).get_seq_length() == 299
+    assert str(store.folder) in caplog.text
+
+
+def test_a_broken_snapshot_that_cannot_be_deleted_costs_no_run(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = PrefixStore(tmp_path)
+    store.prefill(model, token_ids(), config=CONFIG)
+    stored(store)[0].write_bytes(b"broken")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert store.prefill(model, token_ids(), config=CONFIG).get_seq_length() == 299
+    assert "it cannot be deleted: [Errno 13] Permission denied" in caplog.text
+
+
 def test_whoever_holds_the_lock_for_too_long_stops_no_one(
     model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -215,8 +258,10 @@ def test_mistakes(model: LlamaForCausalLM, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError, match="max_bytes must be a positive number"):
             PrefixStore(tmp_path, max_bytes=wrong)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidArgumentError, match="cannot make the folder"):
+    with pytest.raises(InvalidArgumentError, match=r"cannot make the folder.*give one that can be written to"):
         PrefixStore(tmp_path / "file")
+    with pytest.raises(InvalidArgumentError, match="there is no home folder for '~nobody-here/x'"):
+        PrefixStore("~nobody-here/x")
     store = PrefixStore(tmp_path)
     for ids in (token_ids()[0], token_ids().repeat(2, 1), token_ids()[:, :0]):
         with pytest.raises(InvalidArgumentError, match="input_ids must be one sequence"):

@@ -79,13 +79,12 @@ def _questions() -> Iterator[str]:
     while True:
         # On stderr: stdout gets the answers alone.
         err.print("> ", end="", highlight=False)
-        try:
-            line = input()
-        except EOFError:
+        line = stdin.readline()  # `input` insists on a stdout and a stderr
+        if not line:
             err.print()
             return
         if not is_terminal:
-            err.print(plain(line), highlight=False, soft_wrap=True)
+            err.print(plain(line.rstrip("\r\n")), highlight=False, soft_wrap=True)
         if line.strip():
             yield line.strip()
 

@@ -1,5 +1,6 @@
 """Where a result was obtained, for the record beside it."""
 
+import contextlib
 import importlib.metadata
 import platform
 from datetime import datetime, timezone
@@ -34,9 +35,8 @@ def version_of(package: str) -> str | None:
 def processor() -> str:
     """The processor's name, and the widest vector instructions torch uses on it."""
     name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
+    with contextlib.suppress(OSError):  # other systems and some sandboxes have no /proc
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.lower().startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break

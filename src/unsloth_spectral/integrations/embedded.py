@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,7 @@ def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     options: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
     try:
-        # The reader draws its progress bar with tqdm itself, out of reach of the library's switches.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with _silent():
             model = AutoModelForCausalLM.from_pretrained(
                 str(source.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
             )
@@ -152,13 +151,20 @@ def ensure_converted(
     try:
         if on_progress is not None:
             on_progress("converting the embedded model (once, about 20 s)")
-        with quiet():
+        with _silent():
             _convert(convert or convert_gguf, source, work)
         _seal(work)
         _publish(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    # The GGUF reader draws its progress bar with tqdm itself, out of reach of the library's switches.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _convert(convert: Converter, source: Path, work: Path) -> None:

@@ -80,7 +80,11 @@ def chosen() -> str | None:
 def _cpu_flags() -> frozenset[str]:
     if platform.system() != "Linux":
         return frozenset()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # some sandboxes have no /proc
+        return frozenset()
+    for line in lines:
         if line.startswith("flags"):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
