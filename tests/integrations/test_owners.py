@@ -208,10 +208,11 @@ class Meanwhile(BaseStreamer):
         pass
 
 
+@pytest.mark.parametrize("is_own", [False, True])
 @pytest.mark.parametrize("is_unsloths", [False, True])
 @pytest.mark.usefixtures("unrounded")
 def test_a_generation_goes_on_while_another_thread_unpatches(
-    model: LlamaForCausalLM, workers: list[Worker], is_unsloths: bool
+    model: LlamaForCausalLM, workers: list[Worker], is_unsloths: bool, is_own: bool
 ) -> None:
     if is_unsloths:
         model.for_training = model.train
@@ -223,7 +224,8 @@ def test_a_generation_goes_on_while_another_thread_unpatches(
         workers[0].do(lambda: unpatch_unsloth_attention(model))
         seen.append((is_enabled(model), workers[0].do(lambda: config_of(model))))
 
-    result = generate(model, input_ids=IDS, streamer=Meanwhile(unpatched))
+    own = cache_argument(SpectralCache(model, config=CONFIGS[0])) if is_own else {}
+    result = generate(model, input_ids=IDS, streamer=Meanwhile(unpatched), **own)
     assert seen == [(True, None)], "another call gets a dense cache, on the attention that this one still needs"
     assert torch.equal(result.sequences, expected)
     assert cache_of(result).get_seq_length() == 77
@@ -338,19 +340,25 @@ def test_tasks_have_scopes_of_their_own(model: LlamaForCausalLM) -> None:
 
 
 def test_a_task_that_outlives_the_scope_it_was_started_in(model: LlamaForCausalLM) -> None:
+    then = state(model)
+    patch_unsloth_attention(model, config=CONFIGS[1])
+
     async def run() -> SpectralConfig | None:
         over = asyncio.Event()
 
         async def late() -> SpectralConfig | None:
             await over.wait()
-            return config_of(model)
+            config = config_of(model)
+            unpatch_unsloth_attention(model)
+            return config
 
         with spectral(model, config=CONFIGS[0]):
             task = asyncio.create_task(late())
         over.set()
         return await task
 
-    assert asyncio.run(run()) is None
+    assert asyncio.run(run()) == CONFIGS[1]
+    assert state(model) == then
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -379,7 +387,10 @@ def test_a_generator_closed_by_another_thread(model: LlamaForCausalLM, workers: 
     next(generator)
     workers[0].do(generator.close)
     assert state(model) == then
-    assert config_of(model) is None
+    patch_unsloth_attention(model, config=CONFIGS[2])
+    assert config_of(model) == CONFIGS[2]
+    unpatch_unsloth_attention(model)
+    assert state(model) == then
     with spectral(model, config=CONFIGS[1]):
         assert config_of(model) == CONFIGS[1]
     assert state(model) == then
