@@ -77,12 +77,12 @@ def test_the_rank_codec_waits_for_a_block() -> None:
 def test_the_basis_of_a_short_prefill_serves_it_alone(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
     """It pays for few components, so a long answer would be coded badly in it."""
     layer = layer_of(frame, bits_per_element=3)
-    fill(layer, None, KEPT + UNIT)
+    dense = fill(layer, None, KEPT + UNIT)
     few = layer.blocks[1]
-    fill(layer, None, 4 * UNIT)
+    dense = fill(layer, dense, 4 * UNIT)
     assert sealed_tokens(layer) == [UNIT, 4 * UNIT]
     assert layer.blocks[2].keys.num_bits > few.keys.num_bits
-    fill(layer, None, 4 * UNIT)
+    fill(layer, dense, 4 * UNIT)
     assert sealed_tokens(layer) == [UNIT, 8 * UNIT], "the block's own basis serves the next"
     assert layer.blocks[1].keys.vectors is few.keys.vectors
     check_bytes(layer, allocated_bytes)

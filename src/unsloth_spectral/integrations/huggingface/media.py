@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -89,13 +90,18 @@ def _rows(model_inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]:
 def _as_rows(name: str, value: Any) -> Tensor | list[Tensor]:
     try:
         if isinstance(value, list | tuple) and not all(isinstance(item, int | float) for item in value):
-            return [torch.as_tensor(item) for item in value]  # images of different sizes
-        return torch.atleast_1d(torch.as_tensor(value))
+            return [_as_tensor(item) for item in value]  # images of different sizes
+        return torch.atleast_1d(_as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgumentError(
             f"model_inputs must be tensors or numbers, got {name!r} as {type(value).__name__}: give what the processor "
             "returned"
         ) from error
+
+
+def _as_tensor(value: Any) -> Tensor:
+    # Numbers through numpy, whose types do not depend on torch's defaults.
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
 
 
 def _digest(model: PreTrainedModel, rows: Tensor | list[Tensor]) -> str:

@@ -116,7 +116,7 @@ def _claims(table: Tensor) -> Iterator[Claim]:
         for name, frequencies in module.named_buffers(recurse=False):
             if name.endswith(_FREQUENCIES) and frequencies.shape == table.shape[2:]:
                 scaling = getattr(module, name.removesuffix(_FREQUENCIES) + _SCALING, 1.0)
-                unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64)
+                unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64, device="cpu")
                 device = table.device
                 yield Claim(numbers, interned(unit, device), interned(frequencies.double(), device))
 
