@@ -168,13 +168,13 @@ def test_joined_pieces_are_the_same_object_for_every_layer() -> None:
     assert int(other.places.numbers(64, 65)[0, 0, 0]) == int(PICTURE[0, 64]) + 1
 
 
-def test_text_joins_evenly_and_an_image_makes_it_uneven() -> None:
+def test_what_is_even_joins_with_what_is_even() -> None:
     before, picture, behind = known(text(0, 20)), known(image(20)), known(text(20, 5))
     assert before.runs_on(behind)
     assert Rotation.join([before, behind]).is_even
     assert not before.runs_on(picture)
     assert not picture.runs_on(behind)
-    assert picture.runs_on(known(image(30)))
+    assert not picture.runs_on(known(image(30))), "layers whose blocks join otherwise would not share the places"
 
 
 def test_pieces_in_which_axes_are_alike_join() -> None:

@@ -39,8 +39,8 @@ NOT_COUNTED_BYTES = 4096  # of a layer
 TABLE_BYTES = (2 * 4 * 128 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
 # Counted by each that holds it: blocks in one basis that do not join share the basis.
 COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
-# Counted once, by the first: all layers share the positions.
-SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table")
+# Counted once, by the first: all layers share what they are told of positions.
+SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_held.padding")
 
 CONFIGS = {
     "unrotated": {"preset": "balanced"},

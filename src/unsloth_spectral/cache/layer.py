@@ -18,7 +18,7 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.sealer import Sealer, make_sealers
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation
@@ -251,8 +251,8 @@ class SpectralLayer:
         held = self._held
         if held.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
-        noted = held.queries.nbytes + (0 if held.padding is None else storage_bytes(held.padding))
         shared = SharedBytes() if shared is None else shared
+        noted = held.queries.nbytes + (0 if held.padding is None else shared.of([held.padding]))
         return count(
             held.sinks, held.cold, held.residual, held.positions, self._sealer.nbytes, noted, held.tally, shared
         )

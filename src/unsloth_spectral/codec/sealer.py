@@ -199,7 +199,7 @@ class SpectralSealer:
         before, behind = last.keys.rotation, new.keys.rotation
         if before is None or behind is None:
             return last.append(new) if before is behind else None
-        # Apart, what is even stays so: it takes no table, and the kernels read it.
+        # Apart, what is even stays so: the kernels read it.
         return last.append(new) if before.runs_on(behind) else None
 
     def map_batch(self, function: TensorFunction) -> None:

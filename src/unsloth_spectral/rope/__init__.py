@@ -1,7 +1,8 @@
 """Rotary position embeddings as complex numbers, one per token and pair of dimensions (Su et al., "RoFormer", 2021)."""
 
 from unsloth_spectral.rope.fit import Claim
+from unsloth_spectral.rope.interned import interned
 from unsloth_spectral.rope.rotation import Dims, Rotation
 from unsloth_spectral.rope.turning import minus_rotated, rotate, unrotate, unrotated_sum
 
-__all__ = ["Claim", "Dims", "Rotation", "minus_rotated", "rotate", "unrotate", "unrotated_sum"]
+__all__ = ["Claim", "Dims", "Rotation", "interned", "minus_rotated", "rotate", "unrotate", "unrotated_sum"]

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 from weakref import ref
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope.fit import Claim, at_places, evenly
+from unsloth_spectral.rope.interned import interned
 from unsloth_spectral.rope.places import Places
 
 Dims: TypeAlias = slice | Tensor
 
 # A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
 _MOST_KEPT_BYTES = 4 << 20
+# A layer joins some pieces when its exact tail grows, when a block is made of it, and when that joins another.
+_MOST_JOINED = 8
+_FROM_ZERO = Places()
 
 
 class _Last(threading.local):
@@ -27,8 +32,7 @@ class _Last(threading.local):
     axes: tuple[int, ...] | None = None
     span: tuple[int, int] = (0, 0)
     table: Tensor | None = None
-    pieces: Any = None
-    joined: Any = None
+    joined: tuple[tuple["_Described", Callable[[], "Rotation | None"]], ...] = ()
 
 
 _last = _Last()
@@ -59,7 +63,7 @@ class Rotation:
     unit: Tensor
     step: Tensor | None
     num_tokens: int
-    places: Places = Places()
+    places: Places = _FROM_ZERO
     axes: tuple[int, ...] | None = None
     rows: Tensor | None = None
     offset: int = 0
@@ -127,21 +131,30 @@ class Rotation:
 
     @classmethod
     def join(cls, pieces: Sequence["Rotation"]) -> "Rotation":
-        """The tokens of all ``pieces``, one after another; the same object where the last call had the same pieces."""
+        """The tokens of all ``pieces``, one after another; the same object where a call shortly before had the same
+        pieces, so that all layers share it."""
         described = _Described(pieces)
-        joined: Rotation | None = None if _last.joined is None else _last.joined()
-        if joined is None or not described.is_same(_last.pieces):
-            joined = _join_places(pieces)
-            if joined is None:
-                rows = max(1 if piece.rows is None else len(piece.rows) for piece in pieces)
-                tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
-                joined = cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
-            _last.pieces, _last.joined = described, ref(joined)
+        for earlier, known in _last.joined:
+            joined = known()
+            if joined is not None and described.is_same(earlier):
+                return joined
+        joined = _join_places(pieces)
+        if joined is None:
+            rows = max(1 if piece.rows is None else len(piece.rows) for piece in pieces)
+            tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
+            joined = cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
+        # A small one may be gone before the next layer asks, as a part of one that is joined again.
+        is_small = sum(tensor.nbytes for tensor in joined.tensors) <= _MOST_KEPT_BYTES
+        kept = partial(_itself, joined) if is_small else ref(joined)
+        _last.joined = (*_last.joined[1 - _MOST_JOINED :], (described, kept))
         return joined
 
     def runs_on(self, other: "Rotation") -> bool:
-        """Whether joining ``other`` behind keeps what is even even."""
-        return Rotation.join([self, other]).is_even or not (self.is_even or other.is_even)
+        """Whether a block of these tokens and those of ``other`` behind is even, as both are, or a table, as both are.
+
+        Integer places stay those of one pass each: layers that join other blocks than this one share them still.
+        """
+        return Rotation.join([self, other]).is_even or (self.step is None and other.step is None)
 
     def to_fields(self) -> dict[str, Field]:
         return {
@@ -185,6 +198,8 @@ class Rotation:
             fields.require(bool(((rows >= 0) & (rows < most)).all()), f"rows below {most}")
         fields.require(rows is not None or most == 1, f"a row among {most} for each of {batch}")
         first, second = (_dims_of(fields, name, pairs, head_dim) for name in ("first", "second"))
+        if step is not None:
+            step, unit = interned(step, step.device), interned(unit, unit.device)
         return cls(first, second, unit, step, num_tokens, places, axes, rows, offset)
 
     def _by_batch(self, tensor: Tensor) -> Tensor:
@@ -220,9 +235,10 @@ class _Described:
         self._tensors = [ref(tensor) for piece in pieces for tensor in piece.tensors]
 
     def is_same(self, other: "_Described") -> bool:
-        return self._numbers == other._numbers and all(
-            mine() is theirs() is not None for mine, theirs in zip(self._tensors, other._tensors, strict=True)
-        )
+        if self._numbers != other._numbers:
+            return False
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        return all(mine() is theirs() is not None for mine, theirs in pairs)
 
 
 def _join_places(pieces: Sequence[Rotation]) -> Rotation | None:
@@ -258,6 +274,10 @@ def _suits(numbers: Tensor, axes: tuple[int, ...] | None, others: tuple[int, ...
 def _by_pair(numbers: Tensor, axes: tuple[int, ...] | None) -> Tensor:
     """``[R, n, P or 1]`` of ``numbers [R, A, n]``."""
     return numbers.mT if axes is None or numbers.shape[1] == 1 else numbers[:, list(axes)].mT
+
+
+def _itself(rotation: Rotation) -> Rotation:
+    return rotation
 
 
 def _all_rows(count: int, device: torch.device) -> Tensor | None:

@@ -17,7 +17,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from unsloth_spectral.rope import Claim, Dims, Rotation
+from unsloth_spectral.rope import Claim, Dims, Rotation, interned
 
 logger = logging.getLogger("unsloth_spectral")
 _FUNCTION = "apply_rotary_pos_emb"
@@ -40,7 +40,7 @@ _noted = _Noted()
 _stance = threading.Lock()
 
 
-def hook(model: nn.Module) -> tuple[Any, ...]:
+def note_rotations(model: nn.Module) -> tuple[Any, ...]:
     """Note what ``rotation_of`` needs at every pass of ``model``, until the returned handles are removed."""
     handles = []
     for module in model.modules():
@@ -113,16 +113,9 @@ def _claims(table: Tensor) -> Iterator[Claim]:
         for name, frequencies in module.named_buffers(recurse=False):
             if name.endswith(_FREQUENCIES) and frequencies.shape == table.shape[2:]:
                 scaling = getattr(module, name.removesuffix(_FREQUENCIES) + _SCALING, 1.0)
-                # By their values: some models write new ones into the same tensor.
-                values = frequencies.detach().double().cpu().numpy().tobytes()
-                yield Claim(numbers, *_unit_and_step(values, float(scaling), table.device))
-
-
-@lru_cache(maxsize=16)
-def _unit_and_step(frequencies: bytes, scaling: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One pair of tensors for all passes of a model, so that what later passes bring joins what is held."""
-    step = torch.frombuffer(bytearray(frequencies), dtype=torch.float64).to(device)
-    return torch.full((1, 1, len(step)), scaling, dtype=torch.complex64, device=device), step
+                unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64)
+                device = table.device
+                yield Claim(numbers, interned(unit, device), interned(frequencies.double(), device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
-from unsloth_spectral.integrations.huggingface.rotary import hook
+from unsloth_spectral.integrations.huggingface.rotary import note_rotations
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 
 _STATE = "_unsloth_spectral_switch"
@@ -51,7 +51,11 @@ def enable(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     if _STATE not in vars(model):
         before = _implementations(model)
-        setattr(model, _STATE, _Switched(before, (*hook(model), model.register_forward_pre_hook(_check, with_kwargs=True))))
+        setattr(
+            model,
+            _STATE,
+            _Switched(before, (*note_rotations(model), model.register_forward_pre_hook(_check, with_kwargs=True))),
+        )
     text_config = model.config.get_text_config(decoder=True)
     if not model._can_set_attn_implementation():
         _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
