@@ -199,6 +199,8 @@ class Rotation:
             fields.require(bool(((rows >= 0) & (rows < most)).all()), f"rows below {most}")
         fields.require(rows is not None or most == 1, f"a row among {most} for each of {batch}")
         first, second = (_dims_of(fields, name, pairs, head_dim) for name in ("first", "second"))
+        if step is not None:
+            step, unit = interned(step, step.device), interned(unit, unit.device)
         return cls(first, second, unit, step, num_tokens, places, axes, rows, offset)
 
     def _by_batch(self, tensor: Tensor) -> Tensor:
