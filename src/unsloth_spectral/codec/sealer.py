@@ -24,6 +24,8 @@ from unsloth_spectral.rope import Rotation
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
 # as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
 _WORTH_A_BASIS = 3.0
+# A single row gets one where it would lower that row's error this much more.
+_MISFIT = 2.0
 
 
 SealedBlock: TypeAlias = SpectralBlock | CodedBlock
@@ -256,16 +258,17 @@ class SpectralSealer:
             widths, level = torch.zeros_like(variances, dtype=torch.int64), 1.0
         elif self._plan is None:
             budget = self._budget(x)
-            fixed_cost = self._fixed_cost(x, rotation)
+            fixed_cost = self._fixed_cost(x)
             widths = budget.allocate(self.layer, variances, first_bit_cost, fixed_cost, value_elements)
             level = budget.level_of(self.layer)
         else:
             level = self._plan.level
             widths = widths_at(level, self.budget.weighted(self.layer, variances), first_bit_cost)
             keys, plan = key_codec.encode(x, spread, self._plan, metric, mean, rotation, is_rotated)
-            # Row by row: a row that the basis does not suit is not to be outvoted.
             lost = (keys.relative_error.float().square() * own.variances.sum(-1)).sum(-1)
-            if bool((lost <= _WORTH_A_BASIS * key_codec.expected_error(own.variances, widths).sum(-1)).all()):
+            allowed = _WORTH_A_BASIS * key_codec.expected_error(own.variances, widths).sum(-1)
+            # All rows together pay for a basis, but a row that this one does not suit at all is not to be outvoted.
+            if bool((lost.sum() <= allowed.sum()) & (lost <= _MISFIT * allowed).all()):
                 return keys, plan, True
         plan = key_codec.plan(own, widths, level)
         keys, plan = key_codec.encode(x, spread, plan, metric, mean, rotation, is_rotated)
@@ -318,10 +321,10 @@ class SpectralSealer:
         row = x.shape[-1] + (4 if self._is_short(x) else 12)
         return 1 + key_codec.SCALE_BITS + 8 * row / x.shape[-2]
 
-    def _fixed_cost(self, x: Tensor, rotation: Rotation | None) -> float:
-        """Bits a token that go whatever the widths: the keys' mean, this layer's share of the positions, and the
-        values' scales."""
-        positions = 0 if rotation is None else 8 * storage_bytes(*rotation.tensors) / self.budget.num_layers
+    def _fixed_cost(self, x: Tensor) -> float:
+        """Bits a token that go whatever the widths: the keys' mean, this layer's share of where tokens stand, and the
+        values' scales. Uneven positions cost more, which the keys are not to pay for."""
+        positions = 64 * x.shape[-1] / self.budget.num_layers
         return (16 * x.shape[1] * x.shape[-1] + positions) / x.shape[-2] + 8 * x.shape[1]
 
 
