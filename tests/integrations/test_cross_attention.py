@@ -67,8 +67,13 @@ def image(rows: int = 1, length: int = LENGTH, seed: int = 1) -> dict[str, torch
         "pixel_values": pixels,
         "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.long),
-        "cross_attention_mask": torch.ones(rows, length, 1, 1, dtype=torch.long),
+        **image_mask(rows, length),
     }
+
+
+def image_mask(rows: int, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """All ``length`` tokens of the text see the image."""
+    return {"cross_attention_mask": torch.ones(rows, length, 1, 1, dtype=torch.long)}
 
 
 def generate(model: Any, **options: Any) -> Any:
@@ -146,13 +151,13 @@ def test_cropping_resetting_and_rearranging(model: PreTrainedModel, with_image: 
     cache.crop(-6)
     assert (cache.get_seq_length(), held_images(cache)) == (LENGTH - 6, held)
     twin = copy.deepcopy(cache)
-    again = model(IDS[:, -6:], cross_attention_mask=torch.ones(1, 6, 1, 1), **cache_argument(cache)).logits
+    again = model(IDS[:, -6:], **image_mask(1), **cache_argument(cache)).logits
     assert (again - first[:, -6:]).abs().max() < 0.05
     assert twin.get_seq_length() == LENGTH - 6
     twin.batch_repeat_interleave(3)
     twin.reorder_cache(torch.tensor([2, 0, 1]))
     twin.batch_select_indices(torch.tensor([0, 2]))
-    both = model(IDS[:, -6:].expand(2, -1), cross_attention_mask=torch.ones(2, 6, 1, 1), **cache_argument(twin)).logits
+    both = model(IDS[:, -6:].expand(2, -1), **image_mask(2), **cache_argument(twin)).logits
     assert (both - again).abs().max() < 1e-4
     cache.reset()
     assert (cache.get_seq_length(), held_images(cache)) == (0, [0, 0])
@@ -171,7 +176,7 @@ def test_saving_and_loading(model: PreTrainedModel, with_image: bool, tmp_path: 
     cache.save(tmp_path / "cache.safetensors", IDS)
     loaded = SpectralCache.load(tmp_path / "cache.safetensors", model, IDS)
     assert held_images(loaded) == held_images(cache)
-    step = {"input_ids": IDS[:, :1], "cross_attention_mask": torch.ones(1, 1, 1, 1)}
+    step = {"input_ids": IDS[:, :1], **image_mask(1, LENGTH + 1)}
     expected = model(**step, **cache_argument(cache)).logits
     assert torch.equal(model(**step, **cache_argument(loaded)).logits, expected)
 
@@ -190,7 +195,7 @@ def test_a_pass_that_is_interrupted_is_taken_back(
         model(IDS[:, :-6], **image(length=LENGTH - 6) if with_image else {}, **cache_argument(cache))
         inputs["input_ids"] = IDS[:, -6:]
         if with_image:  # a second one
-            inputs |= {**image(seed=2), "cross_attention_mask": torch.ones(1, 6, 2, 1)}
+            inputs |= {**image(seed=2), "cross_attention_mask": torch.ones(1, LENGTH, 2, 1)}
     whole = copy.deepcopy(cache)
     expected = model(**inputs, **cache_argument(whole)).logits
     num_before, images_before = cache.get_seq_length(), held_images(cache)

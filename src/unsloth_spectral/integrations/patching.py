@@ -210,8 +210,8 @@ def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool
     if name != model.generation_config.cache_implementation:
         return True
     warn_once(
-        "%s: its generation_config names cache_implementation=%r; while the model is patched, generate gets a spectral "
-        "cache instead, unless a call names that itself",
+        "%s: its generation_config names cache_implementation=%r: while the model is patched, generate gets a spectral "
+        "cache instead",
         type(model).__name__,
         name,
     )

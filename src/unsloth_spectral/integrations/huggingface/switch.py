@@ -71,7 +71,7 @@ def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
         owner = owner or innermost(model, Owner) or CACHES
         switched: _Switched | None = vars(model).get(_STATE)
         if switched is None:
-            switched = _Switched(_implementations(model), own_methods(model, _METHODS))
+            switched = _Switched(_implementations(model), own_methods(model, _METHODS), owners=[owner])
             setattr(model, _STATE, switched)
         if isinstance(owner, Scope) and switched.beneath is None:
             switched.beneath = _implementations(model)
