@@ -131,7 +131,9 @@ def test_unpatching_removes_all_hooks(tiny_llama: Build) -> None:
     SpectralCache(model)
     SpectralCache(model)
     hooked = [module for module in model.modules() if module._forward_pre_hooks]
-    assert len(hooked) == model.config.num_hidden_layers + 2, "each layer's attention, the rotary embeddings, and the model"
+    assert len(hooked) == model.config.num_hidden_layers + 2, (
+        "each layer's attention, the rotary embeddings, and the model"
+    )
     assert all(len(module._forward_pre_hooks) == 1 for module in hooked)
     unpatch_unsloth_attention(model)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -19,7 +19,7 @@ from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, join_in_kind
 
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
 # as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
@@ -199,8 +199,7 @@ class SpectralSealer:
         before, behind = last.keys.rotation, new.keys.rotation
         if before is None or behind is None:
             return last.append(new) if before is behind else None
-        # Apart, what is even stays so: the kernels read it.
-        return last.append(new) if before.runs_on(behind) else None
+        return None if join_in_kind(before, behind) is None else last.append(new)
 
     def map_batch(self, function: TensorFunction) -> None:
         plan, mean, largest = self._plan, self._mean, self._largest
@@ -256,7 +255,7 @@ class SpectralSealer:
             widths, level = torch.zeros_like(variances, dtype=torch.int64), 1.0
         elif self._plan is None:
             budget = self._budget(x)
-            fixed_cost = self._fixed_cost(x, rotation)
+            fixed_cost = self._fixed_cost(x)
             widths = budget.allocate(self.layer, variances, first_bit_cost, fixed_cost, value_elements)
             level = budget.level_of(self.layer)
         else:
@@ -318,10 +317,10 @@ class SpectralSealer:
         row = x.shape[-1] + (4 if self._is_short(x) else 12)
         return 1 + key_codec.SCALE_BITS + 8 * row / x.shape[-2]
 
-    def _fixed_cost(self, x: Tensor, rotation: Rotation | None) -> float:
-        """Bits a token that go whatever the widths: the keys' mean, this layer's share of the positions, and the
-        values' scales."""
-        positions = 0 if rotation is None else 8 * storage_bytes(*rotation.tensors) / self.budget.num_layers
+    def _fixed_cost(self, x: Tensor) -> float:
+        """Bits a token that go whatever the widths: the keys' mean, this layer's share of where tokens stand, and the
+        values' scales. Uneven positions cost more, which the keys are not to pay for."""
+        positions = 64 * x.shape[-1] / self.budget.num_layers
         return (16 * x.shape[1] * x.shape[-1] + positions) / x.shape[-2] + 8 * x.shape[1]
 
 
