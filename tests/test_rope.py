@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unsloth_spectral.codec.tensors import storage_bytes
-from unsloth_spectral.rope import Rotation, rotate, unrotate
+from unsloth_spectral.rope import Rotation, join_rotations, rotate, unrotate
 from unsloth_spectral.rope import rotation as module
 
 HEAD_DIM = 16
@@ -79,7 +79,7 @@ def test_pieces_in_half_precision_join_into_a_few_numbers() -> None:
     exact = table_of(torch.stack([torch.arange(300), torch.arange(9, 309)]))
     table = rounded(exact, torch.bfloat16)
     pieces = [table[:, :200], *table[:, 200:].split(1, dim=1)]
-    joined = Rotation.join([Rotation.of(piece, FIRST, SECOND) for piece in pieces])
+    joined = join_rotations([Rotation.of(piece, FIRST, SECOND) for piece in pieces])
     assert joined.is_even
     assert error(joined, exact) <= TOLERANCE
 
@@ -165,7 +165,7 @@ def test_a_slice_of_a_table_shares_it() -> None:
 def test_joined_pieces_are_the_whole(rows: tuple[Iterable[int], ...], cuts: list[int]) -> None:
     rotation, table = rotation_of(*rows)
     edges = [0, *cuts, 200]
-    joined = Rotation.join([rotation.slice(a, b) for a, b in pairwise(edges)])
+    joined = join_rotations([rotation.slice(a, b) for a, b in pairwise(edges)])
     assert joined.num_tokens == 200
     assert (joined.step is None) == (rotation.step is None)
     assert error(joined, table) <= TOLERANCE
@@ -174,7 +174,7 @@ def test_joined_pieces_are_the_whole(rows: tuple[Iterable[int], ...], cuts: list
 def test_joining_pieces_with_one_row_and_with_several() -> None:
     _, table = rotation_of(*SHIFTED)
     same, tail = table_of(torch.arange(50))[None], table[:, 50:]
-    joined = Rotation.join([Rotation.of(same, FIRST, SECOND), Rotation.of(tail, FIRST, SECOND)])
+    joined = join_rotations([Rotation.of(same, FIRST, SECOND), Rotation.of(tail, FIRST, SECOND)])
     assert error(joined, torch.cat([same.expand(2, -1, -1), tail], 1)) <= TOLERANCE
 
 

@@ -8,7 +8,7 @@ import torch
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.fields import Fields, flatten
-from unsloth_spectral.rope import Claim, Rotation
+from unsloth_spectral.rope import Claim, Rotation, join_in_kind, join_rotations
 
 HEAD_DIM = 16
 PAIRS = HEAD_DIM // 2
@@ -153,34 +153,36 @@ def test_rows_picked_from_a_batch_share_what_there_is() -> None:
     mapped = rotation.map_batch(lambda rows: rows[[1, 0, 1]]).map_batch(lambda rows: rows[[2, 1]])
     assert error(mapped, table[[1, 0]]) < NEAR
     assert mapped.places.table is rotation.places.table
-    joined = Rotation.join([mapped.slice(0, 40), mapped.slice(40, 90)])
+    joined = join_rotations([mapped.slice(0, 40), mapped.slice(40, 90)])
     assert error(joined, table[[1, 0]]) < NEAR
 
 
 def test_joined_pieces_are_the_same_object_for_every_layer() -> None:
     pieces = [known(PICTURE[:, :17]), known(PICTURE[:, 17:40]), *(known(PICTURE[:, t : t + 1]) for t in range(40, 65))]
-    joined = [Rotation.join([piece.slice(0, piece.num_tokens) for piece in pieces]) for _ in range(3)]
+    joined = [join_rotations([piece.slice(0, piece.num_tokens) for piece in pieces]) for _ in range(3)]
     assert joined[0] is joined[1] is joined[2]
     assert torch.equal(joined[0].places.numbers(0, 65), PICTURE[None])
     assert error(joined[0], table_of(PICTURE)) < NEAR
-    other = Rotation.join([*pieces[:-1], known(PICTURE[:, 64:] + 1)])
+    other = join_rotations([*pieces[:-1], known(PICTURE[:, 64:] + 1)])
     assert other is not joined[0]
     assert int(other.places.numbers(64, 65)[0, 0, 0]) == int(PICTURE[0, 64]) + 1
 
 
 def test_what_is_even_joins_with_what_is_even() -> None:
     before, picture, behind = known(text(0, 20)), known(image(20)), known(text(20, 5))
-    assert before.runs_on(behind)
-    assert Rotation.join([before, behind]).is_even
-    assert not before.runs_on(picture)
-    assert not picture.runs_on(behind)
-    assert not picture.runs_on(known(image(30))), "layers whose blocks join otherwise would not share the places"
+    assert join_in_kind(before, behind) is not None
+    assert join_rotations([before, behind]).is_even
+    assert join_in_kind(before, picture) is None
+    assert join_in_kind(picture, behind) is None
+    assert join_in_kind(picture, known(image(30))) is None, (
+        "layers whose blocks join otherwise would not share the places"
+    )
 
 
 def test_pieces_in_which_axes_are_alike_join() -> None:
     """An image of one row stands on one height and time: which of both a pair turns along shows in a later one."""
     flat, tall = image(0, height=1), image(5)
-    joined = Rotation.join([known(flat), known(tall)])
+    joined = join_rotations([known(flat), known(tall)])
     assert joined.step is not None
     assert error(joined, table_of(torch.cat([flat, tall], -1))) < NEAR
 
@@ -192,8 +194,8 @@ def test_pieces_of_other_frequencies_join_as_a_table() -> None:
     last = Rotation.of(table.to(torch.complex64), FIRST, SECOND, claims=[other])
     assert last.is_even
     first = known(numbers[:, :20])
-    assert not first.runs_on(last)
-    joined = Rotation.join([first, last])
+    assert join_in_kind(first, last) is None
+    joined = join_rotations([first, last])
     assert error(joined, torch.cat([first.table(), last.table()], 1)) < NEAR
 
 
@@ -218,3 +220,14 @@ def test_it_is_stored_and_restored(numbers: torch.Tensor) -> None:
     if rotation.places.table is not None:
         with pytest.raises(LoadError):
             Rotation.from_fields(Fields({**tree, "offset": 60}, lambda number, _: tensors[number]), HEAD_DIM, 1, 47)
+
+
+def test_models_with_other_pairs_of_dimensions_are_not_mixed_up() -> None:
+    """They may have the same frequencies."""
+    numbers = torch.arange(20)[None]
+    layouts = [(FIRST, SECOND), (slice(0, HEAD_DIM, 2), slice(1, HEAD_DIM, 2)), (torch.arange(8), torch.arange(8, 16))]
+    for first, second in layouts:
+        whole = Rotation.of(table_of(numbers), first, second, claims=[claim_of(numbers)])
+        joined = join_rotations([whole.slice(0, 9), whole.slice(9, 20)])
+        assert joined.first is first
+        assert joined.second is second

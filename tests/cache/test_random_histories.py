@@ -1,5 +1,7 @@
 """Random histories of a cache layer, by either codec, against a dense model of it: plain tensors and plain counting.
 
+Rows may be padded on the left or blank, and places may jump.
+
 A failure prints the shortest history that shows it, a ``@reproduce_failure`` line which, put above ``histories``, runs
 that history again, and a seed: ``HISTORIES_SEED=N pytest ...`` repeats the whole run.
 """
@@ -21,7 +23,7 @@ from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.sealer import make_sealers
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
-from unsloth_spectral.rope import Rotation, rotate
+from unsloth_spectral.rope import Claim, Rotation, rotate
 
 HEAD_DIM, QUERY_HEADS, BLOCK, RESIDUAL, UNIT = 8, 2, 128, 16, 128
 LONGEST, MOST_ROWS, ROOM = 700, 3, 4096
@@ -31,8 +33,11 @@ FIRST = torch.arange(HEAD_DIM // 2)
 GENERATOR = torch.Generator().manual_seed(0)
 # Drawing numbers is most of what a sequence would cost: all take theirs from one pool, from a place of their own.
 POOL = torch.randn(3, 2 * ROOM, HEAD_DIM, generator=GENERATOR)
-ANGLES = torch.arange(ROOM)[:, None] * 100.0 ** (-FIRST / len(FIRST))
-TABLE = torch.polar(torch.ones_like(ANGLES), ANGLES)[None]
+STEP = 100.0 ** (-FIRST.double() / len(FIRST))
+ANGLES = torch.arange(2 * ROOM)[:, None] * STEP
+TABLE = torch.polar(torch.ones_like(ANGLES), ANGLES).to(torch.complex64)[None]
+UNIT_ROTATION = torch.ones(1, 1, len(FIRST), dtype=torch.complex64)
+NEVER = torch.iinfo(torch.int64).max
 
 CONFIGS = {
     "rotated": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
@@ -56,6 +61,7 @@ operations = st.one_of(
     st.tuples(st.just("append"), lengths),
     st.tuples(st.just("decode"), st.integers(1, 9)),
     st.tuples(st.just("seal"), st.none()),
+    st.tuples(st.just("jump"), st.integers(0, ROOM)),
     st.tuples(st.just("crop"), st.integers(0, 20)),
     st.tuples(st.just("crop"), lengths),
     st.tuples(st.just("reorder"), st.permutations(range(MOST_ROWS))),
@@ -66,8 +72,16 @@ operations = st.one_of(
 )
 
 
-def rotation_of(start: int, count: int) -> Rotation:
-    return Rotation.of(TABLE[:, start : start + count], FIRST, FIRST + len(FIRST))
+# The token with which each row begins: none is padded, most are, or one is blank for good.
+begins = st.one_of(
+    st.just([0]),
+    st.lists(st.sampled_from([0, 1, 100, 150, 300, NEVER]), min_size=1, max_size=MOST_ROWS),
+)
+
+
+def rotation_of(places: torch.Tensor, is_known: bool) -> Rotation:
+    claims = [Claim(places[None, None], UNIT_ROTATION, STEP)] if is_known else []
+    return Rotation.of(TABLE[:, places], FIRST, FIRST + len(FIRST), claims=claims)
 
 
 @dataclass
@@ -75,8 +89,10 @@ class Dense:
     """The cache as it should be: all tokens, and how many of them are in which tier."""
 
     config: SpectralConfig
+    begins: torch.Tensor
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
     values: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
+    places: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     num_sinks: int = 0
     num_cold: int = 0
     newest: int = 0
@@ -87,7 +103,12 @@ class Dense:
 
     @property
     def rows(self) -> int:
-        return len(self.keys)
+        return len(self.begins)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """``[rows, num_tokens]``: which tokens are no padding."""
+        return torch.arange(self.num_tokens) >= self.begins[:, None]
 
     def seal(self) -> None:
         """Whole blocks older than the residual; at first also what a prefill of many tokens has of whole units."""
@@ -102,19 +123,21 @@ class Dense:
 
     def crop(self, num_tokens: int) -> None:
         self.keys, self.values = self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens]
+        self.places = self.places[:num_tokens]
         if num_tokens < self.num_sinks or num_tokens == 0:
             self.num_sinks = self.num_cold = 0
         self.num_cold = min(self.num_cold, num_tokens - self.num_sinks)
 
     def select(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values, self.begins = self.keys[rows], self.values[rows], self.begins[rows]
 
 
 class Pair:
     """A layer and its dense model, which take the same operations."""
 
-    def __init__(self, config: SpectralConfig) -> None:
-        self.layer, self.dense, self.place = SpectralCacheLayer(config, make_sealers(config, 1)[0]), Dense(config), 0
+    def __init__(self, config: SpectralConfig, begins: torch.Tensor) -> None:
+        self.layer, self.dense = SpectralCacheLayer(config, make_sealers(config, 1)[0]), Dense(config, begins)
+        self.place = self.next_place = 0
 
     def run(self, kind: str, amount: Any) -> None:
         if kind in ("append", "feed"):
@@ -133,7 +156,9 @@ class Pair:
             self.dense.seal()  # as `crop` does, for assisted decoding
         elif kind == "reset":
             self.layer.reset()
-            self.dense = Dense(self.dense.config)
+            self.dense = Dense(self.dense.config, self.dense.begins)
+        elif kind == "jump":
+            self.next_place = amount
         elif kind == "deepcopy":
             self.layer = copy.deepcopy(self.layer)
         elif kind in ("reorder", "select", "repeat") and self.dense.num_tokens:
@@ -144,18 +169,24 @@ class Pair:
         if not count:
             return
         start, rows = self.dense.num_tokens, self.dense.rows
+        places = torch.arange(self.next_place, self.next_place + count) % (2 * ROOM)
+        self.next_place = (int(places[-1]) + 1) % (2 * ROOM)
         self.place = (self.place + 997) % (ROOM - rows)
         x, values, query = (
             torch.stack([pool[self.place + row : self.place + row + count] for row in range(rows)])[:, None]
             for pool in POOL
         )
-        rotation = rotation_of(start, count)
-        keys = rotate(x + 2 * POOL[0, 0], TABLE[:, None, start : start + count], rotation)
+        rotation = rotation_of(places, self.dense.config.key_frame == "rotated")
+        keys = rotate(x + 2 * POOL[0, 0], TABLE[:, None, places], rotation)
         self.layer.update(keys, values.clone())
-        self.layer.spectral.observe(query.expand(-1, QUERY_HEADS, -1, -1) / 4, rotation)
-        self.dense.keys = torch.cat([self.dense.keys, keys], 2)
-        self.dense.values = torch.cat([self.dense.values, values], 2)
-        self.dense.newest = count
+        dense = self.dense
+        dense.keys = torch.cat([dense.keys.expand(rows, -1, -1, -1), keys], 2)
+        dense.values = torch.cat([dense.values.expand(rows, -1, -1, -1), values], 2)
+        dense.places = torch.cat([dense.places, places])
+        dense.newest = count
+        layer = self.layer.spectral
+        layer.note_padding(torch.where(dense.begins < dense.num_tokens, dense.begins, NEVER))
+        layer.observe(query.expand(-1, QUERY_HEADS, -1, -1) / 4, rotation, asking=dense.real[:, start:])
 
     def map_batch(self, kind: str, amount: Any) -> None:
         rows = self.dense.rows
@@ -175,6 +206,11 @@ class Pair:
         assert self.layer.get_seq_length() == layer.num_tokens == dense.num_tokens
         stats = layer.stats()
         assert stats.num_tokens == dense.num_tokens
+        if bool((dense.begins > 0).any()):
+            # Rows keep sinks of their own, so what is sealed begins elsewhere.
+            dense.num_cold = stats.sealed_tokens
+            dense.num_sinks = sum(block.num_tokens for block in layer.blocks) - dense.num_tokens
+            dense.num_sinks = 0 if dense.num_sinks > 0 or not layer.is_sealed else dense.config.num_sink_tokens
         assert stats.sealed_tokens == dense.num_cold
         assert stats.exact_blocks == 0
         assert stats.stored_bytes == stats.sink_bytes + stats.cold_bytes + stats.residual_bytes
@@ -187,22 +223,25 @@ class Pair:
         assert stats.dense_bytes == 4 * stats.elements == 4 * (dense.keys.numel() + dense.values.numel())
         cold = slice(dense.num_sinks, dense.num_sinks + dense.num_cold)
         tiers = [block.num_tokens for block in layer.blocks]
-        assert sum(tiers) == dense.num_tokens
+        copies = sum(tiers) - dense.num_tokens
+        assert copies in (0, dense.config.num_sink_tokens)
         assert (tiers[0] if isinstance(layer.blocks[0], ExactBlock) else 0) >= dense.num_sinks
         for found, came in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
             assert found.shape == came.shape
             assert torch.equal(found[:, :, : cold.start], came[:, :, : cold.start]), "sinks are exact"
             assert torch.equal(found[:, :, cold.stop :], came[:, :, cold.stop :]), "the residual is exact"
-            if dense.num_cold:
-                size = came[:, :, cold].norm(dim=-1)
-                error = (found[:, :, cold] - came[:, :, cold]).norm(dim=-1)
-                assert float(error.norm() / size.norm()) < NEAR
-                assert float(error.max() / size.mean()) < WORST, "a token is lost or out of its place"
-        start = 0
+            for row, is_real in enumerate(dense.real[:, cold]):
+                if is_real.any():
+                    tokens = came[row, :, cold][:, is_real]
+                    error = (found[row, :, cold][:, is_real] - tokens).norm(dim=-1)
+                    assert float(error.norm() / tokens.norm()) < NEAR
+                    size = came[row, :, dense.real[row]].norm(dim=-1).mean()
+                    assert float(error.max() / size) < WORST, "a token is lost or out of its place"
+        start = -copies
         for block in layer.blocks:
             if isinstance(block, CodedBlock) and block.keys.rotation is not None:
-                table = block.keys.rotation.table()
-                assert float((table - TABLE[:, start : start + block.num_tokens]).abs().max()) < 1e-2
+                table, places = block.keys.rotation.table(), dense.places[start : start + block.num_tokens]
+                assert float((table - TABLE[:, places]).abs().max()) < 1e-2
             start += block.num_tokens
 
 
@@ -214,9 +253,13 @@ def test_every_step_of_a_history_is_that_of_a_dense_cache(name: str, allocated_b
 
     @seed(number)
     @settings(deadline=None, max_examples=700, print_blob=True)
-    @given(prefill=st.sampled_from([3, *EDGES, LONGEST]), history=st.lists(operations, min_size=6, max_size=16))
-    def histories(prefill: int, history: list[tuple[str, Any]]) -> None:
-        pair, most_cold = Pair(CONFIGS[name]), 0
+    @given(
+        prefill=st.sampled_from([3, *EDGES, LONGEST]),
+        rows=begins,
+        history=st.lists(operations, min_size=6, max_size=16),
+    )
+    def histories(prefill: int, rows: list[int], history: list[tuple[str, Any]]) -> None:
+        pair, most_cold = Pair(CONFIGS[name], torch.tensor(rows)), 0
         for kind, amount in [("feed", prefill), *history]:
             pair.run(kind, amount)
             pair.check(allocated_bytes)

@@ -16,7 +16,7 @@ from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.rope import Rotation
 
-HEAD_DIM, LAYERS, IMAGE, START, END = 128, 2, 120, 121, 122
+HEAD_DIM, LAYERS, IMAGE, START, END = 128, 4, 120, 121, 122
 ASKED = SpectralConfig(preset="balanced").target_bits
 frames = pytest.mark.parametrize("frame", ["rotated", "unrotated"])
 

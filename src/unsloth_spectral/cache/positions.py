@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, join_rotations
 
 _MOST_PIECES = 64  # decoding adds one a token; joined they take a few numbers
 
@@ -54,7 +54,7 @@ class PositionLog:
             begin = end
         if not found or begin < stop:
             return None
-        return found[0] if len(found) == 1 else Rotation.join(found)
+        return found[0] if len(found) == 1 else join_rotations(found)
 
     def drop(self, num_tokens: int) -> None:
         """Forget the oldest ``num_tokens`` tokens."""
@@ -102,5 +102,5 @@ class PositionLog:
             begin += piece.num_tokens
         known = [piece.rotation for piece in kept if piece.rotation is not None]
         if len(known) == len(kept) > 1:
-            kept = [_Piece(sum(piece.num_tokens for piece in kept), Rotation.join(known))]
+            kept = [_Piece(sum(piece.num_tokens for piece in kept), join_rotations(known))]
         self._pieces = kept

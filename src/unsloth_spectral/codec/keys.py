@@ -16,7 +16,7 @@ from unsloth_spectral.codec.logscale import decode_scales, encode_scales
 from unsloth_spectral.codec.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation, minus_rotated, rotate, unrotate, unrotated_sum
+from unsloth_spectral.rope import Rotation, join_rotations, minus_rotated, rotate, unrotate, unrotated_sum
 
 # What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
 SCALE_BITS = 8 / GROUP_SIZE
@@ -127,7 +127,7 @@ class KeyCodes:
         """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
         rotation = self.rotation
         if rotation is not None and other.rotation is not None:
-            rotation = Rotation.join([rotation, other.rotation])
+            rotation = join_rotations([rotation, other.rotation])
         return replace(
             self,
             planes=torch.cat([self.planes, other.planes], 1),

@@ -19,7 +19,7 @@ from unsloth_spectral.codec.packing import MAX_NBITS
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, join_in_kind
 
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
 # as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
@@ -201,8 +201,7 @@ class SpectralSealer:
         before, behind = last.keys.rotation, new.keys.rotation
         if before is None or behind is None:
             return last.append(new) if before is behind else None
-        # Apart, what is even stays so: the kernels read it.
-        return last.append(new) if before.runs_on(behind) else None
+        return None if join_in_kind(before, behind) is None else last.append(new)
 
     def map_batch(self, function: TensorFunction) -> None:
         plan, mean, largest = self._plan, self._mean, self._largest

@@ -2,7 +2,19 @@
 
 from unsloth_spectral.rope.fit import Claim
 from unsloth_spectral.rope.interned import interned
+from unsloth_spectral.rope.joining import join_in_kind, join_rotations
 from unsloth_spectral.rope.rotation import Dims, Rotation
 from unsloth_spectral.rope.turning import minus_rotated, rotate, unrotate, unrotated_sum
 
-__all__ = ["Claim", "Dims", "Rotation", "interned", "minus_rotated", "rotate", "unrotate", "unrotated_sum"]
+__all__ = [
+    "Claim",
+    "Dims",
+    "Rotation",
+    "interned",
+    "join_in_kind",
+    "join_rotations",
+    "minus_rotated",
+    "rotate",
+    "unrotate",
+    "unrotated_sum",
+]

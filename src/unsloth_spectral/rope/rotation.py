@@ -1,11 +1,9 @@
 """The rotations of consecutive tokens, kept as integer places and one angle per pair where a model's tables allow."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeAlias
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,8 +17,6 @@ Dims: TypeAlias = slice | Tensor
 
 # A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
 _MOST_KEPT_BYTES = 4 << 20
-# A layer joins some pieces when its exact tail grows, when a block is made of it, and when that joins another.
-_MOST_JOINED = 8
 _FROM_ZERO = Places()
 
 
@@ -32,7 +28,6 @@ class _Last(threading.local):
     axes: tuple[int, ...] | None = None
     span: tuple[int, int] = (0, 0)
     table: Tensor | None = None
-    joined: tuple[tuple["_Described", Callable[[], "Rotation | None"]], ...] = ()
 
 
 _last = _Last()
@@ -84,11 +79,11 @@ class Rotation:
             placed = at_places(table, claim, padding)
             if placed is not None:
                 places, axes = placed
-                rows = _all_rows(places.num_rows, table.device)
+                rows = all_rows(places.num_rows, table.device)
                 return cls(first, second, claim.unit, claim.step, num_tokens, places, axes, rows)
         even = evenly(table, padding)
         unit, step = (table.clone(), None) if even is None else even
-        return cls(first, second, unit, step, num_tokens, rows=_all_rows(len(unit), table.device))
+        return cls(first, second, unit, step, num_tokens, rows=all_rows(len(unit), table.device))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -128,33 +123,6 @@ class Rotation:
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """``function`` applied along the batch dimension, where the rows differ."""
         return self if self.rows is None else replace(self, rows=function(self.rows))
-
-    @classmethod
-    def join(cls, pieces: Sequence["Rotation"]) -> "Rotation":
-        """The tokens of all ``pieces``, one after another; the same object where a call shortly before had the same
-        pieces, so that all layers share it."""
-        described = _Described(pieces)
-        for earlier, known in _last.joined:
-            joined = known()
-            if joined is not None and described.is_same(earlier):
-                return joined
-        joined = _join_places(pieces)
-        if joined is None:
-            rows = max(1 if piece.rows is None else len(piece.rows) for piece in pieces)
-            tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
-            joined = cls.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
-        # A small one may be gone before the next layer asks, as a part of one that is joined again.
-        is_small = sum(tensor.nbytes for tensor in joined.tensors) <= _MOST_KEPT_BYTES
-        kept = partial(_itself, joined) if is_small else ref(joined)
-        _last.joined = (*_last.joined[1 - _MOST_JOINED :], (described, kept))
-        return joined
-
-    def runs_on(self, other: "Rotation") -> bool:
-        """Whether a block of these tokens and those of ``other`` behind is even, as both are, or a table, as both are.
-
-        Integer places stay those of one pass each: layers that join other blocks than this one share them still.
-        """
-        return Rotation.join([self, other]).is_even or (self.step is None and other.step is None)
 
     def to_fields(self) -> dict[str, Field]:
         return {
@@ -210,7 +178,7 @@ class Rotation:
         """``[R, n, P]`` complex64: ``exp(i * step * numbers)``, of ``numbers [R, A, n]`` on the CPU."""
         assert self.step is not None
         # In float64: the angle of the ten-thousandth token keeps its fraction.
-        angle = _by_pair(numbers, self.axes).to(self.step.device, torch.float64) * self.step
+        angle = by_pair(numbers, self.axes).to(self.step.device, torch.float64) * self.step
         return torch.polar(torch.ones_like(angle), angle).to(self.unit.dtype)
 
     def _kept(self, start: int, stop: int) -> Tensor:
@@ -231,65 +199,14 @@ class Rotation:
         return _last.table[:, : stop - start]
 
 
-class _Described:
-    """What pieces were joined, without keeping them."""
-
-    def __init__(self, pieces: Sequence[Rotation]) -> None:
-        self._numbers = [(p.num_tokens, p.offset, p.places.first, p.axes, len(p.tensors)) for p in pieces]
-        self._tensors = [ref(tensor) for piece in pieces for tensor in piece.tensors]
-
-    def is_same(self, other: "_Described") -> bool:
-        if self._numbers != other._numbers:
-            return False
-        pairs = zip(self._tensors, other._tensors, strict=True)
-        return all(mine() is theirs() is not None for mine, theirs in pairs)
-
-
-def _join_places(pieces: Sequence[Rotation]) -> Rotation | None:
-    """The tokens of all ``pieces`` by their places; None where they are not of one kind."""
-    leader = pieces[0]
-    for piece in pieces:
-        if piece.step is None or leader.step is None:
-            return None
-        if not _equal(piece.step, leader.step) or not _equal(piece.unit, leader.unit):
-            return None
-    has_units_by_row = len(leader.unit) > 1
-    if has_units_by_row and any(piece.rows is not leader.rows for piece in pieces):
-        return None
-    numbers = []
-    for piece in pieces:
-        own = piece.places.numbers(piece.offset, piece.offset + piece.num_tokens)
-        numbers.append(own if piece.rows is None or has_units_by_row else own[piece.rows.cpu()])
-    axes = next((p.axes for p in pieces if all(map(lambda n, q: _suits(n, q.axes, p.axes), numbers, pieces))), None)
-    if axes is None and any(piece.axes is not None for piece in pieces):
-        return None
-    most = [max(sizes) for sizes in zip(*(own.shape[:2] for own in numbers), strict=True)]
-    places = Places.of(torch.cat([own.expand(*most, -1) for own in numbers], -1))
-    rows = leader.rows if has_units_by_row else _all_rows(places.num_rows, leader.unit.device)
-    num_tokens = sum(piece.num_tokens for piece in pieces)
-    return replace(leader, num_tokens=num_tokens, places=places, axes=axes, rows=rows, offset=0)
-
-
-def _suits(numbers: Tensor, axes: tuple[int, ...] | None, others: tuple[int, ...] | None) -> bool:
-    """Whether ``numbers [R, A, n]`` are the same for each pair along ``others`` as along ``axes``."""
-    return axes == others or bool((_by_pair(numbers, axes) == _by_pair(numbers, others)).all())
-
-
-def _by_pair(numbers: Tensor, axes: tuple[int, ...] | None) -> Tensor:
-    """``[R, n, P or 1]`` of ``numbers [R, A, n]``."""
+def by_pair(numbers: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """``[R, n, P or 1]``: of ``numbers [R, A, n]`` those along the axis of each pair."""
     return numbers.mT if axes is None or numbers.shape[1] == 1 else numbers[:, list(axes)].mT
 
 
-def _itself(rotation: Rotation) -> Rotation:
-    return rotation
-
-
-def _all_rows(count: int, device: torch.device) -> Tensor | None:
+def all_rows(count: int, device: torch.device) -> Tensor | None:
+    """``Rotation.rows`` of a batch with ``count`` rows of its own."""
     return None if count == 1 else torch.arange(count, dtype=torch.int64, device=device)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.device == other.device and torch.equal(one, other))
 
 
 def _dims_field(dims: Dims) -> Field:

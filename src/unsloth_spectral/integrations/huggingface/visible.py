@@ -8,8 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-# What an additive mask takes from a score to hide a token: far less than its dtype's lowest number, as sums of masks
-# may be, and far more than any bias.
+# An additive mask that lowers a score by more hides its token: no weight is left of it in any dtype.
 _HIDDEN = -1000.0
 NEVER = torch.iinfo(torch.int64).max
 
