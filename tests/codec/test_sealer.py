@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec import sealer as sealer_module
@@ -214,13 +215,13 @@ def layers_of(
 
     Attention saw the newest ``seen`` tokens; where it did not see all, nobody knows where they stand.
     """
-    stats, rotation = [], rotation_of(count, head_dim=head_dim)
+    stats, rotation, shared = [], rotation_of(count, head_dim=head_dim), SharedBytes()
     for index, sealer in enumerate(make_sealers(config, num_layers, **options)):
         layer, block = SpectralLayer(config, sealer), tokens(count, seed=index, head_dim=head_dim, batch=1)
         layer.append((10.0 ** (index % 3 / 2)) * block.keys, block.values)
         layer.observe(random(1, 2 * HEADS, seen, head_dim, seed=index), rotation)
         layer.seal()
-        stats.append(layer.stats())
+        stats.append(layer.stats(shared))
         assert stats[-1].sealed_tokens > 0
     return CacheStats.of(stats)
 

@@ -78,7 +78,7 @@ def check_bytes(cache: Any) -> None:
     nbytes: dict[int, int] = {}
     holders: defaultdict[int, set[Path]] = defaultdict(set)
     steps = set()
-    for path, tensor in held(cache.layers):
+    for path, tensor in held([layer.spectral for layer in cache.layers]):
         storage = tensor.untyped_storage()
         nbytes[storage.data_ptr()] = storage.nbytes()
         if "memo" not in path and not ends_with(path, NOT_COUNTED):

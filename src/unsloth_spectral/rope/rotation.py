@@ -117,8 +117,16 @@ class Rotation:
         return self._by_batch(self.unit * self._kept(self.offset, self.offset + self.num_tokens))
 
     def slice(self, start: int, stop: int) -> "Rotation":
-        """The rotations of tokens ``start`` to ``stop``."""
-        return replace(self, offset=self.offset + start, num_tokens=stop - start)
+        """The rotations of tokens ``start`` to ``stop``; even where these alone are."""
+        part = replace(self, offset=self.offset + start, num_tokens=stop - start)
+        if part.places.table is None:
+            return part
+        numbers = part.places.numbers(part.offset, part.offset + part.num_tokens)
+        if bool((numbers.diff() != 1).any()):
+            return part
+        places = Places.of(numbers)
+        rows = self.rows if max(len(self.unit), places.num_rows) > 1 else None
+        return replace(part, places=places, rows=rows, offset=0)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """``function`` applied along the batch dimension, where the rows differ."""
