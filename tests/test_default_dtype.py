@@ -16,6 +16,7 @@ from unsloth_spectral.attention import native
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec import fused
 from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.layout import Planes
 from unsloth_spectral.eval.chat import Conversation
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.methods.kivi import Kivi
@@ -221,7 +222,7 @@ def linear_algebra(loaded: LoadedModel) -> Any:
 def chunks(loaded: LoadedModel) -> Any:
     results = []
     for theta in (None, 10_000.0):
-        codec, chunk = ChunkCodec(3.0, 16, theta), numbers(2, 2, 256, 32)
+        codec, chunk = ChunkCodec(3.0, Planes(16), theta), numbers(2, 2, 256, 32)
         record = codec.encode(chunk)
         results += [record, codec.decode(record, chunk.shape, chunk.dtype)]
     return results

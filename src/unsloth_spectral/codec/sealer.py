@@ -24,8 +24,6 @@ from unsloth_spectral.rope import Rotation, join_in_kind
 # Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
 # as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
 _WORTH_A_BASIS = 3.0
-# A single row gets one where it would lower that row's error this much more.
-_MISFIT = 2.0
 
 
 SealedBlock: TypeAlias = SpectralBlock | CodedBlock
@@ -264,10 +262,9 @@ class SpectralSealer:
             level = self._plan.level
             widths = widths_at(level, self.budget.weighted(self.layer, variances), first_bit_cost)
             keys, plan = key_codec.encode(x, spread, self._plan, metric, mean, rotation, is_rotated)
+            # Row by row: a row that the basis does not suit is not to be outvoted.
             lost = (keys.relative_error.float().square() * own.variances.sum(-1)).sum(-1)
-            allowed = _WORTH_A_BASIS * key_codec.expected_error(own.variances, widths).sum(-1)
-            # All rows together pay for a basis, but a row that this one does not suit at all is not to be outvoted.
-            if bool((lost.sum() <= allowed.sum()) & (lost <= _MISFIT * allowed).all()):
+            if bool((lost <= _WORTH_A_BASIS * key_codec.expected_error(own.variances, widths).sum(-1)).all()):
                 return keys, plan, True
         plan = key_codec.plan(own, widths, level)
         keys, plan = key_codec.encode(x, spread, plan, metric, mean, rotation, is_rotated)
