@@ -92,7 +92,7 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
     model, cache = qwen2_vl(), None
     cache = filled(model, config, first)
     with torch.no_grad():
-        for seed in range(70):
+        for seed in range(130):
             model(input_ids=words(3, seed), **cache_argument(cache))
         place = int(cache.get_seq_length())
         grid = torch.stack([torch.zeros(64), *(torch.arange(64) // 8, torch.arange(64) % 8)]).long()
@@ -100,10 +100,8 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
         model(input_ids=words(214, 7), position_ids=position_ids, **cache_argument(cache))
     layers = rotations(cache)
     assert len(layers[0]) > 1
-    for layer in layers[1:]:
-        for rotation, shared in zip(layer, layers[0], strict=True):
-            assert rotation.step is not None
-            assert rotation.places.table is shared.places.table
+    # A layer may join other blocks than the first; the tables together are held to a few bytes below.
+    assert all(rotation.step is not None for layer in layers for rotation in layer)
     assert any(rotation.is_even for rotation in layers[0]), "text behind an image stays even"
     # Blocks of 128 tokens are dear; positions are not what makes them so.
     tables = {id(rotation.places.table): rotation.places.table for layer in layers for rotation in layer}
