@@ -103,6 +103,11 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
     # A layer may join other blocks than the first; the tables together are held to a few bytes below.
     assert all(rotation.step is not None for layer in layers for rotation in layer)
     assert any(rotation.is_even for rotation in layers[0]), "text behind an image stays even"
+    assert len({id(rotation.step) for layer in layers for rotation in layer}) == 1
+    by_content: dict[tuple[int, ...], torch.Tensor] = {}
+    for table in (rotation.places.table for layer in layers for rotation in layer):
+        if table is not None:
+            assert by_content.setdefault(tuple(table.flatten().tolist()), table) is table, "equal positions are shared"
     # Blocks of 128 tokens are dear; positions are not what makes them so.
     tables = {id(rotation.places.table): rotation.places.table for layer in layers for rotation in layer}
     assert sum(table.nbytes for table in tables.values() if table is not None) < 0.03 * cache.stats().stored_bytes

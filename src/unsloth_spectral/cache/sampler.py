@@ -53,9 +53,9 @@ class QuerySampler:
     def crop(self, num_tokens: int) -> None:
         """Forget the queries of all but the first ``num_tokens`` tokens."""
         positions = [torch.where(positions < num_tokens, positions, -1) for positions in self._positions]
-        kept = [(own >= 0).any(0) for own in positions]
+        kept = [(asked_at >= 0).any(0) for asked_at in positions]
         queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, kept, strict=True)]
-        positions = [own[:, keep] for own, keep in zip(positions, kept, strict=True)]
+        positions = [asked_at[:, keep] for asked_at, keep in zip(positions, kept, strict=True)]
         self._queries, self._positions = queries, positions
 
     def map_batch(self, function: TensorFunction) -> None:
@@ -83,15 +83,17 @@ class QuerySampler:
         sampler = cls()
         queries = fields.tensors("queries", None, (shape.batch, None, None, shape.key_dim))
         positions = fields.tensors("positions", torch.int64, (shape.batch, None), on_host=True)
-        counts = [own.shape[1] for own in positions]
+        counts = [asked_at.shape[1] for asked_at in positions]
         fields.require([query.shape[2] for query in queries] == counts, "a position for each query")
         sampler._queries, sampler._positions = queries, positions
         return sampler
 
 
 def _evenly_picked(wanted: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Of ``wanted [B, Q]`` bool at most so many places per row, spread evenly: ``[B, n]`` int64, and ``[B, n]`` bool
-    which of them are any, as rows may have fewer. A row's do not depend on the others."""
+    """Places ``[B, n]`` int64 of at most ``most`` that are ``wanted [B, Q]`` bool in each row, spread evenly.
+
+    The second, ``[B, n]`` bool, tells which of them are any, as rows may have fewer. A row's places do not depend on
+    the other rows."""
     counts = wanted.sum(1, keepdim=True)
     taken = counts.clamp_max(most)
     numbers = torch.arange(int(taken.max()), dtype=torch.int64, device="cpu")

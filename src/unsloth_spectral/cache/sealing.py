@@ -61,8 +61,7 @@ class Sealing:
         except InvalidArgumentError:
             raise
         except (RuntimeError, MemoryError) as error:  # a LinAlgError, or no memory for the factorization
-            # As text: a handler that keeps its records would keep the tensors in the error's traceback.
-            warn_once("%d tokens could not be factorized together: %s", stop - start, str(error))
+            warn_once("%d tokens could not be factorized together: %s", stop - start, error)
             return None
         if sealed is not None and not sealed.is_finite:  # finite tokens whose squares overflow
             warn_once("the factors of %d tokens overflowed", stop - start)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.rope.places import Places
-from unsloth_spectral.rope.rotation import Rotation, all_rows, by_pair
+from unsloth_spectral.rope.rotation import MOST_KEPT_BYTES, Rotation, all_rows, by_pair
 
 # A layer joins some pieces when its exact tail grows, when a block is made of it, and when that joins another.
 _MOST_REMEMBERED = 8
-_MOST_KEPT_BYTES = 4 << 20
 
 _Remembered: TypeAlias = tuple["_Described", Callable[[], Rotation | None]]
 
@@ -43,7 +42,7 @@ def join_rotations(pieces: Sequence[Rotation]) -> Rotation:
         tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
         joined = Rotation.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
     # A small one may be gone before the next layer asks, as a part of one that is joined again.
-    is_small = sum(tensor.nbytes for tensor in joined.tensors) <= _MOST_KEPT_BYTES
+    is_small = sum(tensor.nbytes for tensor in joined.tensors) <= MOST_KEPT_BYTES
     kept = partial(_itself, joined) if is_small else ref(joined)
     _last.joined = (*_last.joined[1 - _MOST_REMEMBERED :], (described, kept))
     return joined

@@ -16,7 +16,7 @@ from unsloth_spectral.rope.places import Places
 Dims: TypeAlias = slice | Tensor
 
 # A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
-_MOST_KEPT_BYTES = 4 << 20
+MOST_KEPT_BYTES = 4 << 20
 _FROM_ZERO = Places()
 
 
@@ -200,7 +200,7 @@ class Rotation:
             else:
                 numbers = self.places.numbers(start, stop)
             table = self._turned(numbers)
-            if table.nbytes > _MOST_KEPT_BYTES:
+            if table.nbytes > MOST_KEPT_BYTES:
                 return table
             _last.step, _last.places, _last.axes = self.step, places, self.axes
             _last.span, _last.table = (start, stop), table

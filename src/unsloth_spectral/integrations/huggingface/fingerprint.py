@@ -64,7 +64,7 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def profile_path(model: PreTrainedModel) -> Path:
-    """Where the profile of ``model`` is kept.
+    """The file that the profile of ``model`` is kept in.
 
     Raises:
         OSError: the user has no home folder.
@@ -89,14 +89,14 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
     except OSError as error:
         warn_once(
             "caches do without a profile, as none can be read (%s): set %s to a folder that can be read",
-            str(error),
+            error,
             CACHE_VARIABLE,
         )
         return None
     try:
         return _profile(content, num_layers)
     except ValueError as error:
-        warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, str(error))
+        warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, error)
         return None
 
 

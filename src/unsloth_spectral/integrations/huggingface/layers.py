@@ -119,8 +119,7 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
 
 
 def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
-    """Of a spectral layer, or of one that the model keeps natively, whatever its kind; without the bytes that are in
-    ``shared`` already."""
+    """Statistics of a spectral or a native layer, without the bytes that are in ``shared`` already."""
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats(shared)
     # Keys and values are attributes, convolution and recurrent states sit in dictionaries.

@@ -51,8 +51,8 @@ def media_hashes(model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> dic
 
 
 def media_difference(stored: Fields, batch: int, model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> str | None:
-    """What sets ``model_inputs`` apart from those whose hashes were ``stored``, in a few words; None where they begin
-    with the same rows. Those of a batch are the same as a whole: its sequences' rows follow each other.
+    """The first difference between ``model_inputs`` and those whose hashes were ``stored``, in a few words; None where
+    they begin with the same rows. Those of a batch are compared as a whole: its sequences' rows follow each other.
 
     Raises:
         InvalidArgumentError: as ``media_hashes``.

@@ -143,7 +143,7 @@ class PrefixStore:
                 except FileNotFoundError:
                     pass  # another process has just let it go
                 except OSError as obstacle:
-                    warn_once("%s; it cannot be deleted: %s", str(error), str(obstacle))
+                    warn_once("%s; it cannot be deleted: %s", error, obstacle)
                 continue
             with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
                 os.utime(path)
