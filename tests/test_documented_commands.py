@@ -213,6 +213,10 @@ def test_a_documented_python_block_runs(page: str, number: int, body: str, model
     names |= {"torch": torch, "model": model, "cache": cache, "inputs": {"input_ids": document_ids}}
     names |= {"document_ids": document_ids, "question_ids": question_ids}
     names["prompt_ids"] = torch.cat([document_ids, question_ids], 1)
+    # What a processor returns, of a prompt and of one that goes on behind it.
+    pixels = torch.rand(1, 3, 8, 8, generator=generator)
+    names |= {"images": [], "text": "", "longer": {"input_ids": names["prompt_ids"], "pixel_values": pixels}}
+    names["processor"] = lambda images, text, return_tensors: {"input_ids": document_ids, "pixel_values": pixels}
     # The name of the argument changed between releases of transformers.
     (argument,) = cache_argument(cache)
     exec(re.sub(r"\b\w+=cache\b", f"{argument}=cache", body), names)

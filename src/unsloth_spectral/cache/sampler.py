@@ -21,7 +21,7 @@ class QuerySampler:
 
     @property
     def nbytes(self) -> int:
-        return storage_bytes(*self._queries)
+        return storage_bytes(*self._queries, *self._positions)
 
     def note(
         self, query: Tensor, num_tokens: int, missing: int, scaling: float = 1.0, asking: Tensor | None = None
