@@ -223,6 +223,16 @@ def test_a_crop_while_a_row_waits(kept: int) -> None:
         assert float((rebuilt[row, :, first:] - expected).norm() / expected.norm()) < NEAR
 
 
+def test_a_row_of_which_nothing_was_seen_before_a_crop_still_waits() -> None:
+    padding, layer = torch.tensor([400, 2]), SpectralLayer(config_of(num_sink_tokens=0))
+    Chunk(0, 20, padding, queries_of(2, 20)).feed(layer)
+    layer.crop(1)
+    Chunk(1, 383, padding, queries_of(2, 383)).feed(layer)
+    assert layer.stats().sealed_tokens
+    for rebuilt in layer.reconstruct():
+        assert not rebuilt[0, :, : layer.stats().sealed_tokens].any(), "padding is sealed as zeros"
+
+
 def test_exact_blocks_keep_their_padding_zeroed_in_later_chunks() -> None:
     padding, layer = torch.tensor([0, 900]), SpectralLayer(config_of())
     for start in (0, 400, 800):

@@ -9,9 +9,10 @@ from families.lossless import LOSSLESS, dense_cache, sealed_tokens, token_ids
 from families.models import build
 
 from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.cache.held import NEVER
 from unsloth_spectral.integrations.huggingface import visible
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
-from unsloth_spectral.integrations.huggingface.visible import NEVER, visible_through
+from unsloth_spectral.integrations.huggingface.visible import visible_through
 
 FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bool": lambda mask: mask,

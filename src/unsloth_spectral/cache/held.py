@@ -16,6 +16,14 @@ from unsloth_spectral.codec.stored import block_from_fields, block_to_fields
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 
+# Where a row's first seen token is, of a row of which none was seen.
+NEVER = torch.iinfo(torch.int64).max
+
+
+def padding_within(padding: Tensor, num_tokens: int) -> Tensor:
+    """``padding [B]`` of the first ``num_tokens`` tokens: rows of which these show nothing wait again."""
+    return torch.where(padding < num_tokens, padding, NEVER)
+
 
 @dataclass(slots=True, eq=False)
 class Held:
@@ -63,7 +71,7 @@ class Held:
             sinks=sinks,
             cold=cold,
             residual=self.residual.copy(0, kept_residual),
-            padding=None if self.padding is None else self.padding.clamp_max(num_tokens),
+            padding=None if self.padding is None else padding_within(self.padding, num_tokens),
             positions=positions,
             queries=queries,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.cache.buffer import TokenBuffer, check_tokens
 from unsloth_spectral.cache.counting import SharedBytes, count
-from unsloth_spectral.cache.held import Held
+from unsloth_spectral.cache.held import Held, padding_within
 from unsloth_spectral.cache.release import released
 from unsloth_spectral.cache.sealing import Sealing, join_last, without_padding
 from unsloth_spectral.cache.sinks import Sinks
@@ -210,7 +210,7 @@ class SpectralLayer:
                 padding = (
                     torch.zeros(len(keys), dtype=torch.int64, device="cpu") if places is None else places[:, 0].cpu()
                 )
-            self._held = Held(residual=kept, padding=padding.clamp_max(num_tokens))
+            self._held = Held(residual=kept, padding=padding_within(padding, num_tokens))
             return
         cropped = self._held.crop(num_tokens)
         if num_tokens < self._held.num_before_residual:

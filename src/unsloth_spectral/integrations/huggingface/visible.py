@@ -8,9 +8,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from unsloth_spectral.cache.held import NEVER
+
 # An additive mask that lowers a score by more hides its token: no weight is left of it in any dtype.
 _HIDDEN = -1000.0
-NEVER = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, slots=True, eq=False)
