@@ -40,8 +40,8 @@ lint: $(STAMP)
 fast: $(STAMP)
 	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
-test-slow: $(STAMP) ## the slow tests too
-	$(BIN)/pytest -q
+test-slow: $(STAMP) ## the slow tests too, and other random histories each time
+	HISTORIES_SEED=$$(date +%s) $(BIN)/pytest -q
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt hatch_build.py
 	$(PYTHON) -m venv $(OLDEST)
