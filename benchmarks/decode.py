@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.attention import direct, native
+from unsloth_spectral.attention import cpu, direct
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block
@@ -127,7 +127,7 @@ def attention_steps(repeats: int) -> list[dict[str, Any]]:
             for frame in KEY_FRAMES:
                 layers = sealed_layers(shape, length, min(count, 12), frame)
                 sealed_bytes[frame] = sum(block.nbytes for block in layers[0] if hasattr(block, "nbytes"))
-                contenders[f"spectral {frame}"] = stepper(native.attend, query, layers, options)
+                contenders[f"spectral {frame}"] = stepper(cpu.attend, query, layers, options)
                 if length <= PEER_TOKENS:
                     contenders[f"spectral {frame}, torch"] = stepper(direct.attend, query, layers, options)
             timings = alternate(contenders, repeats)

@@ -29,7 +29,7 @@ def exact(*shape: int) -> ExactBlock:
 
 
 def tokens(batch: int, length: int) -> tuple[list[Block], ExactBlock]:
-    """Sinks, sealed tokens and a tail; the sealed tokens as they were."""
+    """SinkTokens, sealed tokens and a tail; the sealed tokens as they were."""
     dense = exact(batch, HEADS, length, HEAD_DIM)
     spectrum = torch.arange(1, HEAD_DIM + 1, device="cuda") ** -0.7
     dense = ExactBlock((dense.keys * spectrum + 0.5).bfloat16(), dense.values)

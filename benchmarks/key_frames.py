@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from unsloth_spectral.attention import direct
 from unsloth_spectral.attention.scores import ScoreOptions, group_heads, ungroup_heads
-from unsloth_spectral.codec import rank
-from unsloth_spectral.codec.block import SpectralBlock, seal
+from unsloth_spectral.codec.block import RankBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank import factors
 from unsloth_spectral.eval.fidelity import Fidelity
 
 RANK_VALUES = 32
@@ -40,7 +40,7 @@ def through_codec(x: Tensor, rank_kept: int) -> Tensor:
     start, stop = cold_range()
     out = x.clone()
     blocks = x[..., start:stop, :].unflatten(-2, (-1, CONFIG.block_size))
-    out[..., start:stop, :] = rank.encode(blocks, rank_kept).reconstruct().flatten(-3, -2)
+    out[..., start:stop, :] = factors.encode(blocks, rank_kept).reconstruct().flatten(-3, -2)
     return out
 
 
@@ -57,11 +57,11 @@ def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Fidel
     return subject.fidelity(part, cache)
 
 
-def attend_unrotated(query: Tensor, block: SpectralBlock, cos: Tensor, sin: Tensor) -> Tensor:
+def attend_unrotated(query: Tensor, block: RankBlock, cos: Tensor, sin: Tensor) -> Tensor:
     """Attention over keys kept un-rotated: rebuilt and turned a tile at a time; the values stay in code space."""
     grouped, scores, start = group_heads(query, block.num_key_value_heads), [], 0
     for tile in block.tiles(TILE_TOKENS):
-        assert isinstance(tile, SpectralBlock)
+        assert isinstance(tile, RankBlock)
         window = slice(start, start + tile.num_tokens)
         keys = rotate(tile.keys.reconstruct().flatten(2, 3), cos[:, window], sin[:, window])
         scores.append(grouped @ keys.mT)

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.chunk import ChunkCodec
-from unsloth_spectral.codec.layout import Planes
+from unsloth_spectral.codec.chunk.codec import ChunkCodec
+from unsloth_spectral.codec.chunk.layout import Planes
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.eval.fidelity import Fidelity
 from unsloth_spectral.eval.methods.kivi import Kivi

@@ -7,7 +7,7 @@ import torch
 from harness import Target, alternate, arguments, finish
 from torch import Tensor
 
-from unsloth_spectral.codec.quantize import quantize_int8
+from unsloth_spectral.codec.rank.int8 import quantize_int8
 
 # Coefficients of one block [heads, rank, tokens] at the default ranks, and of a long block.
 SHAPES = ((8, 16, 512), (8, 32, 512), (32, 32, 512), (8, 32, 4096))

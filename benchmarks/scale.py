@@ -104,7 +104,7 @@ def context_bytes(model: Model, tokens: int, bits: float | None) -> float:
 
 
 def exact_tokens() -> int:
-    """Sinks, and the longest tail while decoding."""
+    """SinkTokens, and the longest tail while decoding."""
     config = SpectralConfig()
     return config.num_sink_tokens + config.residual_length + config.block_size
 

@@ -22,10 +22,11 @@ from transformers import AttentionInterface, DynamicCache
 
 from unsloth_spectral import SpectralCache, unpatch_unsloth_attention
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.cache.sampler import QuerySampler
-from unsloth_spectral.codec import keys, sealer, values
-from unsloth_spectral.codec.allocate import Budget
+from unsloth_spectral.cache.queries import QuerySampler
+from unsloth_spectral.codec import sealer
 from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.spectral import keys, values
+from unsloth_spectral.codec.spectral.allocate import Budget
 from unsloth_spectral.integrations.huggingface import attention, support
 
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -182,7 +182,7 @@ def train(model: Any, corpus: Corpus) -> None:
 
 @torch.inference_mode()
 def use_of_context(model: Any, corpus: Corpus, count: int = 48, length: int = 1024) -> dict[str, float]:
-    """Held-out loss by position, and on random tokens when seen first and when seen again."""
+    """Tiers-out loss by position, and on random tokens when seen first and when seen again."""
     text = torch.stack([corpus.text(corpus.held_out, length) for _ in range(count)])
     by_position = losses(model, text).mean(0)
     # The same tokens twice, with text between, so that the copy lies several hundred tokens back.

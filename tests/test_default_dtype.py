@@ -12,11 +12,11 @@ import torch
 from transformers import BatchEncoding, LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.attention import native
+from unsloth_spectral.attention import cpu
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec import fused
-from unsloth_spectral.codec.chunk import ChunkCodec
-from unsloth_spectral.codec.layout import Planes
+from unsloth_spectral.codec.chunk.codec import ChunkCodec
+from unsloth_spectral.codec.chunk.layout import Planes
+from unsloth_spectral.codec.spectral import kernel
 from unsloth_spectral.eval.chat import Conversation
 from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.methods.kivi import Kivi
@@ -170,8 +170,8 @@ def test_a_cache(
     # A head_dim that is no power of two: the values' rotation is then drawn at random.
     model = tiny_llama(initializer_range=0.15, head_dim=24).to(dtype)
     if not has_kernel:
-        monkeypatch.setattr(native, "obstacle", lambda *_: "none here")
-        monkeypatch.setattr(fused, "serves", lambda _: False)
+        monkeypatch.setattr(cpu, "obstacle", lambda *_: "none here")
+        monkeypatch.setattr(kernel, "serves", lambda _: False)
     key = (codec, dtype, has_kernel)
     if key not in expected:
         with torch_default("float32"):

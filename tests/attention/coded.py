@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from unsloth_spectral.codec import keys as key_codec
-from unsloth_spectral.codec import values as value_codec
-from unsloth_spectral.codec.basis import covariance, principal_basis
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.spectral import keys as key_codec
+from unsloth_spectral.codec.spectral import values as value_codec
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.statistics import covariance, principal_basis
 from unsloth_spectral.rope import Rotation
 
 
@@ -52,7 +52,7 @@ def coded_block(
     rows: int = 1,
     dtype: torch.dtype = torch.float32,
     interleaved: bool = False,
-) -> CodedBlock:
+) -> SpectralBlock:
     """Keys with a falling spectrum and a large mean, ``frame`` "rotated", "unrotated" or "none" (no rotation)."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, head_dim + 1) ** -0.7
@@ -71,4 +71,4 @@ def coded_block(
         widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
     plan = key_codec.plan(principal_basis(covariance(x), metric), widths, math.nan)
     coded, _ = key_codec.encode(x, covariance(x), plan, metric, mean, rotation, is_rotated)
-    return CodedBlock(coded, value_codec.encode(values, value_nbits), dtype)
+    return SpectralBlock(coded, value_codec.encode(values, value_nbits), dtype)

@@ -11,7 +11,7 @@ import torch
 
 from unsloth_spectral.attention import gpu, naive
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec.block import Block, SpectralBlock, seal
+from unsloth_spectral.codec.block import Block, RankBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
 
 IS_INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -127,13 +127,13 @@ def test_what_it_leaves_to_others() -> None:
     assert gpu.obstacle(query, [exact(1, 2, 9, 64)]) == "nothing sealed"
     assert "un-rotated" in gpu.obstacle(query, [coded(1, 2, 64, 300, "unrotated")])
     ranks = seal(*random(2, 1, 2, 64, 64), SpectralConfig(rank_keys=8, rank_values=8, block_size=64))
-    assert isinstance(ranks, SpectralBlock)
-    assert "SpectralBlock" in gpu.obstacle(query, [ranks, sealed])
+    assert isinstance(ranks, RankBlock)
+    assert "RankBlock" in gpu.obstacle(query, [ranks, sealed])
     assert "gradients" in gpu.obstacle(query.requires_grad_(), [sealed])
     assert "head_dim" in gpu.obstacle(random(1, 4, 1, 512), [sealed])
 
 
 def test_both_sides_cut_the_work_alike() -> None:
-    from unsloth_spectral.attention import triton_kernels
+    from unsloth_spectral.attention import gpu_kernels
 
-    assert (triton_kernels.ROWS.value, triton_kernels.CHUNK.value) == (gpu._ROWS, gpu._CHUNK)
+    assert (gpu_kernels.ROWS.value, gpu_kernels.CHUNK.value) == (gpu._ROWS, gpu._CHUNK)

@@ -6,10 +6,10 @@ from coded import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unsloth_spectral.attention import direct, dispatch, gpu, naive, native
+from unsloth_spectral.attention import cpu, direct, dispatch, gpu, naive
 from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, rebuilt_tiles
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
-from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
+from unsloth_spectral.codec.block import ExactBlock, RankBlock
 
 LAYOUTS = [
     [("exact", 1)],
@@ -105,7 +105,7 @@ def test_dispatch_takes_each_path(make_blocks, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch.direct, "attend", spy)
     for query_length in (DIRECT_QUERY_LENGTH, DIRECT_QUERY_LENGTH + 1):
         dispatch.attend(random(1, 2, query_length, 16), blocks, None, ScoreOptions(0.25))
-    assert calls == [[ExactBlock, SpectralBlock], [ExactBlock, ExactBlock]]
+    assert calls == [[ExactBlock, RankBlock], [ExactBlock, ExactBlock]]
 
 
 def test_the_rebuilt_tiles_never_hold_the_whole_cache(make_blocks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_kernels_that_fail_on_a_gpu_are_left_for_good(make_blocks, monkeypatch, 
     monkeypatch.setattr(gpu, "_failed", {})
     monkeypatch.setattr(gpu, "attend", attend)
     monkeypatch.setattr(gpu, "obstacle", lambda query, _: gpu._failed.get(query.device))
-    monkeypatch.setattr(native, "obstacle", lambda *_: "none here")
+    monkeypatch.setattr(cpu, "obstacle", lambda *_: "none here")
     query, blocks = random(1, 2, 1, 64), make_blocks(1, 2, 64, [("exact", 4), ("sealed", 63)])
     expected = direct.attend(query, blocks, None, ScoreOptions(0.125))
     for _ in range(2):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.rope import Rotation, rotate
 
 HEADS, GROUPS, HEAD_DIM, BLOCK = 2, 2, 16, 128
@@ -70,7 +70,7 @@ def check_bytes(layer: SpectralLayer, allocated_bytes: Callable[[Any], int]) -> 
     assert stats.stored_bytes == stats.sink_bytes + stats.cold_bytes + stats.residual_bytes
     # All that is held, but for the plan of the basis in no block and the steps of positions that pieces share.
     assert abs(allocated_bytes(layer) - stats.stored_bytes) <= 0.05 * stats.stored_bytes + 4000
-    sealed = [block for block in layer.blocks if isinstance(block, CodedBlock)]
+    sealed = [block for block in layer.blocks if isinstance(block, SpectralBlock)]
     assert stats.sealed_tokens == sum(block.num_tokens for block in sealed)
     assert stats.cold_bytes >= sum(block.nbytes for block in sealed)
     assert (

@@ -8,7 +8,7 @@ import torch
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec import block as block_module
-from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
+from unsloth_spectral.codec.block import ExactBlock, RankBlock
 from unsloth_spectral.codec.config import SpectralConfig
 
 HEAD_DIM, SIZE, SINKS, RESIDUAL, TOKENS = 8, 16, 4, 5, 110
@@ -73,10 +73,10 @@ def test_only_the_block_with_a_number_that_is_not_finite_stays_exact(
 
 def test_sealing_goes_on_behind_an_exact_block() -> None:
     layer = sealed(*spoilt({NUM_BLOCKS - 1: float("nan")}))
-    assert kinds(layer) == [(SpectralBlock, (NUM_BLOCKS - 1) * SIZE), (ExactBlock, SIZE)]
+    assert kinds(layer) == [(RankBlock, (NUM_BLOCKS - 1) * SIZE), (ExactBlock, SIZE)]
     layer.append(*pair(2 * SIZE, 1))
     layer.seal()
-    assert kinds(layer) == [(SpectralBlock, (NUM_BLOCKS - 1) * SIZE), (ExactBlock, SIZE), (SpectralBlock, 2 * SIZE)]
+    assert kinds(layer) == [(RankBlock, (NUM_BLOCKS - 1) * SIZE), (ExactBlock, SIZE), (RankBlock, 2 * SIZE)]
     assert layer.stats().exact_blocks == 1
 
 
@@ -221,7 +221,7 @@ def test_cropping_inside_an_exact_block_keeps_it_exact() -> None:
     layer = sealed(*tokens)
     layer.crop(SINKS + SIZE + 5)
     assert [*kinds(layer), (type(layer.blocks[-1]), layer.blocks[-1].num_tokens)] == [
-        (SpectralBlock, SIZE),
+        (RankBlock, SIZE),
         (ExactBlock, 5),
     ]
     part = slice(SINKS + SIZE, SINKS + SIZE + 5)

@@ -8,8 +8,8 @@ import torch
 from spectral_layers import BLOCK, check, check_bytes, config_of, feed, frames
 
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 
 UNIT, SINKS, RESIDUAL = 128, 4, 16
 KEPT = SINKS + RESIDUAL
@@ -21,7 +21,7 @@ def layer_of(frame: str = "unrotated", **options: Any) -> SpectralLayer:
 
 
 def sealed_tokens(layer: SpectralLayer) -> list[int]:
-    return [block.num_tokens for block in layer.blocks if isinstance(block, CodedBlock)]
+    return [block.num_tokens for block in layer.blocks if isinstance(block, SpectralBlock)]
 
 
 def fill(layer: SpectralLayer, dense: list[torch.Tensor] | None, count: int) -> list[torch.Tensor]:

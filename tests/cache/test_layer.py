@@ -11,7 +11,7 @@ from unsloth_spectral.attention import direct, naive
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec import block as block_module
-from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
+from unsloth_spectral.codec.block import ExactBlock, RankBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError
 
@@ -34,8 +34,8 @@ def filled(num_tokens: int, config: SpectralConfig = LOSSLESS, **options: object
     return layer
 
 
-def spectral(layer: SpectralLayer) -> list[SpectralBlock]:
-    return [block for block in layer.blocks if isinstance(block, SpectralBlock)]
+def spectral(layer: SpectralLayer) -> list[RankBlock]:
+    return [block for block in layer.blocks if isinstance(block, RankBlock)]
 
 
 def check(layer: SpectralLayer, keys: torch.Tensor, values: torch.Tensor, assert_close: Callable[..., None]) -> None:

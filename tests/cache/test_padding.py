@@ -11,8 +11,8 @@ import torch
 from unsloth_spectral.attention import direct, naive
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.cache.sinks import Sinks
-from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
+from unsloth_spectral.cache.sink_tokens import SinkTokens
+from unsloth_spectral.codec.block import ExactBlock, RankBlock
 from unsloth_spectral.codec.config import SpectralConfig
 
 HEADS, HEAD_DIM, SIZE, SINKS, RESIDUAL, TOKENS = 3, 8, 16, 4, 5, 100
@@ -211,7 +211,7 @@ def test_bytes_of_sinks_and_positions_are_counted(allocated_bytes: Callable[...,
     assert stats.sink_bytes == len(PADDING) * SINKS * (2 * HEADS * HEAD_DIM * 4 + 8)
     assert stats.stored_bytes == allocated_bytes(layer)
     assert stats.sealed_tokens == 96
-    assert isinstance(layer.blocks[1], SpectralBlock)
+    assert isinstance(layer.blocks[1], RankBlock)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -293,7 +293,7 @@ def test_deepcopies_of_padded_layers_share_nothing(assert_close: Callable[..., N
 
 def test_sinks_without_padding_are_copies() -> None:
     keys, values = pair(20)
-    sinks = Sinks.of(ExactBlock(keys, values), 4, None)
+    sinks = SinkTokens.of(ExactBlock(keys, values), 4, None)
     assert sinks.positions is None
     assert sinks.num_leading == 4
     assert sinks.nbytes == 2 * keys[..., :4, :].numel() * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unsloth_spectral.cache.positions import PositionLog
-from unsloth_spectral.cache.sampler import QuerySampler
+from unsloth_spectral.cache.queries import QuerySampler
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.rope import Rotation
 

@@ -18,9 +18,9 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.rope import Claim, Rotation, rotate
 
@@ -240,7 +240,7 @@ class Pair:
                     assert float(error.max() / size) < WORST, "a token is lost or out of its place"
         start = -copies
         for block in layer.blocks:
-            if isinstance(block, CodedBlock) and block.keys.rotation is not None:
+            if isinstance(block, SpectralBlock) and block.keys.rotation is not None:
                 table, places = block.keys.rotation.table(), dense.places[start : start + block.num_tokens]
                 assert float((table - TABLE[:, places]).abs().max()) < 1e-2
             start += block.num_tokens

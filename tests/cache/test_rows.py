@@ -8,11 +8,11 @@ import torch
 from spectral_layers import BLOCK, GROUPS, HEAD_DIM, HEADS, NEAR, check_bytes, config_of, frames, new_tokens, random
 
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.cache.sampler import QuerySampler
+from unsloth_spectral.cache.queries import QuerySampler
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 
 LONG, SINKS, RESIDUAL = 700, 4, 16
 NEVER = torch.iinfo(torch.int64).max
@@ -50,8 +50,8 @@ class Chunk:
         layer.seal()
 
 
-def coded(layer: SpectralLayer) -> list[CodedBlock]:
-    return [block for block in layer.blocks if isinstance(block, CodedBlock)]
+def coded(layer: SpectralLayer) -> list[SpectralBlock]:
+    return [block for block in layer.blocks if isinstance(block, SpectralBlock)]
 
 
 def check_rows(layer: SpectralLayer, chunks: list[Chunk], near: float = NEAR) -> None:

@@ -21,7 +21,7 @@ from spectral_layers import (
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.tensors import TensorFunction
 
 PREFILL = 4 + 3 * BLOCK + 20
@@ -43,8 +43,8 @@ def prefilled(frame: str, num_tokens: int = PREFILL) -> tuple[SpectralLayer, lis
     return layer, dense
 
 
-def coded(layer: SpectralLayer) -> list[CodedBlock]:
-    return [block for block in layer.blocks if isinstance(block, CodedBlock)]
+def coded(layer: SpectralLayer) -> list[SpectralBlock]:
+    return [block for block in layer.blocks if isinstance(block, SpectralBlock)]
 
 
 def extend(layer: SpectralLayer, dense: list[torch.Tensor], count: int, seed: int) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def test_beam_search_costs_no_basis_and_no_queries(frame: str, allocated_bytes: 
     for position in range(PREFILL, PREFILL + 3 * BLOCK):
         feed(still, position, 1, seed=position)
         dense = [MAPS["reorder"](tensor) for tensor in extend(layer, dense, 1, seed=position)]
-        most_queries = max(most_queries, layer._held.queries.nbytes)
+        most_queries = max(most_queries, layer._tiers.queries.nbytes)
         layer.seal(), still.seal()
         layer.map_batch(MAPS["reorder"])
     assert most_queries >= 30 * 2 * HEADS * GROUPS * HEAD_DIM * 2, "every fourth of the last 128, in half precision"
@@ -133,7 +133,9 @@ def test_a_crop_of_the_tail_keeps_the_basis(frame: str, removed: int, allocated_
         layer.crop(layer.num_tokens - 4)
         dense = [tensor[..., :-4, :] for tensor in dense]
         assert all(
-            int(positions.max()) < layer.num_tokens for positions in layer._held.queries._positions if positions.numel()
+            int(positions.max()) < layer.num_tokens
+            for positions in layer._tiers.queries._positions
+            if positions.numel()
         )
         layer.seal()
     (joined,) = coded(layer)
@@ -161,9 +163,9 @@ def test_what_two_blocks_share_they_share_after_a_change_of_the_batch() -> None:
     feed(layer, 0, PREFILL)
     layer.seal()
     spoilt = feed(layer, PREFILL, 2 * BLOCK)
-    layer._held.residual.block.keys[..., 5, :] = float("nan")  # type: ignore[union-attr]
+    layer._tiers.residual.block.keys[..., 5, :] = float("nan")  # type: ignore[union-attr]
     layer.seal()
-    assert [type(block) for block in layer.blocks[1:-1]] == [CodedBlock, ExactBlock, CodedBlock]
+    assert [type(block) for block in layer.blocks[1:-1]] == [SpectralBlock, ExactBlock, SpectralBlock]
     layer.map_batch(MAPS["repeat"])
     first, second = coded(layer)
     assert first.keys.vectors is second.keys.vectors
@@ -174,7 +176,7 @@ def test_an_overflow_does_not_decide_the_basis_of_the_rest() -> None:
     """The run with it cannot be sealed as a whole; its other blocks can."""
     layer = SpectralLayer(config_of())
     feed(layer, 0, 4 + 4 * BLOCK + 16)
-    layer._held.residual.block.keys[..., 4 + 2 * BLOCK + 5, :] = 1e30  # type: ignore[union-attr]
+    layer._tiers.residual.block.keys[..., 4 + 2 * BLOCK + 5, :] = 1e30  # type: ignore[union-attr]
     layer.seal()
     kinds = [(type(block), block.num_tokens) for block in layer.blocks[1:-1]]
-    assert kinds == [(CodedBlock, 2 * BLOCK), (ExactBlock, BLOCK), (CodedBlock, BLOCK)]
+    assert kinds == [(SpectralBlock, 2 * BLOCK), (ExactBlock, BLOCK), (SpectralBlock, BLOCK)]

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.cache.tokens import token_hashes
+from unsloth_spectral.cache.token_hash import token_hashes
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from unsloth_spectral.attention import direct, naive
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 
 Operation = tuple[str, Any]
 operations = st.one_of(
@@ -86,7 +86,7 @@ def test_a_long_decode_keeps_one_basis_and_one_block(frame: str, allocated_bytes
         assert layer.num_tokens - layer.stats().sealed_tokens < 4 + 16 + BLOCK
     check(layer, dense)
     check_bytes(layer, allocated_bytes)
-    (block,) = [block for block in layer.blocks if isinstance(block, CodedBlock)]
+    (block,) = [block for block in layer.blocks if isinstance(block, SpectralBlock)]
     assert block.num_tokens == 896 + 0 == layer.stats().sealed_tokens
     assert block.keys.rotation is not None
     assert block.keys.rotation.step is not None
@@ -97,7 +97,7 @@ def positions_are_right(layer: SpectralLayer, may_be_unknown: bool = False) -> b
     """Whether every coded block knows where its tokens stand."""
     start, near = 0, []
     for block in layer.blocks:
-        if isinstance(block, CodedBlock):
+        if isinstance(block, SpectralBlock):
             rotation = block.keys.rotation
             assert may_be_unknown or rotation is not None
             if rotation is not None:
@@ -137,7 +137,7 @@ def test_positions_stay_right_where_the_first_tokens_were_not_observed(frame: st
             dense = [torch.cat(pair, -2) for pair in zip(dense, new, strict=True)]
         layer.seal()
         check(layer, dense)
-    first, second = (block.keys.rotation for block in layer.blocks if isinstance(block, CodedBlock))
+    first, second = (block.keys.rotation for block in layer.blocks if isinstance(block, SpectralBlock))
     assert first is None, "some of its tokens stand who knows where"
     assert second is not None
     assert positions_are_right(layer, may_be_unknown=True)
@@ -166,9 +166,9 @@ def test_what_is_not_finite_stays_exact(frame: str, bad: float, assert_close: Ca
     kinds = [(type(block), block.num_tokens) for block in layer.blocks]
     assert kinds == [
         (ExactBlock, 4),
-        (CodedBlock, 2 * BLOCK),
+        (SpectralBlock, 2 * BLOCK),
         (ExactBlock, BLOCK),
-        (CodedBlock, 2 * BLOCK),
+        (SpectralBlock, 2 * BLOCK),
         (ExactBlock, 16),
     ]
     exact = layer.blocks[2]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from unsloth_spectral.codec import block as module
-from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock, seal
+from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.rank import RankFactors
+from unsloth_spectral.codec.rank.factors import RankFactors
 from unsloth_spectral.errors import InvalidArgumentError
 
 BATCH, HEADS, SIZE, NUM_BLOCKS, HEAD_DIM = 2, 3, 20, 4, 12
@@ -23,7 +23,7 @@ def tokens(seed: int = 0, num_tokens: int = TOKENS, dtype: torch.dtype = torch.f
     return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
 
 
-def sealed(seed: int = 0) -> SpectralBlock:
+def sealed(seed: int = 0) -> RankBlock:
     return seal(*tokens(seed), CONFIG)
 
 
@@ -118,10 +118,10 @@ def test_a_view_is_seen_to_pin_the_storage_of_the_whole() -> None:
 def test_first_tokens_count_no_fallback_twice() -> None:
     block = sealed()
     keys = RankFactors(*block.keys._tensors(), num_fallbacks=2)
-    marked = SpectralBlock(keys, block.values, block.dtype)
+    marked = RankBlock(keys, block.values, block.dtype)
     assert marked.num_fallbacks == 2
     pieces = marked.first_tokens(SIZE + 1)
-    assert sum(piece.num_fallbacks for piece in pieces if isinstance(piece, SpectralBlock)) <= 2
+    assert sum(piece.num_fallbacks for piece in pieces if isinstance(piece, RankBlock)) <= 2
 
 
 def test_what_a_sealed_block_says_of_itself() -> None:

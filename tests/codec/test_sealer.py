@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec import sealer as sealer_module
-from unsloth_spectral.codec.block import ExactBlock, SpectralBlock
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.block import ExactBlock, RankBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.sealer import RankSealer, SpectralSealer, make_sealers
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.rope import Rotation
 
 BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 32, 256
@@ -47,9 +47,9 @@ def sealer_of(frame: str = "unrotated", bits: float = 3.0, limit: float | None =
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 
 
-def sealed(sealer: Any, what: ExactBlock, observed: Observed | None = None) -> CodedBlock:
+def sealed(sealer: Any, what: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
     block = sealer.seal(what, None, Observed() if observed is None else observed)
-    assert isinstance(block, CodedBlock)
+    assert isinstance(block, SpectralBlock)
     return block
 
 
@@ -331,7 +331,7 @@ def test_units_and_kinds() -> None:
     assert rank[0].unit(True) == rank[0].unit(False) == 32
     block = tokens(64)
     found = rank[0].seal(block, None, Observed())
-    assert isinstance(found, SpectralBlock)
+    assert isinstance(found, RankBlock)
     joined = rank[0].join(found, rank[0].seal(block, None, Observed()))
     assert joined is not None
     assert joined.num_tokens == 128

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 pytest.importorskip("vllm")
 pytest.importorskip("lmcache")
 
-from unsloth_spectral.codec.chunk import ChunkCodec
-from unsloth_spectral.codec.layout import Heads
+from unsloth_spectral.codec.chunk.codec import ChunkCodec
+from unsloth_spectral.codec.chunk.layout import Heads
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.embedded import embedded_folder
 

@@ -10,7 +10,7 @@ pytest.importorskip("lmcache")
 from lmcache.v1.multiprocess.transfer_context.base import gather_paged_kv_to_cpu
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, compute_layer_kv_cache_shape_bytes
 
-from unsloth_spectral.codec.layout import ChunkLayout, Heads, Latent, Planes
+from unsloth_spectral.codec.chunk.layout import ChunkLayout, Heads, Latent, Planes
 
 LAYERS, BLOCKS, BLOCK, HEADS, DIM, RANK, ROPE = 2, 5, 16, 3, 8, 12, 4
 ORDER = [3, 0, 4]  # the blocks of a sequence, somewhere in the cache

@@ -5,7 +5,7 @@ from families.models import DEVICE, HEAD_DIM
 from transformers import DynamicCache, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.rank import RankFactors
+from unsloth_spectral.codec.rank.factors import RankFactors
 
 BLOCK, SINKS, RESIDUAL = 16, 4, 8
 # Full rank and short blocks: sealing happens within a hundred tokens and leaves nothing but the rounding to int8.

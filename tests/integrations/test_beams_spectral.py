@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 PROMPT, NEW, BLOCK, RESIDUAL = 400, 320, 128, 16
@@ -36,7 +36,7 @@ def test_beam_search_over_several_sealings(frame: str, tiny_llama: Callable[...,
     assert len(set(found.beam_indices[0].tolist()) - {-1}) > 1, "rows changed places"
     assert torch.stack(found.logits).isfinite().all()
     for layer, before in zip(cache.layers, prefill_only.layers, strict=True):
-        (block,) = (block for block in layer.spectral.blocks if isinstance(block, CodedBlock))
+        (block,) = (block for block in layer.spectral.blocks if isinstance(block, SpectralBlock))
         stats, at_first = layer.spectral.stats(), before.spectral.stats()
         assert at_first.sealed_tokens == 2 * BLOCK
         assert block.num_tokens == stats.sealed_tokens == 5 * BLOCK, "sealed three times while decoding, and joined"

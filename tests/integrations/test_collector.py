@@ -24,7 +24,7 @@ from unsloth_spectral import (
     spectral,
     unpatch_unsloth_attention,
 )
-from unsloth_spectral.attention import native
+from unsloth_spectral.attention import cpu
 from unsloth_spectral.codec import sealer as sealers
 from unsloth_spectral.errors import LoadError, SpectralError
 from unsloth_spectral.eval.methods.kivi import Kivi
@@ -107,7 +107,7 @@ def test_what_waits_is_found() -> None:
 @pytest.mark.parametrize("has_kernel", [True, False], ids=["kernel", "torch"])
 def test_a_cache(model: LlamaForCausalLM, codec: str, has_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_kernel:
-        monkeypatch.setattr(native, "obstacle", lambda *_: "none here")
+        monkeypatch.setattr(cpu, "obstacle", lambda *_: "none here")
 
     def live() -> None:
         cache = filled(model, codec, batch=2)

@@ -14,8 +14,8 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaFor
 
 import unsloth_spectral
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention
-from unsloth_spectral.codec import keys as key_codec
-from unsloth_spectral.codec import rank as rank_codec
+from unsloth_spectral.codec.rank import factors as rank_codec
+from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.errors import SpectralError
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.rope import joining

@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.attention import dispatch, native
+from unsloth_spectral.attention import cpu, dispatch
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import PRESETS
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 
 Build = Callable[..., LlamaForCausalLM]
@@ -31,13 +31,13 @@ def model(tiny_llama: Build) -> LlamaForCausalLM:
 def paths(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Why the kernel did not serve, for each call over blocks."""
     found: list[str | None] = []
-    obstacle = native.obstacle
+    obstacle = cpu.obstacle
 
     def noting(*args: Any) -> str | None:
         found.append(obstacle(*args))
         return found[-1]
 
-    monkeypatch.setattr(native, "obstacle", noting)
+    monkeypatch.setattr(cpu, "obstacle", noting)
     return found
 
 
@@ -64,11 +64,11 @@ def test_a_model_in_half_precision_takes_no_more_bits(
     rotations = [block.keys.rotation for layer in cache.layers for block in coded(layer)]
     assert rotations
     assert all(rotation is not None and rotation.step is not None for rotation in rotations)
-    assert set(paths) == {native.library.obstacle()}
+    assert set(paths) == {cpu.library.obstacle()}
 
 
-def coded(layer: Any) -> list[CodedBlock]:
-    return [block for block in layer.spectral.blocks if isinstance(block, CodedBlock)]
+def coded(layer: Any) -> list[SpectralBlock]:
+    return [block for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
 
 
 @HALVES
@@ -79,7 +79,7 @@ def test_under_autocast(
     """Values come in half precision, and keys in float32, as they were rotated by a float32 table."""
     with torch.autocast("cpu", dtype):
         cache = generate(model, padding, **cache_argument(SpectralCache(model, preset="balanced")))
-    assert set(paths) == {native.library.obstacle()}
+    assert set(paths) == {cpu.library.obstacle()}
     stats = cache.stats()
     assert stats.cold_bits_per_element < 1.05 * PRESETS["balanced"]
     assert {layer.dense_bytes for layer in stats.layers} == {(LENGTH + NEW - 1) * 2 * 2 * 16 * (4 + 2)}

@@ -9,7 +9,7 @@ from families.lossless import LOSSLESS, dense_cache, sealed_tokens, token_ids
 from families.models import build
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.cache.held import NEVER
+from unsloth_spectral.cache.tiers import NEVER
 from unsloth_spectral.integrations.huggingface import visible
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.visible import visible_through

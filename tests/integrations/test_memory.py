@@ -32,7 +32,7 @@ HEAD_DIM = 64
 
 # Not the first holder, or of a few bytes: the sealer's share in its blocks, integers and variances between two
 # sealings, and what the kernel found out about a block, in its memo.
-NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_held.queries._positions", "budget._seen")
+NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_tiers.queries._positions", "budget._seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
 # The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
 # numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
@@ -40,7 +40,7 @@ TABLE_BYTES = (2 * 4 * 128 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
 # Counted by each that holds it: blocks in one basis that do not join share the basis.
 COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
 # Counted once, by the first: all layers share what they are told of positions.
-SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_held.padding")
+SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_tiers.padding")
 
 CONFIGS = {
     "unrotated": {"preset": "balanced"},
@@ -83,7 +83,7 @@ def check_bytes(cache: Any) -> None:
         nbytes[storage.data_ptr()] = storage.nbytes()
         if "memo" not in path and not ends_with(path, NOT_COUNTED):
             holders[storage.data_ptr()].add(path)
-        if ends_with(path, ("_held.cold.keys.rotation.step",)):
+        if ends_with(path, ("_tiers.cold.keys.rotation.step",)):
             steps.add(tuple(tensor.tolist()))
     times: dict[int, int] = {}
     for pointer, paths in holders.items():

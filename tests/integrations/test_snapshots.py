@@ -15,7 +15,7 @@ from families.models import build, served
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument

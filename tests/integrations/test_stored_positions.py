@@ -12,7 +12,7 @@ from families.models import COMMON, build, make
 from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.rope import Rotation
 
@@ -64,7 +64,7 @@ def rotations(cache: SpectralCache) -> list[list[Rotation]]:
     """Per layer, of its sealed blocks."""
     found = []
     for layer in cache.layers:
-        blocks = [block for block in layer.spectral.blocks if isinstance(block, CodedBlock)]
+        blocks = [block for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
         found.append([block.keys.rotation for block in blocks if block.keys.rotation is not None])
         assert len(found[-1]) == len(blocks) > 0
     return found

@@ -27,7 +27,7 @@ constexpr int64_t TILE = 128;
 constexpr int64_t PLANE = 16;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float NEVER = std::numeric_limits<float>::quiet_NaN();
-// As in tests/attention/test_native.py.
+// As in tests/attention/test_cpu.py.
 constexpr double TOLERANCE = spectral::ROUGH_NBITS > 0 ? 5e-2 : 6e-3;
 // Multiplications of the scalar code in one case.
 constexpr int64_t BUDGET = 6000000;

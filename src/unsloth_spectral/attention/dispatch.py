@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unsloth_spectral.attention import direct, gpu, native
+from unsloth_spectral.attention import cpu, direct, gpu
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.codec.block import Block, ExactBlock
@@ -55,8 +55,8 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     with no_autocast(query.device):
         if query.shape[2] > DIRECT_QUERY_LENGTH:
             return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
-        if native.obstacle(query, blocks) is None:
-            return native.attend(query, blocks, mask, options).to(query.dtype)
+        if cpu.obstacle(query, blocks) is None:
+            return cpu.attend(query, blocks, mask, options).to(query.dtype)
         if gpu.obstacle(query, blocks) is None:
             try:
                 return gpu.attend(query, blocks, mask, options).to(query.dtype)

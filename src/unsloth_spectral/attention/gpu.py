@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec import keys, values
 from unsloth_spectral.codec.block import Block, ExactBlock
-from unsloth_spectral.codec.coded import CodedBlock
-from unsloth_spectral.codec.keys import KeyCodes, Widths
-from unsloth_spectral.codec.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS, places_in_quads
+from unsloth_spectral.codec.spectral import keys, values
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths
+from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS, places_in_quads
 
 _NAME = "triton kernel"
 _MOST_DIMS = 256
@@ -63,10 +63,10 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
         return "gradients are wanted"
     if query.shape[-1] > _MOST_DIMS:
         return f"a head_dim of {query.shape[-1]}"
-    if not any(isinstance(block, CodedBlock) for block in blocks):
+    if not any(isinstance(block, SpectralBlock) for block in blocks):
         return "nothing sealed"
     for block in blocks:
-        if isinstance(block, CodedBlock):
+        if isinstance(block, SpectralBlock):
             rotation = block.keys.rotation
             if rotation is not None and not (rotation.is_even and block.keys.is_rotated):
                 return "un-rotated keys, or positions that do not run on evenly"
@@ -90,7 +90,7 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
 
 
 def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
-    from unsloth_spectral.attention import triton_kernels
+    from unsloth_spectral.attention import gpu_kernels
 
     batch, num_attention_heads, query_length, key_dim = query.shape
     num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
@@ -99,7 +99,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
     query = query.contiguous()
     runs = _runs(blocks, max(1, _PROGRAMS // (row_blocks * batch * num_heads)))
     num_splits = sum(run.num_splits for run in runs)
-    num_coded = sum(run.num_splits for run in runs if isinstance(run.block, CodedBlock))
+    num_coded = sum(run.num_splits for run in runs if isinstance(run.block, SpectralBlock))
     places = (batch, num_heads, num_splits, num_rows)
     partial = query.new_empty(*places, value_dim, dtype=torch.float32)
     maxima, totals = query.new_empty(2, *places, dtype=torch.float32)
@@ -110,15 +110,15 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         block, grid = run.block, (row_blocks, run.num_splits, batch * num_heads)
         common = (partial, maxima, totals, options.scaling, options.softcap or 1.0)
         counts = (num_heads, num_rows, query_length, key_dim, value_dim)
-        if isinstance(block, CodedBlock):
+        if isinstance(block, SpectralBlock):
             own = _coded(block)
             components = own.constants["COMPONENTS"]
             projected = query.new_empty(batch, num_heads, num_rows, components, dtype=torch.float32)
             fixed = query.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
-            triton_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
+            gpu_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
                 query, *own.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
             )
-            triton_kernels.attend_coded[grid](
+            gpu_kernels.attend_coded[grid](
                 query,
                 *own.arguments,
                 projected,
@@ -139,7 +139,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
             )
         else:
             assert isinstance(block, ExactBlock)
-            triton_kernels.attend_exact[grid](
+            gpu_kernels.attend_exact[grid](
                 query,
                 block.keys,
                 *block.keys.stride()[:3],
@@ -159,7 +159,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         first_split += run.num_splits
     output = query.new_empty(batch, num_attention_heads, query_length, value_dim, dtype=torch.float32)
     sinks = options.sinks
-    triton_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
+    gpu_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
         partial,
         maxima,
         totals,
@@ -191,7 +191,7 @@ def _runs(blocks: Sequence[Block], most_splits: int) -> list[_Run]:
     """The blocks that hold tokens, the coded ones first: their sums are rotated, and turned back together."""
     found, first_token = [], 0
     for block in blocks:
-        is_coded = isinstance(block, CodedBlock)
+        is_coded = isinstance(block, SpectralBlock)
         units = -(-block.num_tokens // (_PIECE if is_coded else _EXACT_TOKENS))
         size = max(1, -(-units // most_splits)) if is_coded else 1
         found.append(_Run(block, first_token, size, -(-units // size)))
@@ -227,7 +227,7 @@ class _Coded:
     constants: dict[str, int]
 
 
-def _coded(block: CodedBlock) -> _Coded:
+def _coded(block: SpectralBlock) -> _Coded:
     # A sealed block never changes: what was found out about it once holds.
     found: _Coded | None = block.memo.get(_NAME)
     if found is None:
@@ -235,7 +235,7 @@ def _coded(block: CodedBlock) -> _Coded:
     return found
 
 
-def _prepare(block: CodedBlock) -> _Coded:
+def _prepare(block: SpectralBlock) -> _Coded:
     own, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
     heads, components = _components(own.widths, own.planes.device)
     fixed, turning = _rotation(own, key_dim)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.autocast import no_autocast
-from unsloth_spectral.cache.buffer import TokenBuffer, check_tokens
-from unsloth_spectral.cache.counting import SharedBytes, count
-from unsloth_spectral.cache.held import Held, padding_within
-from unsloth_spectral.cache.release import released
+from unsloth_spectral.cache.heap import released
+from unsloth_spectral.cache.layer_stats import SharedBytes, count
+from unsloth_spectral.cache.residual import ResidualBuffer, check_tokens
 from unsloth_spectral.cache.sealing import Sealing, join_last, without_padding
-from unsloth_spectral.cache.sinks import Sinks
+from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.cache.tiers import Tiers, padding_within
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
@@ -37,12 +37,12 @@ class SpectralLayer:
         self.config = config
         # A layer alone shares its budget with no other.
         self._sealer = make_sealers(config, 1)[0] if sealer is None else sealer
-        self._held = Held()
+        self._tiers = Tiers()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._sealer.reset()
-        self._held = Held()
+        self._tiers = Tiers()
 
     @property
     def sealer(self) -> Sealer:
@@ -53,29 +53,29 @@ class SpectralLayer:
 
     @property
     def is_empty(self) -> bool:
-        return self._held.residual is None
+        return self._tiers.residual is None
 
     @property
     def is_sealed(self) -> bool:
         """Whether any token has left the exact tail, so that ``blocks`` holds more than one dense piece."""
-        return self._held.sinks is not None or bool(self._held.cold)
+        return self._tiers.sinks is not None or bool(self._tiers.cold)
 
     @property
     def num_tokens(self) -> int:
-        return 0 if self._held.residual is None else self._held.num_before_residual + self._held.residual.num_tokens
+        return 0 if self._tiers.residual is None else self._tiers.num_before_residual + self._tiers.residual.num_tokens
 
     @property
     def blocks(self) -> list[Block]:
         """All tokens, in the order in which ``arrange_mask`` puts the columns of a mask."""
-        if self._held.residual is None:
+        if self._tiers.residual is None:
             return []
-        first: list[Block] = [] if self._held.sinks is None else [self._held.sinks.block]
-        last: list[Block] = [self._held.residual.block] if self._held.residual.num_tokens else []
-        return [*first, *self._held.cold, *last]
+        first: list[Block] = [] if self._tiers.sinks is None else [self._tiers.sinks.block]
+        last: list[Block] = [self._tiers.residual.block] if self._tiers.residual.num_tokens else []
+        return [*first, *self._tiers.cold, *last]
 
     def arrange_mask(self, mask: Tensor | None) -> Tensor | None:
         """Bring the columns of ``mask [B or 1, 1, Q, num_tokens]`` (bool or additive) into the order of ``blocks``."""
-        return mask if self._held.sinks is None else self._held.sinks.arrange_mask(mask, self.num_tokens)
+        return mask if self._tiers.sinks is None else self._tiers.sinks.arrange_mask(mask, self.num_tokens)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, num_tokens, head_dim]`` in order of position.
@@ -83,12 +83,12 @@ class SpectralLayer:
         Raises:
             InvalidArgumentError: the layer is empty.
         """
-        if self._held.residual is None:
+        if self._tiers.residual is None:
             raise InvalidArgumentError("an empty cache layer has nothing to reconstruct: append tokens first")
-        with no_autocast(self._held.residual.block.keys.device):
-            pairs = [block.reconstruct() for block in [*self._held.cold, self._held.residual.block]]
+        with no_autocast(self._tiers.residual.block.keys.device):
+            pairs = [block.reconstruct() for block in [*self._tiers.cold, self._tiers.residual.block]]
         tokens = ExactBlock(torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -2))
-        return (tokens if self._held.sinks is None else self._held.sinks.put_back(tokens)).reconstruct()
+        return (tokens if self._tiers.sinks is None else self._tiers.sinks.put_back(tokens)).reconstruct()
 
     # Writing
 
@@ -98,19 +98,19 @@ class SpectralLayer:
         Raises:
             InvalidArgumentError: shapes do not fit each other, the tokens held, or the ranks asked for.
         """
-        check_tokens(keys, values, self.config, None if self._held.residual is None else self._held.residual.block)
+        check_tokens(keys, values, self.config, None if self._tiers.residual is None else self._tiers.residual.block)
         keys, values = keys.detach(), values.detach()
-        if self._held.residual is None:
+        if self._tiers.residual is None:
             # Kept by reference: a prefill is read once by its own attention and then sealed.
-            self._held.residual = TokenBuffer(keys, values)
+            self._tiers.residual = ResidualBuffer(keys, values)
         else:
-            self._held.residual.append(keys, values)
-        self._held.newest = keys.shape[-2]
+            self._tiers.residual.append(keys, values)
+        self._tiers.newest = keys.shape[-2]
 
     @property
     def awaits_rows(self) -> bool:
         """Whether some row may have nothing but padding so far."""
-        return not self.is_sealed or self._held.padding is not None
+        return not self.is_sealed or self._tiers.padding is not None
 
     def note_padding(self, padding: Tensor) -> None:
         """Note how many tokens ``[B]`` at the start of each row no query of a forward pass sees; more than are held
@@ -119,8 +119,8 @@ class SpectralLayer:
         What the queries of an earlier pass have seen is no padding: padding only ever shrinks.
         """
         if self.awaits_rows:
-            before, padding = self._held.padding, padding.cpu()
-            self._held.padding = padding if before is None else torch.minimum(before, padding)
+            before, padding = self._tiers.padding, padding.cpu()
+            self._tiers.padding = padding if before is None else torch.minimum(before, padding)
 
     def observe(
         self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0, asking: Tensor | None = None
@@ -131,7 +131,7 @@ class SpectralLayer:
         positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]`` bool, on the
         CPU, leaves out the queries of padding.
         """
-        held = self._held
+        held = self._tiers
         if self.config.codec != "spectral" or held.residual is None:
             return
         new = query.shape[2]
@@ -149,7 +149,7 @@ class SpectralLayer:
             padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding`` was
                 told. Rows keep their own first tokens as sinks, and padding is zeroed so that it takes no rank.
         """
-        config, held, residual = self.config, self._held, self._held.residual
+        config, held, residual = self.config, self._tiers, self._tiers.residual
         first_time = not self.is_sealed
         if residual is None or self._num_missing:
             return
@@ -157,7 +157,7 @@ class SpectralLayer:
         padding = self._padding_of_residual(noted)
         before, sinks = held.num_before_residual, held.sinks
         if first_time and config.num_sink_tokens:
-            sinks = Sinks.of(residual.block, config.num_sink_tokens, padding)
+            sinks = SinkTokens.of(residual.block, config.num_sink_tokens, padding)
         elif sinks is not None and padding is not None and noted is not None:
             sinks = sinks.renewed(residual.block, before, noted)
         start = sinks.num_leading if first_time and sinks is not None else 0
@@ -185,7 +185,7 @@ class SpectralLayer:
         tally = held.tally.add(made, config.block_size, time.perf_counter() - started)
         # Once the first tokens of every row are among those sealed, the sinks hold where they stand.
         waits = noted is not None and bool((noted >= before + stop).any())
-        self._held = Held(sinks, cold, kept, noted if waits else None, positions, newest=held.newest, tally=tally)
+        self._tiers = Tiers(sinks, cold, kept, noted if waits else None, positions, newest=held.newest, tally=tally)
         released(old.keys.nbytes + old.values.nbytes)
 
     def crop(self, num_tokens: int) -> None:
@@ -196,36 +196,36 @@ class SpectralLayer:
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise InvalidArgumentError(f"crop keeps between 0 and the {self.num_tokens} tokens held, got {num_tokens}")
-        if num_tokens == self.num_tokens or self._held.residual is None:
+        if num_tokens == self.num_tokens or self._tiers.residual is None:
             return
         if num_tokens == 0:
             self.reset()
             return
-        if self._held.sinks is not None and num_tokens < self._held.sinks.block.num_tokens:
+        if self._tiers.sinks is not None and num_tokens < self._tiers.sinks.block.num_tokens:
             keys, values = self.reconstruct()
-            kept = TokenBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
+            kept = ResidualBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
             self._sealer.reset()
-            padding, places = self._held.padding, self._held.sinks.positions
+            padding, places = self._tiers.padding, self._tiers.sinks.positions
             if padding is None:
                 padding = (
                     torch.zeros(len(keys), dtype=torch.int64, device="cpu") if places is None else places[:, 0].cpu()
                 )
-            self._held = Held(residual=kept, padding=padding_within(padding, num_tokens))
+            self._tiers = Tiers(residual=kept, padding=padding_within(padding, num_tokens))
             return
-        cropped = self._held.crop(num_tokens)
-        if num_tokens < self._held.num_before_residual:
+        cropped = self._tiers.crop(num_tokens)
+        if num_tokens < self._tiers.num_before_residual:
             self._sealer.forget()
-        self._held = cropped
+        self._tiers = cropped
 
     def map_batch(self, function: TensorFunction) -> None:
         """Apply ``function`` (index, repeat, move) along the batch dimension of everything held."""
         if self.is_empty:
             return
         function = _once_each(function)
-        mapped = self._held.map_batch(function)
+        mapped = self._tiers.map_batch(function)
         try:
             self._sealer.map_batch(function)
-            self._held = mapped
+            self._tiers = mapped
         except BaseException:
             self._sealer.forget()  # it may be of the rows before or of those after
             raise
@@ -234,7 +234,7 @@ class SpectralLayer:
 
     def to_fields(self) -> dict[str, Field]:
         """All that this layer holds, besides the budget it shares; it must not be empty."""
-        return {"tokens": self._held.to_fields(), "sealer": self._sealer.to_fields()}
+        return {"tokens": self._tiers.to_fields(), "sealer": self._sealer.to_fields()}
 
     def restore(self, fields: Fields) -> None:
         """Hold what the layer held whose ``to_fields`` these were, of the same config.
@@ -242,15 +242,15 @@ class SpectralLayer:
         Raises:
             LoadError: a field is missing, or does not fit the others.
         """
-        held = Held.from_fields(fields.sub("tokens"))
+        held = Tiers.from_fields(fields.sub("tokens"))
         self._sealer.restore(fields.sub("sealer"), held.shape)
-        self._held = held
+        self._tiers = held
 
     # Counting
 
     def stats(self, shared: SharedBytes | None = None) -> LayerStats:
         """Tokens, bytes, ranks and errors of this layer; without the bytes that are in ``shared`` already."""
-        held = self._held
+        held = self._tiers
         if held.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
         shared = SharedBytes() if shared is None else shared
@@ -263,21 +263,21 @@ class SpectralLayer:
 
     def _padding_of_residual(self, noted: Tensor | None) -> Tensor | None:
         """How many tokens of the residual are padding, ``[B]`` on the CPU; None where none is, and no row waited."""
-        if noted is None or self._held.residual is None:
+        if noted is None or self._tiers.residual is None:
             return None
-        padding = noted - self._held.num_before_residual
+        padding = noted - self._tiers.num_before_residual
         is_any = padding > 0 if not self.is_sealed else padding >= 0
-        return padding.clamp(0, self._held.residual.num_tokens) if bool(is_any.any()) else None
+        return padding.clamp(0, self._tiers.residual.num_tokens) if bool(is_any.any()) else None
 
     @property
     def _num_missing(self) -> int:
         """Tokens still to come before the next sealing; 0 where it is due."""
-        if self._held.residual is None:
+        if self._tiers.residual is None:
             return 0
         kept = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
-        old, unit = self._held.residual.num_tokens - kept, self._sealer.unit(True)
+        old, unit = self._tiers.residual.num_tokens - kept, self._sealer.unit(True)
         # A prefill is known by coming many tokens at once, in one piece or several.
-        is_prefill = not self.is_sealed and self._held.newest >= unit
+        is_prefill = not self.is_sealed and self._tiers.newest >= unit
         return 0 if is_prefill and old >= unit else max(0, self.config.block_size - old)
 
 

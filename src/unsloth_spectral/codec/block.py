@@ -12,9 +12,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec import rank as rank_codec
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.rank import RankFactors
+from unsloth_spectral.codec.rank import factors as rank_codec
+from unsloth_spectral.codec.rank.factors import RankFactors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
 
@@ -125,7 +125,7 @@ class ExactBlock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SpectralBlock:
+class RankBlock:
     """One or more consecutive sealed blocks of equal length, stacked so that one batched product serves them all.
 
     Immutable: sealing more tokens, cropping or reordering makes a new object, and no token is ever encoded twice.
@@ -189,8 +189,8 @@ class SpectralBlock:
         for start in range(0, self.num_blocks, step):
             yield self._blocks(start, start + step)
 
-    def map_batch(self, function: TensorFunction) -> "SpectralBlock":
-        return SpectralBlock(self.keys.map(function), self.values.map(function), self.dtype)
+    def map_batch(self, function: TensorFunction) -> "RankBlock":
+        return RankBlock(self.keys.map(function), self.values.map(function), self.dtype)
 
     def first_tokens(self, num_tokens: int) -> list[Block]:
         whole, rest = divmod(num_tokens, self.block_length)
@@ -199,12 +199,12 @@ class SpectralBlock:
             pieces.append(self._blocks(0, whole).map_batch(torch.clone))
         if rest:
             cut = self._blocks(whole, whole + 1).map_batch(torch.clone)
-            pieces.append(SpectralBlock(cut.keys.first_tokens(rest), cut.values.first_tokens(rest), self.dtype))
+            pieces.append(RankBlock(cut.keys.first_tokens(rest), cut.values.first_tokens(rest), self.dtype))
         return pieces
 
-    def stack(self, other: "SpectralBlock") -> "SpectralBlock":
+    def stack(self, other: "RankBlock") -> "RankBlock":
         """This block followed by ``other``, which has the same block length; codes are copied, not encoded again."""
-        return SpectralBlock(
+        return RankBlock(
             self.keys.concatenate(other.keys, dim=2), self.values.concatenate(other.values, dim=2), self.dtype
         )
 
@@ -212,18 +212,18 @@ class SpectralBlock:
         return {"keys": self.keys.to_fields(), "values": self.values.to_fields()}
 
     @classmethod
-    def from_fields(cls, fields: Fields, shape: TokenShape) -> "SpectralBlock":
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "RankBlock":
         leading = (shape.batch, shape.heads)
         keys = RankFactors.from_fields(fields.sub("keys"), leading, shape.key_dim)
         values = RankFactors.from_fields(fields.sub("values"), leading, shape.value_dim)
         fields.require(keys.codes.shape[2::2] == values.codes.shape[2::2], "keys and values of the same tokens")
         return cls(keys, values, shape.dtype)
 
-    def _blocks(self, start: int, stop: int) -> "SpectralBlock":
+    def _blocks(self, start: int, stop: int) -> "RankBlock":
         return self.map_batch(lambda tensor: tensor[:, :, start:stop])
 
 
-def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> SpectralBlock:
+def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> RankBlock:
     """Encode ``[B, H, num_blocks * block_size, head_dim]`` keys and values, all heads and blocks in one batch.
 
     Raises:
@@ -232,7 +232,7 @@ def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> SpectralBlock:
     shape = (-1, config.block_size)
     assert config.rank_keys is not None, "not a config of the rank codec"
     assert config.rank_values is not None
-    return SpectralBlock(
+    return RankBlock(
         rank_codec.encode(keys.unflatten(2, shape), config.rank_keys),
         rank_codec.encode(values.unflatten(2, shape), config.rank_values),
         keys.dtype,

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.basis import query_metric
+from unsloth_spectral.codec.spectral.statistics import query_metric
 from unsloth_spectral.rope import Rotation, rotate
 
 _KEYS_PER_QUERY = 4

@@ -6,17 +6,17 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec import keys as key_codec
-from unsloth_spectral.codec import values as value_codec
-from unsloth_spectral.codec.allocate import Budget, uniform_value_width, widths_at
-from unsloth_spectral.codec.basis import covariance, principal_basis
-from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock, seal
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock, seal
 from unsloth_spectral.codec.config import GROUP_SIZE, SpectralConfig
-from unsloth_spectral.codec.keys import KeyPlan
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.packing import MAX_NBITS
-from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.spectral import keys as key_codec
+from unsloth_spectral.codec.spectral import values as value_codec
+from unsloth_spectral.codec.spectral.allocate import Budget, uniform_value_width, widths_at
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.keys import KeyPlan
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS
+from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.spectral.statistics import covariance, principal_basis
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_in_kind
@@ -26,7 +26,7 @@ from unsloth_spectral.rope import Rotation, join_in_kind
 _WORTH_A_BASIS = 3.0
 
 
-SealedBlock: TypeAlias = SpectralBlock | CodedBlock
+SealedBlock: TypeAlias = RankBlock | SpectralBlock
 
 
 class Sealer(Protocol):
@@ -97,7 +97,7 @@ class RankSealer:
         return seal(tokens.keys, tokens.values, self._config)
 
     def join(self, last: Block, new: Block) -> Block | None:
-        if isinstance(last, SpectralBlock) and isinstance(new, SpectralBlock) and last.block_length == new.block_length:
+        if isinstance(last, RankBlock) and isinstance(new, RankBlock) and last.block_length == new.block_length:
             return last.stack(new)
         return None
 
@@ -182,7 +182,7 @@ class SpectralSealer:
         limit = self.config.error_limit
         if limit is not None and max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
             return None
-        block = CodedBlock(keys, values, tokens.keys.dtype)
+        block = SpectralBlock(keys, values, tokens.keys.dtype)
         # What was made for a row of padding alone serves none of its later tokens.
         is_of_all = bool((shares > 0).all())
         if self._plan is None and block.is_finite and is_of_all and not self._is_short(x):
@@ -190,7 +190,7 @@ class SpectralSealer:
         return block
 
     def join(self, last: Block, new: Block) -> Block | None:
-        if not isinstance(last, CodedBlock) or not isinstance(new, CodedBlock):
+        if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
             return None
         same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
         whole = last.num_tokens % GROUP_SIZE == 0

@@ -1,11 +1,11 @@
 """Blocks as they are stored: each under the name of its kind."""
 
-from unsloth_spectral.codec.block import Block, ExactBlock, SpectralBlock
-from unsloth_spectral.codec.coded import CodedBlock
+from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.tensors import TokenShape
 from unsloth_spectral.fields import Field, Fields
 
-_KINDS = {kind.kind: kind.from_fields for kind in (ExactBlock, SpectralBlock, CodedBlock)}
+_KINDS = {kind.kind: kind.from_fields for kind in (ExactBlock, RankBlock, SpectralBlock)}
 
 
 def block_to_fields(block: Block) -> dict[str, Field]:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.coded import CodedBlock
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.sealer import SpectralSealer
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
@@ -95,7 +95,7 @@ def _measure(
         sealer = _sealer(layer)
         assert sealer is not None
         own = sealer.budget.seen[sealer.layer].cpu()
-        errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, CodedBlock)]
+        errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
         lost.append(float((errors[0].float().square().mean(0) * own.sum(-1)).sum()))
         variances.append(own.flatten())
         rebuilt = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))

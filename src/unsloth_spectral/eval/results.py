@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unsloth_spectral.errors import LoadError
-from unsloth_spectral.eval.lines import read_lines
+from unsloth_spectral.eval.json_lines import read_lines
 from unsloth_spectral.eval.records import Record, record_of
 
 METRICS, PREDICTIONS, CONFIG, ENVIRONMENT = "metrics.jsonl", "predictions.jsonl", "config.json", "environment.json"

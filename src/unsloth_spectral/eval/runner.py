@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.environment import environment
-from unsloth_spectral.eval.lines import append_line, keep_lines, read_lines
+from unsloth_spectral.eval.json_lines import append_line, keep_lines, read_lines
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.results import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, read_config

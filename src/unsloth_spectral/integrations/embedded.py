@@ -30,7 +30,7 @@ from unsloth_spectral.errors import LoadError
 from unsloth_spectral.files import sync
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.load_errors import one_line
-from unsloth_spectral.integrations.quiet import quiet
+from unsloth_spectral.integrations.silence import quiet
 from unsloth_spectral.log import warn_once
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from unsloth_spectral.codec.chunk import ChunkCodec
-from unsloth_spectral.codec.layout import Blocks, ChunkLayout, Heads, Latent, Planes
+from unsloth_spectral.codec.chunk.codec import ChunkCodec
+from unsloth_spectral.codec.chunk.layout import Blocks, ChunkLayout, Heads, Latent, Planes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.engine_records import EngineRecords
 

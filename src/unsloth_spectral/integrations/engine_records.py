@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.chunk import ChunkCodec
+from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.log import logger
 
 

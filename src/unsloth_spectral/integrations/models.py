@@ -17,7 +17,7 @@ from unsloth_spectral.integrations.embedded import (
     read_gguf,
 )
 from unsloth_spectral.integrations.load_errors import NO_TOKENIZER, NOT_CAUSAL, PICKLED, explain, one_line
-from unsloth_spectral.integrations.quiet import quiet
+from unsloth_spectral.integrations.silence import quiet
 
 __all__ = ["EMBEDDED_NAME", "EMBEDDED_PACKAGE", "LoadedModel", "load_model"]
 

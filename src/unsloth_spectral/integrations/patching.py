@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
@@ -16,7 +17,6 @@ from unsloth_spectral.integrations.huggingface.methods import Replacement, give_
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, entered, innermost, lock
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import CACHES, PATCH, hold, release
-from unsloth_spectral.integrations.reached import Call, check_reached, expect
 from unsloth_spectral.log import warn_once
 
 _STATE = "_unsloth_spectral_patch"

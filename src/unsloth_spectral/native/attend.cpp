@@ -4,7 +4,7 @@
 // softmax, values summed in code space. Threads take heads and runs; what they find is merged by log-sum-exp. Weights
 // (queries in component space, probabilities) have 15 bits and a sign, or one byte for codes of few bits where the
 // processor multiplies bytes; products and sums of them with codes are exact integers. Codes are counted from 0 here;
-// what half of their range adds is taken off the sums. attention/native.py fills in the structures below and checks
+// what half of their range adds is taken off the sums. attention/cpu.py fills in the structures below and checks
 // everything: nothing is checked here.
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, CODED = 3 };
 
 }  // namespace
 
-// A run of tokens, exact or coded. Strides count elements. attention/native.py mirrors it field by field.
+// A run of tokens, exact or coded. Strides count elements. attention/cpu.py mirrors it field by field.
 struct Block {
     int64_t num_tokens;
     int64_t kind;
@@ -505,7 +505,7 @@ INLINE void with_nbits(int nbits, const Function& function) {
     }
 }
 
-// Components of a head in one tile, whose planes these are (codec/packing.py has their order): all of them, or without
+// Components of a head in one tile, whose planes these are (codec/spectral/packing.py has their order): all of them, or without
 // those quads that `add_rough` expands by itself.
 void expand_tile(Worker& w, const uint8_t* planes, bool all) {
     for (int quad = 0; quad < w.num_quads; ++quad) {

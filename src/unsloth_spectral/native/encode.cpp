@@ -1,6 +1,6 @@
-// Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/keys.py, codec/values.py).
+// Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/spectral).
 //
-// codec/fused.py checks shapes and calls; nothing is checked here.
+// codec/spectral/kernel.py checks shapes and calls; nothing is checked here.
 #include <algorithm>
 #include <cmath>
 #include <limits>

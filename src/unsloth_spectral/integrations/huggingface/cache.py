@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.cache.counting import SharedBytes
+from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.forward_check import bypassed
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
-from unsloth_spectral.integrations.reached import bypassed
 
 
 def prepare_inputs(

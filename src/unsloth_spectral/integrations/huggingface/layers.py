@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from unsloth_spectral.cache.counting import SharedBytes
 from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.sealer import Sealer
@@ -16,7 +16,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer
-from unsloth_spectral.integrations.huggingface.native import native_to_fields, restore_native
+from unsloth_spectral.integrations.huggingface.transformers_layers import native_to_fields, restore_native
 
 
 class SpectralCacheLayer(CacheLayerMixin):

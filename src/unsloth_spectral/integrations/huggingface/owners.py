@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
 
-# Held while any model is switched or given back: for microseconds, so one serves all models.
+# Tiers while any model is switched or given back: for microseconds, so one serves all models.
 lock = RLock()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.cache.tokens import check_tokens, token_hashes
+from unsloth_spectral.cache.token_hash import check_tokens, token_hashes
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.files import expanded

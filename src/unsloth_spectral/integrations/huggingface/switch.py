@@ -7,13 +7,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
+from unsloth_spectral.integrations.forward_check import after_pass, before_pass
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
 from unsloth_spectral.integrations.huggingface.rotary import note_rotations
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
-from unsloth_spectral.integrations.reached import after_pass, before_pass
 
 _STATE = "_unsloth_spectral_switch"
 _METHODS: dict[str, Replacement] = {

@@ -8,7 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from unsloth_spectral.cache.held import NEVER
+from unsloth_spectral.cache.tiers import NEVER
 
 # An additive mask that lowers a score by more hides its token: no weight is left of it in any dtype.
 _HIDDEN = -1000.0

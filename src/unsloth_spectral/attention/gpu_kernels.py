@@ -1,0 +1,447 @@
+"""Triton kernels: one query against sealed and exact tokens, and the merging of what came of them.
+
+Work is split over the tokens (Dao et al., "Flash-Decoding", 2023): a program takes one key-value head of one sequence,
+16 of its query rows and a run of tokens, and leaves ``sum of values under exp(score - maximum)``, that maximum and the
+sum of the weights. ``merge`` adds these up. Values of sealed tokens stay rotated until then.
+
+Codes are whole numbers that half precision holds exactly. What they are multiplied with is split into two numbers in
+half precision, other dots are made of three tf32 products; both are as good as float32.
+"""
+
+import triton
+import triton.language as tl
+
+from unsloth_spectral.codec.spectral import packing, scales
+
+ROWS = tl.constexpr(16)  # the fewest that a dot takes
+TILE = tl.constexpr(packing.TILE_TOKENS)
+# Of larger pieces, the two sides of a dot take more shared memory than small cards have.
+CHUNK = tl.constexpr(32)
+_ZERO = tl.constexpr(scales.ZERO)
+_TURN = tl.constexpr(6.283185307179586)
+# Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
+_CHANGING = ("mask_batch", "mask_row", "mask_token", "first_token", "first_split", "num_splits")
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _dot_codes(a, codes):
+    """``a [ROWS, k]`` float32 times whole numbers ``codes [k, n]`` of up to 8 bits."""
+    largest = tl.maximum(tl.max(tl.abs(a), 1), 1e-30)
+    a = a / largest[:, None]
+    high = a.to(tl.float16)
+    low = ((a - high.to(tl.float32)) * 2048.0).to(tl.float16)
+    codes = codes.to(tl.float16)
+    return (tl.dot(high, codes) + tl.dot(low, codes) * (1.0 / 2048.0)) * largest[:, None]
+
+
+@triton.jit
+def _masked(scores, mask, rows, tokens, is_real, query_length, mask_row, mask_token, IS_BOOL: tl.constexpr):
+    """``scores [ROWS, n]`` under the mask of the rows' queries; ``tokens`` count over all blocks."""
+    place = (rows % query_length)[:, None].to(tl.int64) * mask_row + tokens[None, :].to(tl.int64) * mask_token
+    if IS_BOOL:
+        seen = tl.load(mask + place, mask=is_real[None, :], other=0)
+        return tl.where(seen != 0, scores, float("-inf"))
+    return scores + tl.load(mask + place, mask=is_real[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _capped(scores, scaling, softcap, HAS_CAP: tl.constexpr):
+    scores = scores * scaling
+    if HAS_CAP:
+        # softcap * tanh(scores / softcap)
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+    return scores
+
+
+@triton.jit
+def _decoded(codes, STEPS: tl.constexpr):
+    """Scales over the largest of their row, see ``codec.logscale``."""
+    return tl.where(codes == _ZERO, 0.0, tl.exp2(codes.to(tl.float32) * (-1.0 / STEPS)))
+
+
+@triton.jit
+def _weighed(
+    products,
+    maximum,
+    total,
+    scaling,
+    softcap,
+    mask,
+    rows,
+    tokens,
+    is_real,
+    query_length,
+    mask_row,
+    mask_token,
+    HAS_CAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+):
+    """The weights of more dot products, the new maximum and sum, and what earlier sums are to be multiplied with."""
+    scores = _capped(products, scaling, softcap, HAS_CAP)
+    if HAS_MASK:
+        scores = _masked(scores, mask, rows, tokens, is_real, query_length, mask_row, mask_token, IS_BOOL)
+    scores = tl.where(is_real[None, :], scores, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that may attend to nothing so far has no maximum.
+    level = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(scores - level[:, None])
+    fade = tl.exp(maximum - level)
+    return weights, highest, total * fade + tl.sum(weights, 1), fade
+
+
+@triton.jit
+def _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, dims, value_dim):
+    is_row = rows < num_rows
+    at = place * num_rows + rows
+    tl.store(maxima + at, maximum, mask=is_row)
+    tl.store(totals + at, total, mask=is_row)
+    into = output + at[:, None] * value_dim + dims[None, :]
+    tl.store(into, result, mask=is_row[:, None] & (dims < value_dim)[None, :])
+
+
+@triton.jit
+def project(
+    query,
+    vectors,
+    vectors_batch,
+    vector_scales,
+    vector_scales_batch,
+    mean,
+    mean_batch,
+    heads,
+    fixed,
+    projected,
+    constants,
+    num_heads,
+    num_rows,
+    key_dim,
+    COMPONENTS: tl.constexpr,
+):
+    """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with what of the mean does not
+    turn, ``[B, H, rows]``."""
+    row_block, batch_head = tl.program_id(0), tl.program_id(1)
+    begin = tl.program_id(2) * CHUNK
+    batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    at = batch_head.to(tl.int64) * num_rows + rows
+    means = mean + batch * mean_batch + head * key_dim
+    slots = begin + tl.arange(0, CHUNK)
+    is_slot = slots < tl.load(heads + head * 2 + 1)
+    number = tl.load(heads + head * 2) + slots
+    result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    constant = tl.zeros([ROWS], dtype=tl.float32)
+    for first in range(0, key_dim, CHUNK):
+        dims = first + tl.arange(0, CHUNK)
+        is_dim = dims < key_dim
+        some = tl.load(query + at[:, None] * key_dim + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+        some = some.to(tl.float32)
+        row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
+        result += _dot_codes(some, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
+        is_still = tl.load(fixed + dims, mask=is_dim, other=0) != 0
+        still = tl.load(means + dims, mask=is_dim & is_still, other=0.0).to(tl.float32)
+        constant += tl.sum(some * still[None, :], 1)
+    scale = tl.load(vector_scales + batch * vector_scales_batch + number, mask=is_slot, other=0.0)
+    tl.store(projected + at[:, None] * COMPONENTS + slots[None, :], result * scale[None, :], mask=is_row[:, None])
+    tl.store(constants + at, constant, mask=is_row)  # every chunk's program finds the same
+
+
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split"])
+def attend_coded(
+    query,
+    planes,
+    planes_batch,
+    planes_tile,
+    scales,
+    scales_batch,
+    scales_tile,
+    mean,
+    mean_batch,
+    heads,
+    components,
+    first,
+    second,
+    start,
+    start_batch,
+    step,
+    cosines,
+    sines,
+    value_planes,
+    value_planes_batch,
+    value_planes_tile,
+    value_scales,
+    value_scales_batch,
+    value_scales_head,
+    largest,
+    largest_batch,
+    projected,
+    constants,
+    mask,
+    mask_batch,
+    mask_row,
+    mask_token,
+    output,
+    maxima,
+    totals,
+    scaling,
+    softcap,
+    num_heads,
+    num_rows,
+    query_length,
+    key_dim,
+    value_dim,
+    num_pairs,
+    num_tokens,
+    pieces_a_split,
+    first_token,
+    first_split,
+    num_splits,
+    VALUE_DIM: tl.constexpr,
+    COMPONENTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    VALUE_NBITS: tl.constexpr,
+    KEY_STEPS: tl.constexpr,
+    VALUE_STEPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Tokens of one sealed block, pieces ``split * pieces_a_split`` and on; layouts are those of ``codec.packing``.
+
+    A piece is ``PIECE`` tokens, a power of two, 16 to 128.
+    """
+    row_block, split = tl.program_id(0), tl.program_id(1)
+    batch, head = tl.program_id(2) // num_heads, tl.program_id(2) % num_heads
+    batch = batch.to(tl.int64)
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
+    in_basis = projected + ((batch * num_heads + head) * num_rows + rows)[:, None] * COMPONENTS
+    constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
+    own, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
+
+    # Pairs of the mean, which turn.
+    if PAIRS > 0:
+        pairs = tl.arange(0, PAIRS)
+        is_pair = pairs < num_pairs
+        real = tl.load(first + pairs, mask=is_pair, other=0)
+        imaginary = tl.load(second + pairs, mask=is_pair, other=0)
+        both = is_row[:, None] & is_pair[None, :]
+        q_real = tl.load(queries + real[None, :], mask=both, other=0.0).to(tl.float32)
+        q_imaginary = tl.load(queries + imaginary[None, :], mask=both, other=0.0).to(tl.float32)
+        means = mean + batch * mean_batch + head * key_dim
+        m_real = tl.load(means + real, mask=is_pair, other=0.0).to(tl.float32)
+        m_imaginary = tl.load(means + imaginary, mask=is_pair, other=0.0).to(tl.float32)
+        along = q_real * m_real[None, :] + q_imaginary * m_imaginary[None, :]
+        across = q_imaginary * m_real[None, :] - q_real * m_imaginary[None, :]
+        starts = start + batch * start_batch + pairs * 2
+        start_real = tl.load(starts, mask=is_pair, other=0.0)
+        start_imaginary = tl.load(starts + 1, mask=is_pair, other=0.0)
+        angle_step = tl.load(step + pairs, mask=is_pair, other=0.0)
+
+    value_dims = tl.arange(0, VALUE_DIM)
+    value_rows = (head * value_dim + value_dims) * (VALUE_NBITS * 16)
+    is_value = (value_dims < value_dim)[None, :]
+    top = tl.load(largest + batch * largest_batch + head)
+    result = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    num_pieces = tl.cdiv(num_tokens, PIECE)
+    for piece in range(split * pieces_a_split, tl.minimum((split + 1) * pieces_a_split, num_pieces)):
+        tile = piece * PIECE // TILE
+        place = piece * PIECE + tl.arange(0, PIECE)
+        tokens = place % TILE
+        scores = tl.zeros([ROWS, PIECE], dtype=tl.float32) + constant[:, None]
+        at = planes + batch * planes_batch + tile * planes_tile
+        for begin in range(0, count, CHUNK):
+            slots = begin + tl.arange(0, CHUNK)
+            is_slot = slots < count
+            # Where the components' planes lie: of the quad's common planes, then of those of its own.
+            table = components + (own + slots) * 5
+            width = tl.load(table, mask=is_slot, other=0)
+            common = tl.load(table + 1, mask=is_slot, other=0)
+            quad = tl.load(table + 2, mask=is_slot, other=0)
+            lane = tl.load(table + 3, mask=is_slot, other=0)
+            single = tl.load(table + 4, mask=is_slot, other=0)
+            bit = (tokens % 16)[None, :] * 4 + lane[:, None]
+            in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
+            in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
+            codes = tl.zeros([CHUNK, PIECE], dtype=tl.int32)
+            # Widths fall, so the first has the most planes.
+            for plane in range(tl.load(components + (own + begin) * 5)):
+                is_common = (plane < common)[:, None]
+                byte = tl.where(is_common, in_quad + plane * 8, in_single + plane * 16)
+                shift = tl.where(is_common, bit % 8, (tokens % 8)[None, :])
+                held = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
+                codes |= ((held >> shift) & 1) << plane
+            scale = scales + batch * scales_batch + tile * scales_tile + own + slots
+            scale = _decoded(tl.load(scale, mask=is_slot, other=_ZERO), KEY_STEPS)
+            share = tl.load(in_basis + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
+            share *= scale[None, :]
+            centre = tl.exp2(width.to(tl.float32) - 1) - 0.5
+            scores += _dot_codes(share, codes) - tl.sum(share * centre[None, :], 1)[:, None]
+        if PAIRS > 0:
+            # The angle of the tile's first token, in float64: it grows with the context.
+            turns = angle_step * (tile * TILE) / _TURN
+            angle = ((turns - tl.floor(turns)) * _TURN).to(tl.float32)
+            turn_real = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
+            turn_imaginary = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
+            within = pairs[:, None] * TILE + tokens[None, :]
+            cosine = tl.load(cosines + within, mask=is_pair[:, None], other=0.0)
+            sine = tl.load(sines + within, mask=is_pair[:, None], other=0.0)
+            scores += _dot(along * turn_real[None, :] + across * turn_imaginary[None, :], cosine)
+            scores += _dot(across * turn_real[None, :] - along * turn_imaginary[None, :], sine)
+        is_real = place < num_tokens
+        weights, maximum, total, fade = _weighed(
+            scores, maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
+            is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
+        )  # fmt: skip
+
+        at = value_planes + batch * value_planes_batch + tile * value_planes_tile
+        coded = tl.zeros([PIECE, VALUE_DIM], dtype=tl.int32)
+        for plane in tl.static_range(VALUE_NBITS):
+            byte = value_rows[None, :] + plane * 16 + (tokens // 8)[:, None]
+            held = tl.load(at + byte, mask=is_value, other=0).to(tl.int32)
+            coded |= ((held >> (tokens % 8)[:, None]) & 1) << plane
+        at = value_scales + batch * value_scales_batch + head * value_scales_head
+        weights *= (_decoded(tl.load(at + place), VALUE_STEPS) * top)[None, :]
+        half: tl.constexpr = 2 ** (VALUE_NBITS - 1) - 0.5
+        more = _dot_codes(weights, coded) - half * tl.sum(weights, 1)[:, None]
+        result = result * fade[:, None] + more
+    place = (batch * num_heads + head) * num_splits + first_split + split
+    _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, value_dims, value_dim)
+
+
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "tokens_a_split"])
+def attend_exact(
+    query,
+    keys,
+    keys_batch,
+    keys_head,
+    keys_token,
+    values,
+    values_batch,
+    values_head,
+    values_token,
+    mask,
+    mask_batch,
+    mask_row,
+    mask_token,
+    output,
+    maxima,
+    totals,
+    scaling,
+    softcap,
+    num_heads,
+    num_rows,
+    query_length,
+    key_dim,
+    value_dim,
+    num_tokens,
+    tokens_a_split,
+    first_token,
+    first_split,
+    num_splits,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Tokens of one exact block, from ``split * tokens_a_split`` on."""
+    row_block, split = tl.program_id(0), tl.program_id(1)
+    batch, head = tl.program_id(2) // num_heads, tl.program_id(2) % num_heads
+    batch = batch.to(tl.int64)
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    dims, value_dims = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
+    queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
+    whole = tl.load(queries + dims[None, :], mask=is_row[:, None] & (dims < key_dim)[None, :], other=0.0)
+    whole = whole.to(tl.float32)
+    result = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    last = tl.minimum((split + 1) * tokens_a_split, num_tokens)
+    for begin in range(split * tokens_a_split, last, CHUNK):
+        place = begin + tl.arange(0, CHUNK)
+        is_real = place < last
+        at = keys + batch * keys_batch + head * keys_head + place[None, :].to(tl.int64) * keys_token + dims[:, None]
+        key = tl.load(at, mask=is_real[None, :] & (dims < key_dim)[:, None], other=0.0).to(tl.float32)
+        weights, maximum, total, fade = _weighed(
+            _dot(whole, key), maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
+            is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
+        )  # fmt: skip
+        at = values + batch * values_batch + head * values_head
+        at = at + place[:, None].to(tl.int64) * values_token + value_dims[None, :]
+        value = tl.load(at, mask=is_real[:, None] & (value_dims < value_dim)[None, :], other=0.0).to(tl.float32)
+        result = result * fade[:, None] + _dot(weights, value)
+    place = (batch * num_heads + head) * num_splits + first_split + split
+    _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, value_dims, value_dim)
+
+
+@triton.jit(do_not_specialize=["num_coded", "num_splits"])
+def merge(
+    partial,
+    maxima,
+    totals,
+    sinks,
+    turn,
+    output,
+    num_heads,
+    num_rows,
+    query_length,
+    value_dim,
+    num_coded,
+    num_splits,
+    VALUE_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Splits add up; the first ``num_coded`` hold rotated values, which ``turn [value_dim, value_dim]`` turns back.
+
+    A program answers for a few of the value's dimensions.
+    """
+    row_block, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    dims = tl.arange(0, VALUE_DIM)
+    is_value = is_row[:, None] & (dims < value_dim)[None, :]
+    is_column = is_row[:, None] & (columns < value_dim)[None, :]
+    maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    if HAS_SINKS:
+        group = (num_rows // query_length) * (batch_head % num_heads) + rows // query_length
+        sink = tl.load(sinks + group, mask=is_row, other=float("-inf")).to(tl.float32)
+        maximum = tl.maximum(maximum, sink)
+    for split in range(num_splits):
+        at = (batch_head * num_splits + split) * num_rows + rows
+        maximum = tl.maximum(maximum, tl.load(maxima + at, mask=is_row, other=float("-inf")))
+    level = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    if HAS_SINKS:
+        # A learned sink is a token with a score and the value zero.
+        total += tl.exp(sink - level)
+    rotated = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
+    result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    for split in range(num_splits):
+        at = (batch_head * num_splits + split) * num_rows + rows
+        share = tl.exp(tl.load(maxima + at, mask=is_row, other=float("-inf")) - level)
+        total += share * tl.load(totals + at, mask=is_row, other=0.0)
+        at = partial + at[:, None] * value_dim
+        if split < num_coded:
+            rotated += share[:, None] * tl.load(at + dims[None, :], mask=is_value, other=0.0)
+        else:
+            result += share[:, None] * tl.load(at + columns[None, :], mask=is_column, other=0.0)
+    across = turn + dims[:, None] * value_dim + columns[None, :]
+    square = (dims < value_dim)[:, None] & (columns < value_dim)[None, :]
+    result += _dot(rotated, tl.load(across, mask=square, other=0.0))
+    # Zeros for a row that may attend to nothing.
+    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    at = (batch_head * num_rows + rows)[:, None] * value_dim + columns[None, :]
+    tl.store(output + at, result, mask=is_column)

@@ -1,0 +1,108 @@
+"""What one layer's tiers come to in numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.cache.positions import PositionLog
+from unsloth_spectral.cache.residual import ResidualBuffer
+from unsloth_spectral.cache.sink_tokens import SinkTokens
+from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock
+from unsloth_spectral.codec.sealer import SealedBlock
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.fields import Field, Fields
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the sealings so far came to: see ``LayerStats``."""
+
+    exact_blocks: int = 0
+    svd_fallbacks: int = 0
+    seal_seconds: float = 0.0
+
+    def add(self, blocks: Sequence[Block], block_size: int, seconds: float) -> "Tally":
+        """With one more sealing, which made ``blocks``; an exact one counts as often as it holds ``block_size``."""
+        exact = [block for block in blocks if isinstance(block, ExactBlock)]
+        ranked = [block for block in blocks if isinstance(block, RankBlock)]
+        return Tally(
+            self.exact_blocks + sum(-(-block.num_tokens // block_size) for block in exact),
+            self.svd_fallbacks + sum(block.num_fallbacks for block in ranked),
+            self.seal_seconds + seconds,
+        )
+
+    def to_fields(self) -> dict[str, Field]:
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> "Tally":
+        return cls(fields.integer("exact_blocks"), fields.integer("svd_fallbacks"), fields.number("seal_seconds"))
+
+
+class SharedBytes:
+    """Bytes of storages that layers share: the first that asks for one has it counted."""
+
+    def __init__(self) -> None:
+        self._counted: set[tuple[torch.device, int]] = set()
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the storages behind ``tensors`` that were not counted before."""
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            place = tensor.device, storage.data_ptr()
+            total += 0 if place in self._counted else storage.nbytes()
+            self._counted.add(place)
+        return total
+
+
+def count(
+    sinks: SinkTokens | None,
+    cold: Sequence[Block],
+    residual: ResidualBuffer,
+    positions: PositionLog,
+    sealer_bytes: int,
+    noted_bytes: int,
+    tally: Tally,
+    shared: SharedBytes,
+) -> LayerStats:
+    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
+    ranked = [block for block in cold if isinstance(block, RankBlock)]
+    coded = [block for block in cold if isinstance(block, SpectralBlock)]
+    sealed: list[SealedBlock] = [*ranked, *coded]
+    tail = residual.block
+    heads = tail.keys.shape[0] * tail.keys.shape[1]
+    per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
+    dense = sum(heads * part.shape[-1] * part.element_size() for part in (tail.keys, tail.values))
+    num_cold = sum(block.num_tokens for block in cold)
+    rotations = [block.keys.rotation for block in coded if block.keys.rotation is not None]
+    cold_bytes = sum(block.nbytes for block in cold) + sealer_bytes
+    cold_bytes += shared.of(tensor for rotation in rotations for tensor in rotation.tensors)
+    num_tokens = (0 if sinks is None else sinks.num_leading) + num_cold + residual.num_tokens
+    return LayerStats(
+        kind="spectral",
+        num_tokens=num_tokens,
+        sealed_tokens=sum(block.num_tokens for block in sealed),
+        sink_bytes=0 if sinks is None else sinks.nbytes,
+        cold_bytes=cold_bytes,
+        residual_bytes=residual.nbytes + noted_bytes + shared.of(positions.tensors),
+        dense_bytes=num_tokens * dense,
+        elements=num_tokens * per_token,
+        cold_elements=num_cold * per_token,
+        rank_keys=ranked[0].keys.rank if ranked else None,
+        rank_values=ranked[0].values.rank if ranked else None,
+        bits_keys=coded[0].keys.num_bits / (tail.keys.shape[1] * tail.keys.shape[-1]) if coded else None,
+        bits_values=float(coded[0].values.nbits) if coded else None,
+        error_keys=_mean([block.keys.relative_error for block in sealed]),
+        error_values=_mean([block.values.relative_error for block in sealed]),
+        exact_blocks=tally.exact_blocks,
+        svd_fallbacks=tally.svd_fallbacks,
+        seal_seconds=tally.seal_seconds,
+    )
+
+
+def _mean(errors: list[Tensor]) -> float | None:
+    return float(torch.cat([error.float().flatten() for error in errors]).mean()) if errors else None

@@ -1,0 +1,86 @@
+"""The exact tail of a layer's cache: a buffer that grows in place."""
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.errors import InvalidArgumentError
+
+# Growing by a few tokens at a time makes a decode step write one token instead of copying the whole tail, at the price
+# of at most this many unused tokens, which are counted as stored.
+_SPARE_TOKENS = 32
+
+
+class ResidualBuffer:
+    """Keys and values ``[B, H, num_tokens, head_dim]``, newest last, in the model's dtype."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+        self.num_tokens = keys.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return storage_bytes(self._keys, self._values)
+
+    @property
+    def block(self) -> ExactBlock:
+        """The tokens as a block, without a copy; valid until the next change."""
+        return self.slice(0, self.num_tokens)
+
+    def slice(self, start: int, stop: int) -> ExactBlock:
+        """Tokens ``start`` to ``stop`` as views."""
+        return ExactBlock(self._keys, self._values).slice(start, stop)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the newest tokens."""
+        stop = self.num_tokens + keys.shape[-2]
+        if stop > self._keys.shape[-2] or self._is_frozen():
+            grown_keys, grown_values = self._grown(self._keys, stop), self._grown(self._values, stop)
+            self._keys, self._values = grown_keys, grown_values
+        self._keys[..., self.num_tokens : stop, :] = keys
+        self._values[..., self.num_tokens : stop, :] = values
+        self.num_tokens = stop
+
+    def copy(self, start: int, stop: int) -> "ResidualBuffer":
+        """A buffer of tokens ``start`` to ``stop`` alone, so that the bytes of the others can be given back."""
+        kept = self.slice(start, stop).map_batch(torch.clone)
+        return ResidualBuffer(kept.keys, kept.values)
+
+    def map_batch(self, function: TensorFunction) -> "ResidualBuffer":
+        """A buffer with ``function`` applied along the batch dimension."""
+        mapped = self.block.map_batch(function)
+        return ResidualBuffer(mapped.keys, mapped.values)
+
+    def _grown(self, tensor: Tensor, num_tokens: int) -> Tensor:
+        shape = (*tensor.shape[:-2], num_tokens + _SPARE_TOKENS, tensor.shape[-1])
+        grown = tensor.new_empty(shape)
+        grown[..., : self.num_tokens, :] = tensor[..., : self.num_tokens, :]
+        return grown
+
+    def _is_frozen(self) -> bool:
+        # A tensor made under inference_mode may not be written to outside it.
+        return self._keys.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def check_tokens(keys: Tensor, values: Tensor, config: SpectralConfig, held: ExactBlock | None) -> None:
+    """Refuse new tokens that fit neither each other, nor ``config``, nor those ``held``.
+
+    Raises:
+        InvalidArgumentError: they do not.
+    """
+    if keys.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
+        raise InvalidArgumentError(
+            "keys and values must both be (batch, num_key_value_heads, seq_len, head_dim), "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    if held is None:
+        config.check_head_dim(min(keys.shape[-1], values.shape[-1]))
+        return
+    for name, new, old in (("keys", keys, held.keys), ("values", values, held.values)):
+        if (*new.shape[:2], new.shape[3]) != (*old.shape[:2], old.shape[3]):
+            raise InvalidArgumentError(
+                f"this cache holds {old.shape[0]} sequences of {old.shape[1]} heads with head_dim {old.shape[3]}, "
+                f"got {name} of shape {tuple(new.shape)}: use a fresh cache for another batch or model"
+            )

@@ -1,0 +1,141 @@
+"""The rank codec: a truncated SVD of each block, its left factor in int8.
+
+A block ``X`` of ``n`` tokens is kept as ``X = U S Vh`` cut to ``rank`` components. ``U`` has orthonormal columns, so
+all its entries have one magnitude and a single symmetric int8 scale per head suits every component; the singular
+values go into the half-precision basis ``S Vh``. Nothing is centred: on SmolLM2 subtracting the mean gains the keys
+little and costs the values a sevenfold KL, because the tokens that draw most attention have values near zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.rank.int8 import dequantize_int8, quantize_int8
+from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.fields import Field, Fields
+from unsloth_spectral.rsvd import SVDResult, batched_gram_svd, batched_randomized_svd
+
+_SEED = 0  # Sealing the same tokens twice must give the same block, so the test matrix is always the same.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankFactors:
+    """One side (keys or values) of a sealed block, of logical shape ``[..., tokens, head_dim]``.
+
+    Attributes:
+        codes: ``[..., rank, tokens]`` int8. Components come first: both products of attention run faster that way.
+        scale: ``[..., 1, 1]`` float32, one per head and block.
+        basis: ``[..., rank, head_dim]`` float16, singular values included, divided by the largest of them.
+        relative_error: ``[...]`` float32, estimated Frobenius norm of the error (components cut off, and
+            int8 rounding) over the block's own norm.
+        num_fallbacks: matrices for which the randomized SVD gave way to the exact one when this was encoded; factors
+            cut, mapped or joined from others say 0, so that nothing is counted twice.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    basis: Tensor
+    relative_error: Tensor
+    num_fallbacks: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.codes.shape[-2]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.codes.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor, as torch reports their storages."""
+        return storage_bytes(*self._tensors())
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the block's squares overflowed: its factors are then worthless."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.scale, self.basis, self.relative_error))
+
+    def scores(self, query: Tensor) -> Tensor:
+        """``query [..., rows, head_dim]`` against every token: ``(q basis^T) codes``, ``[..., rows, tokens]``."""
+        projected = (query @ self.basis.to(query.dtype).mT) * self.scale
+        return projected @ self.codes.to(query.dtype)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Weighted sum over tokens, ``[..., rows, tokens]`` to ``[..., rows, head_dim]``, summed in code space."""
+        coefficients = (weights @ self.codes.to(weights.dtype).mT) * self.scale
+        return coefficients @ self.basis.to(weights.dtype)
+
+    def reconstruct(self) -> Tensor:
+        """The dense block, ``[..., tokens, head_dim]`` float32."""
+        return dequantize_int8(self.codes, self.scale).mT @ self.basis.float()
+
+    def map(self, function: TensorFunction) -> "RankFactors":
+        """The same factors with ``function`` applied to each tensor; for indexing or repeating leading dimensions."""
+        codes, scale, basis, error = (function(tensor) for tensor in self._tensors())
+        return RankFactors(codes, scale, basis, error)
+
+    def first_tokens(self, num_tokens: int) -> "RankFactors":
+        """The factors of the first ``num_tokens`` tokens; the basis stays, so nothing is encoded again."""
+        codes = self.codes[..., :num_tokens].clone()
+        return RankFactors(codes, self.scale, self.basis, self.relative_error)
+
+    def concatenate(self, other: "RankFactors", dim: int) -> "RankFactors":
+        """Both factors stacked along leading dimension ``dim``."""
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        codes, scale, basis, error = (torch.cat(pair, dim) for pair in pairs)
+        return RankFactors(codes, scale, basis, error)
+
+    def to_fields(self) -> dict[str, Field]:
+        return dict(zip(("codes", "scale", "basis", "relative_error"), self._tensors(), strict=True))
+
+    @classmethod
+    def from_fields(cls, fields: Fields, leading: tuple[int, ...], head_dim: int) -> "RankFactors":
+        """Of shape ``[*leading, num_blocks, tokens, head_dim]``."""
+        codes = fields.tensor("codes", torch.int8, (*leading, None, None, None))
+        stacked, rank = codes.shape[:-2], codes.shape[-2]
+        return cls(
+            codes,
+            fields.tensor("scale", torch.float32, (*stacked, 1, 1)),
+            fields.tensor("basis", torch.float16, (*stacked, rank, head_dim)),
+            fields.tensor("relative_error", torch.float32, stacked),
+        )
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.codes, self.scale, self.basis, self.relative_error
+
+
+def encode(block: Tensor, rank: int) -> RankFactors:
+    """Encode ``block [..., tokens, head_dim]`` (any float dtype, finite) at ``rank``.
+
+    All leading dimensions (batch, heads, blocks) go through one batched factorization.
+
+    Raises:
+        InvalidArgumentError: ``rank`` exceeds tokens or head_dim, or the block is not finite.
+    """
+    matrix = block.float().contiguous()
+    svd = _factorize(matrix, rank)
+    left, singular_values, right = svd
+    largest = singular_values[..., :1].clamp_min(torch.finfo(torch.float32).tiny)
+    basis = ((singular_values / largest)[..., None] * right).half()
+    codes, scale = quantize_int8(left.mT.contiguous(), dims=(-2, -1))
+    energy = torch.linalg.vector_norm(matrix.flatten(-2), dim=-1).square()  # no copy of the squares
+    kept = singular_values.square().sum(-1)
+    # Uniform rounding adds scale^2 / 12 to each entry of U, hence tokens * scale^2 / 12 times the energy kept.
+    rounding = kept * (matrix.shape[-2] / 12) * scale[..., 0, 0].square()
+    lost = (energy - kept).clamp_min(0) + rounding
+    relative_error = (lost / energy.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    return RankFactors(codes, scale * largest[..., None], basis, relative_error, svd.num_fallbacks)
+
+
+def _factorize(matrix: Tensor, rank: int) -> SVDResult:
+    """By whichever route is faster at these shapes (benchmarks/rsvd.py, [21, 512, 64]).
+
+    Where more than half of the components are kept the random projection saves little, and the exact Gram route
+    overtakes it.
+    """
+    if 2 * rank >= min(matrix.shape[-2:]):
+        return batched_gram_svd(matrix, rank)
+    generator = torch.Generator(matrix.device).manual_seed(_SEED)
+    return batched_randomized_svd(matrix, rank, generator=generator)

@@ -1,0 +1,406 @@
+"""Keys as codes of their principal components (DESIGN section 3)."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.config import GROUP_SIZE
+from unsloth_spectral.codec.spectral import kernel
+from unsloth_spectral.codec.spectral.allocate import DISTORTION
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
+from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
+from unsloth_spectral.codec.spectral.statistics import Basis, projection
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.fields import Field, Fields
+from unsloth_spectral.rope import Rotation, join_rotations, minus_rotated, rotate, unrotate, unrotated_sum
+
+# What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
+SCALE_BITS = 8 / GROUP_SIZE
+STEPS_PER_OCTAVE = 32
+# Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
+CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
+
+# For each key-value head the bits of its components, falling.
+Widths: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyCodes:
+    """Keys of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
+
+    Only components of one bit or more are held, ``C`` of all heads together: head by head, by falling width.
+
+    Attributes:
+        planes: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
+        scales: ``[B, tiles, C]`` uint8, see ``logscale``; a tile is a group of tokens that share them.
+        vectors: ``[B, C, D]`` int8, the basis.
+        vector_scales: ``[B, C, 1]`` float32, of the basis rows; the largest scale of each component is in it.
+        mean: ``[B, H, D]`` float16, un-rotated.
+        relative_error: ``[B, H]`` float16, relative error under the query metric.
+        widths: bits of each component.
+        num_tokens: tokens held.
+        rotation: the tokens' positions; None for a model without rotary embeddings.
+        is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    vectors: Tensor
+    vector_scales: Tensor
+    mean: Tensor
+    relative_error: Tensor
+    widths: Widths
+    num_tokens: int
+    rotation: Rotation | None
+    is_rotated: bool
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.mean.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor, as torch reports their storages, but for the rotation's, which layers share."""
+        return storage_bytes(self.planes, self.scales, self.vectors, self.vector_scales, self.mean, self.relative_error)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits a token of all heads together, codes alone."""
+        return sum(map(sum, self.widths))
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Coefficients ``[B, H, K, num_tokens]`` and their basis ``[B, H, K, D]``, both float32.
+
+        ``K`` is the most components of any head; others are filled up with zeros.
+        """
+        flat = flat_widths(self.widths)
+        scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
+        coefficients = dequantize(unpack_quads(self.planes, self.widths), _as_tensor(flat, self.planes.device), scales)
+        basis = self.vectors.float() * self.vector_scales
+        return _by_head(coefficients, self.widths)[..., : self.num_tokens], _by_head(basis, self.widths)
+
+    def reconstruct(self) -> Tensor:
+        """The dense keys as the model caches them, ``[B, H, num_tokens, D]`` float32."""
+        coefficients, basis = self.components()
+        x = coefficients.mT @ basis
+        mean = self.mean.float()[:, :, None]
+        if self.rotation is None:
+            return x + mean
+        table = self.rotation.table()[:, None]
+        if self.is_rotated:
+            return x + rotate(mean.expand_as(x), table, self.rotation)
+        return rotate(x + mean, table, self.rotation)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Dot products of ``query [B, H, rows, D]`` with every key, ``[B, H, rows, num_tokens]``."""
+        if not self.is_rotated and self.rotation is not None:
+            return query @ self.reconstruct().to(query.dtype).mT
+        coefficients, basis = self.components()
+        scores = (query @ basis.to(query.dtype).mT) @ coefficients.to(query.dtype)
+        mean = self.mean.to(query.dtype)[:, :, None]
+        if self.rotation is None:
+            return scores + query @ mean.mT
+        return scores + _rotated_mean_scores(query, mean, self.rotation)
+
+    def slice(self, start: int, stop: int) -> "KeyCodes":
+        """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
+        return replace(
+            self,
+            planes=self.planes[:, start // GROUP_SIZE : num_tiles(stop)],
+            scales=self.scales[:, start // GROUP_SIZE : num_tiles(stop)],
+            num_tokens=stop - start,
+            rotation=None if self.rotation is None else self.rotation.slice(start, stop),
+        )
+
+    def map(self, function: TensorFunction) -> "KeyCodes":
+        """``function`` applied along the batch dimension of each tensor."""
+        batched = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error")
+        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in batched}
+        rotation = None if self.rotation is None else self.rotation.map_batch(function)
+        return replace(self, **mapped, rotation=rotation)
+
+    def append(self, other: "KeyCodes") -> "KeyCodes":
+        """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
+        rotation = self.rotation
+        if rotation is not None and other.rotation is not None:
+            rotation = join_rotations([rotation, other.rotation])
+        return replace(
+            self,
+            planes=torch.cat([self.planes, other.planes], 1),
+            scales=torch.cat([self.scales, other.scales], 1),
+            relative_error=joint_error(self, other),
+            num_tokens=self.num_tokens + other.num_tokens,
+            rotation=rotation,
+        )
+
+    def to_fields(self) -> dict[str, Field]:
+        names = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error", "widths", "num_tokens")
+        found: dict[str, Field] = {name: getattr(self, name) for name in names}
+        rotation = None if self.rotation is None else self.rotation.to_fields()
+        return {**found, "rotation": rotation, "is_rotated": self.is_rotated}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyCodes":
+        widths, num_tokens = _widths_of(fields, shape), fields.integer("num_tokens", 1)
+        batch, rows, count = shape.batch, (shape.batch, shape.heads), len(flat_widths(widths))
+        tiles, rotation = num_tiles(num_tokens), None
+        if fields.has("rotation"):
+            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, batch, num_tokens)
+        return cls(
+            fields.tensor("planes", torch.uint8, (batch, tiles, sum(map(sum, widths)), PLANE_BYTES)),
+            fields.tensor("scales", torch.uint8, (batch, tiles, count)),
+            fields.tensor("vectors", torch.int8, (batch, count, shape.key_dim)),
+            fields.tensor("vector_scales", torch.float32, (batch, count, 1)),
+            fields.tensor("mean", torch.float16, (*rows, shape.key_dim)),
+            fields.tensor("relative_error", torch.float16, rows),
+            widths,
+            num_tokens,
+            rotation,
+            fields.flag("is_rotated"),
+        )
+
+
+def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
+    widths = fields.integer_lists("widths", 1, MAX_NBITS)
+    falling = all(list(own) == sorted(own, reverse=True) and len(own) <= shape.key_dim for own in widths)
+    fields.require(len(widths) == shape.heads and falling, f"falling widths of {shape.heads} heads")
+    return widths
+
+
+def flat_widths(widths: Widths) -> tuple[int, ...]:
+    """All heads' widths, one after another."""
+    return tuple(chain.from_iterable(widths))
+
+
+@lru_cache(maxsize=256)
+def _as_tensor(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(widths, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _slots(widths: Widths, device: torch.device) -> Tensor:
+    """Where each of ``C`` components goes when every head gets room for the most any head has."""
+    most = max(map(len, widths))
+    slots = [head * most + place for head, own in enumerate(widths) for place in range(len(own))]
+    return torch.tensor(slots, dtype=torch.int64, device=device)
+
+
+def _by_head(components: Tensor, widths: Widths) -> Tensor:
+    """``[B, C, n]`` as ``[B, num_heads, most, n]``, filled up with zeros."""
+    batch, _, count = components.shape
+    most = max(map(len, widths))
+    if all(len(own) == most for own in widths):
+        return components.unflatten(1, (len(widths), most))
+    empty = components.new_zeros(batch, len(widths) * most, count)
+    return empty.index_copy_(1, _slots(widths, components.device), components).unflatten(1, (len(widths), most))
+
+
+def centre(
+    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What is coded of ``keys [B, H, n, D]``, and the mean taken from it, ``[B, H, D]`` float16 (or the given one).
+
+    ``real [B, n]`` bool leaves out padding, which becomes zero.
+    """
+    x = keys.float()
+    weight = None if real is None else real[:, None, :, None].to(x.dtype)
+    if rotation is not None and is_rotated:
+        table = rotation.table()[:, None]
+        mean = _mean(x, weight, table, rotation).half() if mean is None else mean
+        x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
+    else:
+        x = x if rotation is None else unrotate(x, rotation.table()[:, None], rotation)
+        mean = _mean(x, weight).half() if mean is None else mean
+        x = x - mean.float()[:, :, None]
+    return (x if weight is None else x * weight), mean
+
+
+def _mean(x: Tensor, weight: Tensor | None, table: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+    """Mean over the tokens of ``x``, or of what it was before ``rotation``, under ``weight [B, 1, n, 1]``."""
+    count = x.shape[-2] if weight is None else weight.sum(-2).clamp_min(1)
+    x = x if weight is None else x * weight
+    total = x.sum(-2) if table is None or rotation is None else unrotated_sum(x, table, rotation)
+    return total / count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyPlan:
+    """How keys are coded: which components, how many bits each, in which rounded basis.
+
+    Attributes:
+        vectors: ``[B, C, D]`` int8, head by head, by falling width.
+        row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``.
+        tops: ``[B, C, 1]`` float32, the largest scale that codes may have; None until the first tokens are coded.
+        widths: bits of each component.
+        level: the water level of the widths.
+    """
+
+    vectors: Tensor
+    row_scales: Tensor
+    tops: Tensor | None
+    widths: Widths
+    level: float
+
+    def to_fields(self) -> dict[str, Field]:
+        return {name: getattr(self, name) for name in ("vectors", "row_scales", "tops", "widths", "level")}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyPlan":
+        widths = _widths_of(fields, shape)
+        size = (shape.batch, len(flat_widths(widths)))
+        return cls(
+            fields.tensor("vectors", torch.int8, (*size, shape.key_dim)),
+            fields.tensor("row_scales", torch.float32, (*size, 1)),
+            fields.tensor("tops", torch.float32, (*size, 1)) if fields.has("tops") else None,
+            widths,
+            fields.number("level"),
+        )
+
+
+def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
+    """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
+    kept: Widths = tuple(tuple(sorted((width for width in own if width), reverse=True)) for own in widths.tolist())
+    order = (widths.argsort(dim=-1, descending=True, stable=True) + _first_of(widths)).flatten()
+    order = order[widths.flatten()[order] > 0]
+    rows = basis.vectors.flatten(1, 2)[:, order]
+    peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    vectors = (rows * (127 / peak)).round().to(torch.int8)
+    return KeyPlan(vectors, peak / 127, None, kept, level)
+
+
+def _first_of(widths: Tensor) -> Tensor:
+    """``[H, 1]``, the place of each head's first component among those of all heads."""
+    return torch.arange(len(widths), dtype=torch.int64, device=widths.device)[:, None] * widths.shape[1]
+
+
+def encode(
+    x: Tensor,
+    covariance: Tensor,
+    plan: KeyPlan,
+    metric: Tensor,
+    mean: Tensor,
+    rotation: Rotation | None,
+    is_rotated: bool,
+) -> tuple[KeyCodes, KeyPlan]:
+    """Code ``x [B, H, n, D]``, centred, of that covariance, and the plan with its ``tops``."""
+    num_tokens = x.shape[-2]
+    flat = flat_widths(plan.widths)
+    rows = plan.vectors.float() * plan.row_scales
+    basis = _by_head(rows, plan.widths)
+    project = projection(basis, metric)
+    coefficients = torch.cat([project[:, h, :, : len(own)].mT @ x[:, h].mT for h, own in enumerate(plan.widths)], 1)
+    if kernel.serves(coefficients):
+        planes, scales, energies, squares = kernel.encode_keys(coefficients, plan.widths, CLIPS)
+    else:
+        nbits = _as_tensor(flat, x.device)
+        codes, scales = quantize(coefficients, nbits)
+        planes = pack_quads(codes, plan.widths)
+        energies, squares = (
+            _groups(numbers).square().sum(-1)
+            for numbers in (coefficients, _around_zero(codes, nbits)[..., :num_tokens])
+        )
+    # Twice the largest: later tokens coded in the same basis may need more.
+    tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
+    scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
+    stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
+    # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
+    ratio = stored / scales.clamp_min(torch.finfo(scales.dtype).tiny)
+    lost = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
+    error = _relative_error(_by_head(lost[..., None], plan.widths)[..., 0], basis, project, covariance, metric)
+    found = KeyCodes(
+        planes,
+        scale_codes.mT.contiguous(),
+        plan.vectors,
+        plan.row_scales * tops,
+        mean,
+        error,
+        plan.widths,
+        num_tokens,
+        rotation,
+        is_rotated,
+    )
+    return found, replace(plan, tops=tops)
+
+
+def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform mid-rise codes and scales ``[B, C, groups]`` of ``coefficients [B, C, n]``.
+
+    The codes are ``[B, C, T]`` uint8, ``T`` the next multiple of 128.
+
+    Per component and group the clipping point of least squared error, then the scale that makes the codes project
+    exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
+    """
+    groups = _groups(coefficients)
+    half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]
+    peak = groups.abs().amax(-1, keepdim=True)
+    best, step = None, torch.ones_like(peak)
+    for clip in CLIPS:
+        trial = (peak * clip / half).clamp_min(torch.finfo(groups.dtype).tiny)
+        value = _mid_rise(groups / trial, half)
+        # The error once the scale is the least-squares one for these codes.
+        along = (groups * value).sum(-1, keepdim=True).square() / value.square().sum(-1, keepdim=True)
+        better = torch.ones_like(peak, dtype=torch.bool) if best is None else along > best
+        best = along if best is None else torch.where(better, along, best)
+        step = torch.where(better, trial, step)
+    value = _mid_rise(groups / step, half)
+    overlap = (groups * value).sum(-1, keepdim=True)
+    scales = groups.square().sum(-1, keepdim=True) / overlap.clamp_min(torch.finfo(groups.dtype).tiny)
+    codes = (value + (half - 0.5)).to(torch.uint8).flatten(-2)
+    return codes, scales[..., 0]
+
+
+def _groups(coefficients: Tensor) -> Tensor:
+    """``[..., n]`` as ``[..., groups, 128]``, filled up with zeros."""
+    padded = torch.nn.functional.pad(coefficients, (0, -coefficients.shape[-1] % GROUP_SIZE))
+    return padded.unflatten(-1, (-1, GROUP_SIZE))
+
+
+def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:
+    """Coefficients ``[B, C, T]`` float32 of codes of widths ``nbits [C]`` under ``scales [B, C, groups]``."""
+    spread = scales.repeat_interleave(GROUP_SIZE, dim=-1)[..., : codes.shape[-1]]
+    return _around_zero(codes, nbits) * spread
+
+
+def _around_zero(codes: Tensor, nbits: Tensor) -> Tensor:
+    return codes.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
+
+
+def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
+    """Distortion left at ``widths``, summed over the last dimension."""
+    distortion = torch.tensor(DISTORTION, dtype=torch.float32, device=variances.device)
+    return (variances * distortion[widths]).sum(-1)
+
+
+def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
+    return (x.floor() + 0.5).clamp(0.5 - half, half - 0.5)
+
+
+def _relative_error(rounding: Tensor, basis: Tensor, project: Tensor, covariance: Tensor, metric: Tensor) -> Tensor:
+    """Of keys whose coefficients ``x @ project`` in ``basis [B, H, K, D]`` lost ``rounding [B, H, K]`` in variance.
+
+    Under the metric, what the basis leaves out is orthogonal to what rounding does, and the basis' rows are so to each
+    other, but for their own rounding: small products instead of some as long as the context.
+    """
+    weighted = basis @ metric
+    whole = (covariance * metric).sum((-2, -1))
+    left_out = whole - ((covariance @ project) * weighted.mT).sum((-2, -1))
+    rounded = (rounding * (weighted * basis).sum(-1)).sum(-1)
+    lost = left_out.clamp_min(0) + rounded.clamp_min(0)
+    return (lost / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().half()
+
+
+def _rotated_mean_scores(query: Tensor, mean: Tensor, rotation: Rotation) -> Tensor:
+    """``q R(n) mu`` for every token: two products per pair and token, shared by nothing but cheap beside the codes."""
+    fixed = torch.ones(mean.shape[-1], dtype=torch.bool, device=mean.device)
+    fixed[rotation.first], fixed[rotation.second] = False, False
+    q_real, q_imaginary = query[..., rotation.first], query[..., rotation.second]
+    m_real, m_imaginary = mean[..., rotation.first], mean[..., rotation.second]
+    cosine = q_real * m_real + q_imaginary * m_imaginary
+    sine = q_imaginary * m_real - q_real * m_imaginary
+    table = rotation.table()[:, None]
+    turned = cosine @ table.real.to(query.dtype).mT + sine @ table.imag.to(query.dtype).mT
+    return turned + query[..., fixed] @ mean[..., fixed].mT

@@ -1,0 +1,166 @@
+"""Values as codes of their randomly rotated, normalized selves, unbiased token by token (DESIGN section 3)."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.spectral import kernel
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles, pack, unpack
+from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.fields import Field, Fields
+
+STEPS_PER_OCTAVE = 20
+# Steps of the uniform quantizer of least squared error on a unit Gaussian, 1 to 8 bits (Max, 1960).
+_STEPS = (1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueCodes:
+    """Values of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
+
+    Attributes:
+        planes: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``.
+        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``logscale``.
+        largest: ``[B, H, 1]`` float32, the scale of code 0.
+        relative_error: ``[B, H]`` float16, relative error.
+        head_dim, nbits, num_tokens: D, the width of every code, and the tokens held.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    largest: Tensor
+    relative_error: Tensor
+    head_dim: int
+    nbits: int
+    num_tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor, as torch reports their storages."""
+        return storage_bytes(self.planes, self.scales, self.largest, self.relative_error)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sum of the values under ``weights [B, H, rows, num_tokens]``; rotated back once, ``[B, H, rows, D]``."""
+        scaled = weights * self._token_scales().to(weights.dtype)[:, :, None]
+        turned = scaled @ self._rotated().to(weights.dtype).mT
+        return turned @ hadamard(self.head_dim).to(weights)
+
+    def reconstruct(self) -> Tensor:
+        """The dense values, ``[B, H, num_tokens, D]`` float32."""
+        turned = self._rotated().mT * self._token_scales()[..., None]
+        return turned @ hadamard(self.head_dim).to(turned)
+
+    def slice(self, start: int, stop: int) -> "ValueCodes":
+        """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
+        return replace(
+            self,
+            planes=self.planes[:, start // TILE_TOKENS : num_tiles(stop)],
+            scales=self.scales[..., start : num_tiles(stop) * TILE_TOKENS],
+            num_tokens=stop - start,
+        )
+
+    def map(self, function: TensorFunction) -> "ValueCodes":
+        """``function`` applied along the batch dimension of each tensor."""
+        names = ("planes", "scales", "largest", "relative_error")
+        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **mapped)
+
+    def append(self, other: "ValueCodes") -> "ValueCodes":
+        """These values followed by ``other``'s, of the same width; these fill whole tiles."""
+        return replace(
+            self,
+            planes=torch.cat([self.planes, other.planes], 1),
+            scales=torch.cat([self.scales, other.scales], -1),
+            relative_error=joint_error(self, other),
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    def to_fields(self) -> dict[str, Field]:
+        names = ("planes", "scales", "largest", "relative_error", "nbits", "num_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "ValueCodes":
+        nbits, num_tokens, head_dim = fields.integer("nbits", 1), fields.integer("num_tokens", 1), shape.value_dim
+        fields.require(nbits <= MAX_NBITS, f"at most {MAX_NBITS} bits")
+        tiles, rows = num_tiles(num_tokens), (shape.batch, shape.heads)
+        return cls(
+            fields.tensor("planes", torch.uint8, (shape.batch, tiles, shape.heads * head_dim * nbits, PLANE_BYTES)),
+            fields.tensor("scales", torch.uint8, (*rows, tiles * TILE_TOKENS)),
+            fields.tensor("largest", torch.float32, (*rows, 1)),
+            fields.tensor("relative_error", torch.float16, rows),
+            head_dim,
+            nbits,
+            num_tokens,
+        )
+
+    def _token_scales(self) -> Tensor:
+        return decode_scales(self.scales[..., : self.num_tokens], STEPS_PER_OCTAVE) * self.largest
+
+    def _rotated(self) -> Tensor:
+        """Rotated values before their tokens' scales, ``[B, H, D, num_tokens]``."""
+        widths = (self.nbits,) * (self.planes.shape[2] // self.nbits)
+        codes = unpack(self.planes, widths)[..., : self.num_tokens]
+        centred = codes.float() - ((1 << (self.nbits - 1)) - 0.5)
+        return centred.unflatten(1, (-1, self.head_dim))
+
+
+def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCodes:
+    """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8.
+
+    ``largest [B, H, 1]``, where later tokens join earlier ones, is the scale that the earlier ones' are relative to;
+    it is not used where the later ones exceed it.
+    """
+    turned = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
+    step, tiny = _STEPS[nbits - 1], torch.finfo(turned.dtype).tiny
+    quantized = kernel.encode_values(turned, nbits, step) if kernel.serves(turned) else quantize(turned, nbits, step)
+    planes, energy, overlap, squares = quantized
+    # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
+    scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
+    if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
+        largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
+    scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
+    stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
+    # |stored * codes - token|^2, written so that no square of a tiny number is taken.
+    ratio = torch.where(energy > 0, stored / scales.clamp_min(tiny), 0.0)
+    spread = scales * squares / overlap.clamp_min(tiny)
+    lost = (energy * (ratio.square() * spread - 2 * ratio + 1)).sum(-1).clamp_min(0)
+    error = (lost / energy.sum(-1).clamp_min(tiny)).sqrt().half()
+    num_tokens = values.shape[-2]
+    scale_codes = torch.nn.functional.pad(scale_codes, (0, -num_tokens % TILE_TOKENS), value=ZERO)
+    return ValueCodes(planes, scale_codes, largest, error, values.shape[-1], nbits, num_tokens)
+
+
+def quantize(turned: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rotated values ``turned [B, H, D, n]`` the planes, and for each token, ``[B, H, n]`` float32: its squared
+    length, its product with its codes around zero, and their squared length."""
+    energy = turned.square().sum(-2)
+    rms = (energy / turned.shape[-2]).sqrt().clamp_min(torch.finfo(turned.dtype).tiny)
+    half = 1 << (nbits - 1)
+    codes = ((turned / (rms * step)[:, :, None]).floor() + 0.5).clamp(0.5 - half, half - 0.5)
+    planes = pack((codes + (half - 0.5)).to(torch.uint8).flatten(1, 2), (nbits,) * (turned.shape[1] * turned.shape[2]))
+    return planes, energy, (codes * turned).sum(-2), codes.square().sum(-2)
+
+
+@lru_cache
+def hadamard(dim: int) -> Tensor:
+    """A fixed orthogonal matrix ``[dim, dim]``: a Hadamard matrix with random signs, or a random one if there is none.
+
+    Sylvester's construction for the power of two in ``dim``, a seeded QR factor for the odd rest.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    odd, matrix = dim, torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    while odd % 2 == 0:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        odd //= 2
+    if odd > 1:
+        drawn = torch.randn(odd, odd, generator=generator, dtype=torch.float32, device="cpu")
+        matrix = torch.kron(matrix, torch.linalg.qr(drawn).Q.contiguous())
+    signs = torch.randint(0, 2, (dim,), generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
+    return matrix * signs / math.sqrt(dim // odd)

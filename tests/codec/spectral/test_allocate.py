@@ -1,0 +1,259 @@
+"""Bits for components: against a plain greedy allocation, and one budget for all layers that is never exceeded."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unsloth_spectral.codec.spectral.allocate import DISTORTION, GAINS, Budget, cost, uniform_value_width, widths_at
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS
+from unsloth_spectral.codec.spectral.profile import ModelProfile
+
+HEADS, HEAD_DIM = 2, 32
+
+
+def spectrum(seed: int, octaves: float = 12.0, components: int = HEADS * HEAD_DIM) -> torch.Tensor:
+    """Distinct variances over ``octaves``."""
+    return torch.exp2(-octaves * torch.rand(components, generator=torch.Generator().manual_seed(seed)))
+
+
+def greedy(variances: torch.Tensor, bits: int) -> list[int]:
+    """One bit after another to whoever gains most."""
+    widths = [0] * len(variances)
+    for _ in range(bits):
+        gains = [
+            float(v) * GAINS[w] if w < MAX_NBITS else -1.0 for v, w in zip(variances.double(), widths, strict=True)
+        ]
+        widths[gains.index(max(gains))] += 1
+    return widths
+
+
+def distortion(variances: torch.Tensor, widths: torch.Tensor) -> float:
+    return float((variances * torch.tensor(DISTORTION)[widths]).sum())
+
+
+def test_the_gains_fall() -> None:
+    assert list(GAINS) == sorted(GAINS, reverse=True)
+    assert len(GAINS) == MAX_NBITS
+
+
+@pytest.mark.parametrize("first_bit_cost", [1.0, 1.3, 5.0])
+def test_widths_fall_as_the_level_rises_and_rise_with_the_variance(first_bit_cost: float) -> None:
+    variances = spectrum(0).sort(descending=True).values
+    before = torch.full((len(variances),), MAX_NBITS)
+    for exponent in range(-60, 10):
+        widths = widths_at(2.0 ** (exponent / 3), variances, first_bit_cost)
+        assert (widths <= before).all()
+        assert (widths.diff() <= 0).all()
+        assert widths.min() >= 0
+        before = widths
+    assert not before.any()
+    assert (widths_at(2.0**-40, variances, first_bit_cost) == MAX_NBITS).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_the_greedy_allocation_where_every_bit_costs_the_same(seed: int) -> None:
+    variances = spectrum(seed, components=40)
+    for exponent in range(-20, 0, 3):
+        widths = widths_at(2.0**exponent, variances, 1.0)
+        assert widths.tolist() == greedy(variances, int(widths.sum()))
+
+
+@pytest.mark.parametrize("first_bit_cost", [1.5, 3.0, 8.0])
+def test_a_costly_first_bit_is_paid_only_where_it_is_worth_it(first_bit_cost: float) -> None:
+    variances = spectrum(1)
+    widths = widths_at(2.0**-6, variances, first_bit_cost)
+    price = cost(widths, first_bit_cost)
+    assert price == int(widths.sum()) + (first_bit_cost - 1) * int((widths > 0).sum())
+    # No other level of the free first bit does better for the same money.
+    for exponent in range(-80, 0):
+        other = widths_at(2.0 ** (exponent / 4), variances, 1.0)
+        if cost(other, first_bit_cost) <= price:
+            assert distortion(variances, widths) <= distortion(variances, other) + 1e-6
+    assert int((widths > 0).sum()) < int((widths_at(2.0**-6, variances, 1.0) > 0).sum())
+
+
+@pytest.mark.parametrize("first_bit_cost", [1.0, 1.3, 3.0, 8.0])
+def test_each_width_is_the_best_at_its_level(first_bit_cost: float) -> None:
+    variances, bits = spectrum(2).double(), torch.arange(MAX_NBITS + 1)
+    price = bits + (first_bit_cost - 1) * (bits > 0)
+    for exponent in range(-40, 2):
+        level = 2.0 ** (exponent / 3)
+        best = (variances[:, None] * torch.tensor(DISTORTION).double() + level * price).argmin(-1)
+        assert torch.equal(widths_at(level, variances, first_bit_cost), best)
+
+
+def spend(
+    budget: Budget, layers: list[torch.Tensor], order: list[int], first: float = 1.1, fixed: float = 0.0
+) -> tuple[float, list[torch.Tensor]]:
+    """Bits per element that ``order`` of ``layers`` takes."""
+    widths = {layer: budget.allocate(layer, layers[layer].view(HEADS, HEAD_DIM), first, fixed) for layer in order}
+    total = sum(cost(found, first) + fixed for found in widths.values())
+    return total / sum(layer.numel() for layer in layers), [widths[layer] for layer in range(len(layers))]
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(-8, 8), min_size=1, max_size=12),
+    bits=st.floats(0.8, 5.0),
+    first=st.floats(1.0, 3.0),
+    shuffle=st.randoms(use_true_random=False),
+    seed=st.integers(0, 10**6),
+)
+def test_the_total_stays_within_the_budget(
+    sizes: list[int], bits: float, first: float, shuffle: object, seed: int
+) -> None:
+    layers = [spectrum(seed + i) * 2.0**size for i, size in enumerate(sizes)]
+    order = list(range(len(sizes)))
+    shuffle.shuffle(order)
+    spent, _ = spend(Budget(bits, len(layers)), layers, order, first, fixed=8.0)
+    assert spent <= bits + 1e-6
+    # A component's first two bits may come together, and with its metadata.
+    assert spent >= bits - (first + 2) / (HEADS * HEAD_DIM * len(layers)) - 0.02 * bits
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.6, 2.2, 4.0])
+def test_nearly_all_is_spent(bits: float) -> None:
+    layers = [spectrum(i) * 2.0 ** (i % 5) for i in range(12)]
+    spent, _ = spend(Budget(bits, 12), layers, list(range(12)), fixed=4.0)
+    assert bits * 0.98 <= spent <= bits
+
+
+def test_nothing_is_bought_where_the_fixed_cost_takes_all() -> None:
+    _, widths = spend(Budget(1.0, 2), [spectrum(0), spectrum(1)], [0, 1], fixed=100.0)
+    assert not any(found.any() for found in widths)
+
+
+def test_equal_layers_get_equal_levels() -> None:
+    budget, layers = Budget(2.0, 8), [spectrum(0)] * 8
+    _, widths = spend(budget, layers, list(range(8)))
+    levels = [budget.level_of(layer) for layer in range(8)]
+    assert max(levels) / min(levels) < 1.1
+    assert all((found - widths[0]).abs().sum() <= 3 for found in widths)
+
+
+def test_layers_that_matter_more_get_more() -> None:
+    layers = [spectrum(i) * (16.0 if i % 2 else 1.0) for i in range(8)]
+    _, widths = spend(Budget(2.5, 8), layers, list(range(8)))
+    # Sixteen times the variance is two bits more a component.
+    assert int(widths[7].sum()) > int(widths[6].sum()) + HEADS * HEAD_DIM
+
+
+def test_variances_expected_give_all_layers_one_level_from_the_first() -> None:
+    layers = [spectrum(i) * 4.0**i for i in range(6)]
+    known = ModelProfile((0.0,) * 6, (1.0,) * 6, tuple(tuple(layer.tolist()) for layer in layers))
+    told, untold = Budget(2.5, 6, known), Budget(2.5, 6)
+    spent, widths = spend(told, layers, list(range(6)))
+    _, other = spend(untold, layers, list(range(6)))
+    assert 2.5 * 0.98 <= spent <= 2.5
+    levels, blind = ([budget.level_of(layer) for layer in range(6)] for budget in (told, untold))
+    assert max(levels) / min(levels) < 1.2
+    assert max(blind) / min(blind) > 4
+
+    def lost(found: list[torch.Tensor]) -> float:
+        return sum(distortion(layer, w.flatten()) for layer, w in zip(layers, found, strict=True))
+
+    assert lost(widths) < lost(other)
+
+
+def test_a_layer_asked_again_keeps_its_level() -> None:
+    budget = Budget(2.0, 2)
+    first = budget.allocate(0, spectrum(0).view(HEADS, -1), 1.1, 0.0)
+    assert torch.equal(budget.allocate(0, spectrum(0).view(HEADS, -1), 1.1, 0.0), first)
+    level = budget.level_of(0)
+    assert torch.equal(
+        budget.allocate(0, 4 * spectrum(0).view(HEADS, -1), 1.1, 0.0),
+        widths_at(level, 4 * spectrum(0).view(HEADS, -1), 1.1),
+    )
+    spent, _ = spend(budget, [spectrum(0), spectrum(1)], [0, 1])
+    assert spent <= 2.0
+
+
+def test_reset_forgets_what_was_spent() -> None:
+    budget, layers = Budget(2.0, 3), [spectrum(i) * 3.0**i for i in range(3)]
+    spent, widths = spend(budget, layers, [0, 1, 2])
+    budget.reset()
+    with pytest.raises(KeyError):
+        budget.level_of(0)
+    again, same = spend(budget, layers, [0, 1, 2])
+    assert again == spent
+    assert all(torch.equal(a, b) for a, b in zip(widths, same, strict=True))
+    # In the middle of a round, too.
+    budget.reset()
+    budget.allocate(1, 1e6 * layers[1].view(HEADS, -1), 1.1, 0.0)
+    budget.reset()
+    assert spend(budget, layers, [0, 1, 2])[0] == spent
+
+
+def test_zero_variances_get_no_bits() -> None:
+    assert not Budget(4.0, 1).allocate(0, torch.zeros(HEADS, HEAD_DIM), 1.1, 0.0).any()
+    half = spectrum(0).view(HEADS, HEAD_DIM).clone()
+    half[1] = 0
+    widths = Budget(2.0, 1).allocate(0, half, 1.1, 0.0)
+    assert not widths[1].any()
+    assert widths[0].float().mean() > 3
+
+
+def known_model(num_layers: int, seed: int = 0) -> tuple[ModelProfile, list[torch.Tensor]]:
+    """A model whose layers differ a hundredfold in what they need, and its profile."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [spectrum(seed + i) * 3.0 ** (i % 4) for i in range(num_layers)]
+    keys, values = torch.logspace(-3, -1, 5)[torch.randint(0, 5, (2, num_layers), generator=generator)].tolist()
+    return ModelProfile(tuple(values), tuple(keys), tuple(tuple(layer.tolist()) for layer in layers)), layers
+
+
+ELEMENTS = HEADS * HEAD_DIM
+
+
+def spend_both(budget: Budget, layers: list[torch.Tensor]) -> tuple[float, list[torch.Tensor], list[int]]:
+    """Bits for each key element that keys and values take, and the widths of both."""
+    widths = [
+        budget.allocate(layer, each.view(HEADS, HEAD_DIM), 1.1, 8.0, ELEMENTS) for layer, each in enumerate(layers)
+    ]
+    nbits = [budget.value_nbits_of(layer) for layer in range(len(layers))]
+    total = sum(cost(found, 1.1) + 8.0 for found in widths) + ELEMENTS * sum(nbits)
+    return total / (ELEMENTS * len(layers)), widths, nbits
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(bits=st.floats(2.4, 8.0), num_layers=st.integers(1, 12), size=st.floats(-6, 6), seed=st.integers(0, 1000))
+def test_keys_and_values_stay_within_one_budget(bits: float, num_layers: int, size: float, seed: int) -> None:
+    profile, layers = known_model(num_layers, seed)
+    # The text at hand needs more or less than the profile's texts did.
+    spent, _, nbits = spend_both(Budget(bits, num_layers, profile), [layer * 2.0**size for layer in layers])
+    assert spent <= bits + 1e-6
+    assert all(1 <= each <= MAX_NBITS for each in nbits)
+
+
+def test_a_profile_gives_keys_and_values_one_level() -> None:
+    profile, layers = known_model(12)
+    spent, widths, nbits = spend_both(Budget(4.24, 12, profile), layers)
+    # A layer's values come in whole bits only.
+    assert 4.24 * 0.95 <= spent <= 4.24
+    assert len(set(nbits)) > 1
+    by_damage = [width for _, width in sorted(zip(profile.value_sensitivities, nbits, strict=True))]
+    assert by_damage == sorted(by_damage)
+
+    def damage(own: list[torch.Tensor], other: list[int]) -> float:
+        """Nats, as the quantizers' tables have it."""
+        keys = zip(profile.key_sensitivities, layers, own, strict=True)
+        values = zip(profile.value_sensitivities, other, strict=True)
+        unbiased = [d / (1 - d) for d in DISTORTION[1:]]
+        return sum(s * distortion(v, w.flatten()) for s, v, w in keys) + sum(
+            s * unbiased[nbits - 1] / unbiased[0] for s, nbits in values
+        )
+
+    # Against one width for all values and the rest for the keys as they come.
+    blind = Budget(2.24, 12)
+    plain = [blind.allocate(layer, each.view(HEADS, HEAD_DIM), 1.1, 8.0) for layer, each in enumerate(layers)]
+    assert damage(widths, nbits) < 0.7 * damage(plain, [2] * 12)
+
+
+def test_values_that_do_not_matter_get_one_bit() -> None:
+    profile, layers = known_model(6)
+    profile = ModelProfile((0.0,) * 6, profile.key_sensitivities, profile.key_variances)
+    assert spend_both(Budget(4.0, 6, profile), layers)[2] == [1] * 6
+
+
+def test_one_width_without_a_profile() -> None:
+    assert [uniform_value_width(bits) for bits in (1.2, 2.12, 3.05, 8.0)] == [1, 2, 3, 8]
