@@ -233,10 +233,10 @@ def test_a_long_table_is_not_kept(assert_close: Callable[..., None], monkeypatch
     angles = torch.arange(500, dtype=torch.float64)[:, None] * torch.tensor([0.3, 0.01])
     table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[None]
     rotation = Rotation.of(table, slice(0, 2), slice(2, 4))
-    monkeypatch.setattr(module, "_MOST_KEPT_BYTES", 500 * 2 * 8 - 1)
+    monkeypatch.setattr(module, "MOST_KEPT_BYTES", 500 * 2 * 8 - 1)
     monkeypatch.setattr(module._last, "table", None)
     assert_close(torch.view_as_real(rotation.table()), torch.view_as_real(table), 1e-5)
     assert module._last.table is None
-    monkeypatch.setattr(module, "_MOST_KEPT_BYTES", 500 * 2 * 8)
+    monkeypatch.setattr(module, "MOST_KEPT_BYTES", 500 * 2 * 8)
     rotation.table()
     assert module._last.table is not None

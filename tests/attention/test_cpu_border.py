@@ -92,7 +92,7 @@ def test_tables_of_angles(block: SpectralBlock, name: str, wrong: str, monkeypat
     assert {"cosines", "mixing", "waves"} <= set(TABLES)
     original = cpu._tables
     monkeypatch.setattr(
-        native,
+        cpu,
         "_tables",
         lambda steps: original(steps)._replace(**{name: WRONG[wrong](getattr(original(steps), name))}),
     )

@@ -11,6 +11,7 @@ from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.rope import Rotation
 
 PAIRS = 4
+BYTES = 2 * (3 * 5 * 4 + 8)  # of a query in each of two rows, and of where it was asked
 
 
 def rotation_of(*rows: list[int]) -> Rotation:
@@ -113,7 +114,7 @@ def test_a_prefill_is_sampled_evenly() -> None:
     assert (places.diff() >= 3).all()
     # A query saw itself and all before it, from token 4 on and no more than there are.
     assert torch.equal(distances[1], (places.long() + 1 - 4).clamp(max=900))
-    assert sampler.nbytes == 256 * 2 * 3 * 5 * 4
+    assert sampler.nbytes == 256 * (2 * 3 * 5 * 4 + 8)  # both rows were asked at the same positions
 
 
 def test_padding_is_not_asked() -> None:
@@ -136,7 +137,7 @@ def test_while_decoding_few_are_held() -> None:
     assert distances is not None
     assert 30 <= distances.shape[1] <= 34
     assert found.dtype == torch.float32
-    assert sampler.nbytes <= 34 * 2 * 3 * 5 * 4
+    assert sampler.nbytes <= 34 * BYTES
     assert torch.allclose(found[0, 0, :, 0], distances + 1099.0, rtol=1e-3)
     assert distances.max() == 500
     assert distances.min() > 500 - 140
@@ -177,7 +178,7 @@ def test_a_crop_drops_the_queries_of_what_is_gone(kept: int) -> None:
     before = sampled(sampler)
     sampler.crop(kept)
     assert sampled(sampler) == [position for position in before if position < kept]
-    assert sampler.nbytes <= 2 * 3 * 5 * 4 * max(1, kept)
+    assert sampler.nbytes <= BYTES * max(1, kept)
 
 
 def test_queries_follow_the_batch() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from families.matrix import WAYS
 from families.models import FAMILIES
 from families.table import MARKS, NOT_RUN, page, table
@@ -20,11 +21,14 @@ def cells_of(text: str) -> dict[str, dict[str, str]]:
 
 
 def test_the_committed_table_lists_the_families_and_ways() -> None:
-    cells = cells_of(COMMITTED.read_text(encoding="utf-8"))
+    text = COMMITTED.read_text(encoding="utf-8")
+    cells, is_of_this_release = cells_of(text), f"with transformers {transformers.__version__} " in text
     assert list(cells) == list(FAMILIES), "run `make models`"
     for family, row in cells.items():
         assert list(row) == ["rebuilt", *WAYS], "run `make models`"
-        assert row.pop("rebuilt") == ("yes" if FAMILIES[family].is_materialised else "")
+        rebuilt = row.pop("rebuilt")
+        if is_of_this_release:
+            assert rebuilt == ("yes" if FAMILIES[family].is_materialised else "")
         assert set(row.values()) <= set(MARKS.values()), f"{family} has cells that were not run: run `make models`"
         assert (set(row.values()) == {MARKS["unsupported"]}) == (FAMILIES[family].refusal is not None)
 

@@ -30,9 +30,9 @@ HEAD_DIM = 64
 
 # Transformers is imported where it is used: the process that does without starts in half the time.
 
-# Not the first holder, or of a few bytes: the sealer's share in its blocks, integers and variances between two
+# Not the first holder, or of a few bytes: the sealer's share in its blocks, variances between two
 # sealings, and what the kernel found out about a block, in its memo.
-NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "_tiers.queries._positions", "budget._seen")
+NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
 # The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
 # numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
