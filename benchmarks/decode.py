@@ -23,7 +23,7 @@ from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block
 from unsloth_spectral.codec.config import KEY_FRAMES
-from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.eval.methods.peers import peers
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.plots.style import blank_figure, save_figure, tidy
@@ -50,10 +50,11 @@ def sealed_layers(shape: tuple[int, int, int], length: int, count: int, frame: s
     rotation = Rotation.of(table, slice(0, head_dim // 2), slice(head_dim // 2, head_dim))
     spectrum = torch.arange(1, head_dim + 1) ** -0.7
     layers = []
-    for sealer in make_sealers(config, count):
+    codec = make_codec(config, count)
+    for number in range(count):
         mixing = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=generator)).Q
         keys = (torch.randn(1, heads, length, head_dim, generator=generator) * spectrum) @ mixing
-        layer = SpectralLayer(config, sealer)
+        layer = SpectralLayer(config, codec.layer(number))
         layer.append(keys + 1, torch.randn(keys.shape, generator=generator))
         layer.observe(torch.randn(1, query_heads, length, head_dim, generator=generator), rotation)
         layer.seal()

@@ -16,7 +16,7 @@ from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.rope import Rotation
 
 HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -37,7 +37,7 @@ def tokens(batch: int, length: int) -> tuple[list[Block], ExactBlock]:
     table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[None].cuda()
     half = HEAD_DIM // 2
     rotation = Rotation.of(table, slice(0, half), slice(half, HEAD_DIM))
-    sealed = make_sealers(SpectralConfig(preset="balanced"), 1)[0].seal(dense, None, Observed(rotation))
+    sealed = make_codec(SpectralConfig(preset="balanced"), 1).layer(0).seal(dense, None, Observed(rotation))
     assert sealed is not None
     return [exact(batch, HEADS, 4, HEAD_DIM), sealed, exact(batch, HEADS, 150, HEAD_DIM)], dense
 

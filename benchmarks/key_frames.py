@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from unsloth_spectral.attention import direct
 from unsloth_spectral.attention.scores import ScoreOptions, group_heads, ungroup_heads
-from unsloth_spectral.codec.block import RankBlock, seal
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.rank import factors
+from unsloth_spectral.codec.rank.block import RankBlock, seal
 from unsloth_spectral.eval.fidelity import Fidelity
 
 RANK_VALUES = 32

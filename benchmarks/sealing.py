@@ -23,9 +23,7 @@ from transformers import AttentionInterface, DynamicCache
 from unsloth_spectral import SpectralCache, unpatch_unsloth_attention
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.queries import QuerySampler
-from unsloth_spectral.codec import sealer
-from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.spectral import keys, values
+from unsloth_spectral.codec.spectral import codec, keys, statistics, values
 from unsloth_spectral.codec.spectral.allocate import Budget
 from unsloth_spectral.integrations.huggingface import attention, support
 
@@ -42,10 +40,10 @@ PARTS = (
     (SpectralLayer, "observe", "observe"),
     (SpectralLayer, "seal", "rest of sealing"),
     (QuerySampler, "sample", "metric"),
-    (Observed, "metric", "metric"),
-    (keys, "centre", "centre"),
-    (sealer, "covariance", "basis"),
-    (sealer, "principal_basis", "basis"),
+    (codec, "metric_of", "metric"),
+    (statistics, "centre", "centre"),
+    (statistics, "covariance", "basis"),
+    (statistics, "principal_basis", "basis"),
     (Budget, "allocate", "allocation"),
     (keys, "plan", "encode keys"),
     (keys, "encode", "encode keys"),

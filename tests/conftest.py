@@ -10,7 +10,7 @@ from families.lossless import unrounded_encode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unsloth_spectral import log
-from unsloth_spectral.codec import block as block_module
+from unsloth_spectral.codec.rank import block as block_module
 from unsloth_spectral.integrations.models import EMBEDDED_PACKAGE, LoadedModel, load_model
 
 
@@ -69,7 +69,7 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     Rounding to int8 moves logits by some hundredths, which decides between two of 128 random tokens often enough;
     without it tokens must be equal, and every mistake in order, mask or bookkeeping is seen.
     """
-    monkeypatch.setattr(block_module.rank_codec, "encode", unrounded_encode)
+    monkeypatch.setattr(block_module.factors, "encode", unrounded_encode)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.metrics import best_of, figure_text
 from unsloth_spectral.eval.results import Mean

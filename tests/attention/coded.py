@@ -8,7 +8,7 @@ from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.statistics import covariance, principal_basis
+from unsloth_spectral.codec.spectral.statistics import KeyStatistics
 from unsloth_spectral.rope import Rotation
 
 
@@ -65,10 +65,8 @@ def coded_block(
     if frame != "none":
         rotation = rotation_of(num_tokens, pairs or head_dim // 2, seed, rows, interleaved=interleaved)
     is_rotated = frame == "rotated"
-    x, mean = key_codec.centre(keys, None, rotation, is_rotated, None)
-    metric = torch.eye(head_dim).expand(1, heads, -1, -1)
+    run = KeyStatistics.of(keys, torch.eye(head_dim).expand(1, heads, -1, -1), rotation, is_rotated)
     if widths is None:
         widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
-    plan = key_codec.plan(principal_basis(covariance(x), metric), widths, math.nan)
-    coded, _ = key_codec.encode(x, covariance(x), plan, metric, mean, rotation, is_rotated)
+    coded, _ = key_codec.encode(run, key_codec.plan(run.basis(), widths, math.nan))
     return SpectralBlock(coded, value_codec.encode(values, value_nbits), dtype)

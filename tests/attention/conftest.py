@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from unsloth_spectral.codec.block import Block, ExactBlock, seal
+from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank.block import seal
 
 
 @pytest.fixture(scope="session")

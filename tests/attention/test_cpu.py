@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from unsloth_spectral.attention import cpu, naive
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec.block import ExactBlock, RankBlock, seal
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.rank.block import RankBlock, seal
+from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.codec.spectral.allocate import widths_at
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
@@ -120,8 +121,7 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
     keys = random(1, 2, 1024, 64, seed=1) * torch.arange(1, 65) ** -0.7 + 0.5
     values, query = random(1, 2, 1024, 64, seed=2), sharpness * random(1, 6, 1, 64, seed=3)
     config, options = SpectralConfig(preset=preset, key_frame="rotated"), ScoreOptions(0.125)
-    sealer = make_sealers(config, 1)[0]
-    block = sealer.seal(ExactBlock(keys, values), None, Observed())
+    block = make_codec(config, 1).layer(0).seal(ExactBlock(keys, values), None, Observed())
     dense = naive.attend(query, [ExactBlock(keys, values)], None, options)
     coded = naive.attend(query, [block], None, options)
     found = cpu.attend(query, [block], None, options, variant)

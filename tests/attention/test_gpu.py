@@ -11,8 +11,9 @@ import torch
 
 from unsloth_spectral.attention import gpu, naive
 from unsloth_spectral.attention.scores import ScoreOptions
-from unsloth_spectral.codec.block import Block, RankBlock, seal
+from unsloth_spectral.codec.block import Block
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank.block import RankBlock, seal
 
 IS_INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if gpu.missing() is not None and not IS_INTERPRETED:

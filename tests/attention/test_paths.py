@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from unsloth_spectral.attention import cpu, direct, dispatch, gpu, naive
 from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, rebuilt_tiles
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
-from unsloth_spectral.codec.block import ExactBlock, RankBlock
+from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.rank.block import RankBlock
 
 LAYOUTS = [
     [("exact", 1)],

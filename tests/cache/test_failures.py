@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec import block as block_module
-from unsloth_spectral.codec.block import ExactBlock, RankBlock
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank import block as block_module
+from unsloth_spectral.codec.rank.block import RankBlock
 
 HEAD_DIM, SIZE, SINKS, RESIDUAL, TOKENS = 8, 16, 4, 5, 110
 CONFIG = SpectralConfig(HEAD_DIM, HEAD_DIM, SIZE, SINKS, RESIDUAL)
@@ -117,7 +118,7 @@ def test_a_failing_factorization_keeps_tokens_exact_counted_and_logged(
 
     tokens = pair()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "unsloth_spectral"):
-        patch.setattr(block_module.rank_codec, "encode", fail)
+        patch.setattr(block_module.factors, "encode", fail)
         layer = sealed(*tokens)
     check_kept(layer, tokens, exact=set(range(NUM_BLOCKS)))
     assert str(error) in caplog.text
@@ -131,14 +132,14 @@ def test_a_failing_factorization_keeps_tokens_exact_counted_and_logged(
 def test_a_factorization_that_fails_for_one_block_does_not_keep_the_others_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = block_module.rank_codec.encode
+    encode = block_module.factors.encode
 
     def fail_on_mark(block: torch.Tensor, rank: int):
         if (block == 123.0).any():
             raise torch.linalg.LinAlgError("did not converge")
         return encode(block, rank)
 
-    monkeypatch.setattr(block_module.rank_codec, "encode", fail_on_mark)
+    monkeypatch.setattr(block_module.factors, "encode", fail_on_mark)
     tokens = spoilt({1: 123.0})
     check_kept(sealed(*tokens), tokens, exact={1})
 
@@ -156,7 +157,7 @@ def test_an_interrupted_seal_leaves_the_layer_as_it_was(
         layer.append(*pair(3 * SIZE, 1))
     before, stats = layer.reconstruct(), layer.stats()
     blocks = [(type(block), block.num_tokens) for block in layer.blocks]
-    encode, calls = block_module.rank_codec.encode, []
+    encode, calls = block_module.factors.encode, []
 
     def interrupt(block: torch.Tensor, rank: int):
         calls.append(rank)
@@ -165,7 +166,7 @@ def test_an_interrupted_seal_leaves_the_layer_as_it_was(
         return encode(block, rank)
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_module.rank_codec, "encode", interrupt)
+        patch.setattr(block_module.factors, "encode", interrupt)
         with pytest.raises(interruption):
             layer.seal()
     assert len(calls) == call
@@ -184,7 +185,7 @@ def test_an_interruption_between_two_runs_of_blocks_keeps_neither(monkeypatch: p
     more = pair(5 * SIZE, 1)
     more[0][0, 0, 2 * SIZE, 0] = float("nan")  # splits the new blocks into two runs that are encoded apart
     layer.append(*more)
-    stats, encode, calls = layer.stats(), block_module.rank_codec.encode, []
+    stats, encode, calls = layer.stats(), block_module.factors.encode, []
 
     def interrupt(block: torch.Tensor, rank: int):
         calls.append(rank)
@@ -192,7 +193,7 @@ def test_an_interruption_between_two_runs_of_blocks_keeps_neither(monkeypatch: p
             raise KeyboardInterrupt
         return encode(block, rank)
 
-    monkeypatch.setattr(block_module.rank_codec, "encode", interrupt)
+    monkeypatch.setattr(block_module.factors, "encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         layer.seal()
     assert layer.stats() == stats

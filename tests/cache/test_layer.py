@@ -10,9 +10,10 @@ import torch
 from unsloth_spectral.attention import direct, naive
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec import block as block_module
-from unsloth_spectral.codec.block import ExactBlock, RankBlock
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank import block as block_module
+from unsloth_spectral.codec.rank.block import RankBlock
 from unsloth_spectral.errors import InvalidArgumentError
 
 BATCH, HEADS, HEAD_DIM, SIZE, RESIDUAL, SINKS = 2, 3, 8, 16, 5, 4
@@ -134,13 +135,13 @@ def test_sinks_are_exact_where_blocks_are_shorter_than_they(block_size: int) -> 
 
 def test_nothing_is_encoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
-    encode = block_module.rank_codec.encode
+    encode = block_module.factors.encode
 
     def spy(block: torch.Tensor, rank: int):
         encoded.append(block.shape[2])
         return encode(block, rank)
 
-    monkeypatch.setattr(block_module.rank_codec, "encode", spy)
+    monkeypatch.setattr(block_module.factors, "encode", spy)
     layer = filled(60)
     first = spectral(layer)[0]
     count = first.num_blocks

@@ -12,8 +12,9 @@ from unsloth_spectral.attention import direct, naive
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.sink_tokens import SinkTokens
-from unsloth_spectral.codec.block import ExactBlock, RankBlock
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank.block import RankBlock
 
 HEADS, HEAD_DIM, SIZE, SINKS, RESIDUAL, TOKENS = 3, 8, 16, 4, 5, 100
 CONFIG = SpectralConfig(HEAD_DIM, HEAD_DIM, SIZE, SINKS, RESIDUAL)

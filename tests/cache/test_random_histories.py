@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.rope import Claim, Rotation, rotate
@@ -135,7 +135,7 @@ class Pair:
     """A layer and its dense model, which take the same operations."""
 
     def __init__(self, config: SpectralConfig, begins: torch.Tensor) -> None:
-        self.layer, self.dense = SpectralCacheLayer(config, make_sealers(config, 1)[0]), Dense(config, begins)
+        self.layer, self.dense = SpectralCacheLayer(config, make_codec(config, 1).layer(0)), Dense(config, begins)
         self.place = self.next_place = 0
 
     def run(self, kind: str, amount: Any) -> None:

@@ -149,7 +149,7 @@ def test_a_crop_into_sealed_tokens_forgets_the_basis(frame: str, allocated_bytes
     layer, dense = prefilled(frame)
     kept = 4 + 2 * BLOCK
     layer.crop(kept)
-    assert layer._sealer.nbytes == 0
+    assert layer._codec.nbytes == 0
     dense = extend(layer, [tensor[..., :kept, :] for tensor in dense], BLOCK + 20, seed=1)
     layer.seal()
     first, second = coded(layer)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from unsloth_spectral.codec import block as module
-from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock, seal
+from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.rank import block as module
+from unsloth_spectral.codec.rank.block import RankBlock, seal
 from unsloth_spectral.codec.rank.factors import RankFactors
 from unsloth_spectral.errors import InvalidArgumentError
 
@@ -148,7 +149,7 @@ def test_stack_copies_codes_and_encodes_nothing(
     monkeypatch: pytest.MonkeyPatch, assert_close: Callable[..., None]
 ) -> None:
     first, second = sealed(0), sealed(1)
-    monkeypatch.setattr(module.rank_codec, "encode", None)
+    monkeypatch.setattr(module.factors, "encode", None)
     stacked = first.stack(second)
     assert stacked.num_blocks == 2 * NUM_BLOCKS
     for part, whole in zip(dense([first, second]), stacked.reconstruct(), strict=True):

@@ -25,7 +25,7 @@ from unsloth_spectral import (
     unpatch_unsloth_attention,
 )
 from unsloth_spectral.attention import cpu
-from unsloth_spectral.codec import sealer as sealers
+from unsloth_spectral.codec.spectral import codec as spectral_codec
 from unsloth_spectral.errors import LoadError, SpectralError
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.spectrum import measure_spectrum
@@ -188,7 +188,7 @@ def test_errors(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.Mon
 
     def sealing_fails() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(sealers.value_codec, "encode", lambda *_: torch.zeros(2) @ torch.zeros(3))
+            patched.setattr(spectral_codec.value_codec, "encode", lambda *_: torch.zeros(2) @ torch.zeros(3))
             cache = filled(model, "rotated")
             assert cache.stats().exact_blocks
 

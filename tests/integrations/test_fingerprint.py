@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations import cache_folder as cache_folder_module
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE

@@ -19,7 +19,7 @@ import torch
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import make_sealers
+from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.rope import Rotation
 
@@ -30,7 +30,7 @@ HEAD_DIM = 64
 
 # Transformers is imported where it is used: the process that does without starts in half the time.
 
-# Not the first holder, or of a few bytes: the sealer's share in its blocks, variances between two
+# Not the first holder, or of a few bytes: the codec's share in its blocks, variances between two
 # sealings, and what the kernel found out about a block, in its memo.
 NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
@@ -180,7 +180,8 @@ def by_layers(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple
     angle = torch.arange(num_tokens)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)
     table = torch.polar(torch.ones_like(angle), angle)[None]
     rotation = Rotation.of(table, slice(0, pairs), slice(pairs, HEAD_DIM))
-    layers = [SpectralLayer(config, sealer) for sealer in make_sealers(config, num_layers)]
+    codec = make_codec(config, num_layers)
+    layers = [SpectralLayer(config, codec.layer(number)) for number in range(num_layers)]
     for layer in layers:
         query, keys, values = torch.randn(3, 1, heads, num_tokens, HEAD_DIM)
         # Cloned: a view would keep the query too, until the sealing.

@@ -15,7 +15,7 @@ from families.models import build, served
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
@@ -188,10 +188,10 @@ def test_what_was_one_tensor_is_one_again(tiny_llama: Build, tmp_path: Path) -> 
     cache.save(tmp_path / "a.safetensors")
     loaded = SpectralCache.load(tmp_path / "a.safetensors", model)
     for layer in loaded.layers:
-        block, sealer = layer.spectral.blocks[1], layer.spectral.sealer
-        assert sealer._plan.vectors is block.keys.vectors
-        assert sealer._mean is block.keys.mean
-        assert sealer._largest is block.values.largest
+        block, codec = layer.spectral.blocks[1], layer.spectral._codec
+        assert codec._plan.vectors is block.keys.vectors
+        assert codec._mean is block.keys.mean
+        assert codec._largest is block.values.largest
     first, second = (layer.spectral.blocks[1].keys.rotation for layer in loaded.layers)
     assert first.step is second.step
     feed(model, token_ids(length=200, seed=1), loaded)

@@ -19,7 +19,7 @@ from transformers import BatchEncoding, LlamaForCausalLM
 
 from unsloth_spectral import PrefixStore, SpectralCache, SpectralConfig
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface import cache as cache_module
 from unsloth_spectral.integrations.huggingface import store as store_module

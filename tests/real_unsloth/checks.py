@@ -14,8 +14,8 @@ from transformers import DynamicCache, LogitsProcessor, TextIteratorStreamer
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention, unpatch_unsloth_attention
 from unsloth_spectral.cache.layer import SpectralLayer
-from unsloth_spectral.codec import block as block_module
 from unsloth_spectral.codec.config import PRESETS
+from unsloth_spectral.codec.rank import block as block_module
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
@@ -57,7 +57,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def lossless(model: Any) -> Iterator[None]:
     """Full rank without rounding: nothing but the order of additions is left to differ."""
-    with replaced(block_module.rank_codec, "encode", unrounded_encode), patched(model, config=LOSSLESS):
+    with replaced(block_module.factors, "encode", unrounded_encode), patched(model, config=LOSSLESS):
         yield
 
 
@@ -340,7 +340,7 @@ def adapters(model: Any, add: Callable[[Any], Any]) -> Any:
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-    with replaced(block_module.rank_codec, "encode", unrounded_encode), counted() as updates:
+    with replaced(block_module.factors, "encode", unrounded_encode), counted() as updates:
         before = generate(wrapped)
     assert isinstance(cache_of(before), SpectralCache)
     assert set(updates.values()) == {NEW}

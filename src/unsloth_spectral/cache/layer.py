@@ -15,9 +15,9 @@ from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.cache.tiers import Tiers, padding_within
 from unsloth_spectral.codec.block import Block, ExactBlock
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig, LayerCodec
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import Sealer, make_sealers
+from unsloth_spectral.codec.registry import codec_of, make_codec
 from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
@@ -33,21 +33,21 @@ class SpectralLayer:
     Whatever interrupts a call leaves the layer as it was: what it will hold is made aside and assigned at once.
     """
 
-    def __init__(self, config: SpectralConfig, sealer: Sealer | None = None) -> None:
+    def __init__(self, config: CodecConfig, codec: LayerCodec | None = None) -> None:
         self.config = config
         # A layer alone shares its budget with no other.
-        self._sealer = make_sealers(config, 1)[0] if sealer is None else sealer
+        self._codec = make_codec(config, 1).layer(0) if codec is None else codec
         self._tiers = Tiers()
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._sealer.reset()
+        self._codec.reset()
         self._tiers = Tiers()
 
     @property
-    def sealer(self) -> Sealer:
-        """What seals this layer's tokens."""
-        return self._sealer
+    def uses_queries(self) -> bool:
+        """Whether ``observe`` is of any use to the codec."""
+        return codec_of(self.config).uses_queries
 
     # Reading
 
@@ -125,14 +125,14 @@ class SpectralLayer:
     def observe(
         self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0, asking: Tensor | None = None
     ) -> None:
-        """Note what attention saw of the newest tokens, once they are appended: for the spectral codec.
+        """Note what attention saw of the newest tokens, once they are appended: for a codec that ``uses_queries``.
 
         ``query [B, num_attention_heads, Q, D]`` times ``scaling`` is what scores are made with; ``rotation`` holds the
         positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]`` bool, on the
         CPU, leaves out the queries of padding.
         """
         held = self._tiers
-        if self.config.codec != "spectral" or held.residual is None:
+        if not self.uses_queries or held.residual is None:
             return
         new = query.shape[2]
         held.positions.append(None, held.residual.num_tokens - new - held.positions.num_tokens)
@@ -161,7 +161,7 @@ class SpectralLayer:
         elif sinks is not None and padding is not None and noted is not None:
             sinks = sinks.renewed(residual.block, before, noted)
         start = sinks.num_leading if first_time and sinks is not None else 0
-        unit = self._sealer.unit(first_time)
+        unit = self._codec.unit(first_time)
         started = time.perf_counter()
         stop = start + (residual.num_tokens - start - config.residual_length) // unit * unit
         old, real = residual.slice(start, stop), None
@@ -176,10 +176,10 @@ class SpectralLayer:
             return Observed(rotation, *seen, hidden)
 
         with no_autocast(old.keys.device):
-            made = list(Sealing(self._sealer, old, real, observe, unit, config.block_size).blocks())
+            made = list(Sealing(self._codec, old, real, observe, unit, config.block_size).blocks())
         cold = list(held.cold)
         for block in made:
-            join_last(self._sealer, cold, block)
+            join_last(self._codec, cold, block)
         kept, positions = residual.copy(stop, residual.num_tokens), copy(held.positions)
         positions.drop(stop)
         tally = held.tally.add(made, config.block_size, time.perf_counter() - started)
@@ -204,7 +204,7 @@ class SpectralLayer:
         if self._tiers.sinks is not None and num_tokens < self._tiers.sinks.block.num_tokens:
             keys, values = self.reconstruct()
             kept = ResidualBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
-            self._sealer.reset()
+            self._codec.reset()
             padding, places = self._tiers.padding, self._tiers.sinks.positions
             if padding is None:
                 padding = (
@@ -214,7 +214,7 @@ class SpectralLayer:
             return
         cropped = self._tiers.crop(num_tokens)
         if num_tokens < self._tiers.num_before_residual:
-            self._sealer.forget()
+            self._codec.forget()
         self._tiers = cropped
 
     def map_batch(self, function: TensorFunction) -> None:
@@ -224,17 +224,17 @@ class SpectralLayer:
         function = _once_each(function)
         mapped = self._tiers.map_batch(function)
         try:
-            self._sealer.map_batch(function)
+            self._codec.map_batch(function)
             self._tiers = mapped
         except BaseException:
-            self._sealer.forget()  # it may be of the rows before or of those after
+            self._codec.forget()  # it may be of the rows before or of those after
             raise
 
     # Storing
 
     def to_fields(self) -> dict[str, Field]:
         """All that this layer holds, besides the budget it shares; it must not be empty."""
-        return {"tokens": self._tiers.to_fields(), "sealer": self._sealer.to_fields()}
+        return {"tokens": self._tiers.to_fields(), "sealer": self._codec.to_fields()}
 
     def restore(self, fields: Fields) -> None:
         """Hold what the layer held whose ``to_fields`` these were, of the same config.
@@ -243,7 +243,7 @@ class SpectralLayer:
             LoadError: a field is missing, or does not fit the others.
         """
         held = Tiers.from_fields(fields.sub("tokens"))
-        self._sealer.restore(fields.sub("sealer"), held.shape)
+        self._codec.restore(fields.sub("sealer"), held.shape)
         self._tiers = held
 
     # Counting
@@ -256,7 +256,7 @@ class SpectralLayer:
         shared = SharedBytes() if shared is None else shared
         noted = held.queries.nbytes + (0 if held.padding is None else shared.of([held.padding]))
         return count(
-            held.sinks, held.cold, held.residual, held.positions, self._sealer.nbytes, noted, held.tally, shared
+            held.sinks, held.cold, held.residual, held.positions, self._codec.nbytes, noted, held.tally, shared
         )
 
     # Inside
@@ -275,7 +275,7 @@ class SpectralLayer:
         if self._tiers.residual is None:
             return 0
         kept = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
-        old, unit = self._tiers.residual.num_tokens - kept, self._sealer.unit(True)
+        old, unit = self._tiers.residual.num_tokens - kept, self._codec.unit(True)
         # A prefill is known by coming many tokens at once, in one piece or several.
         is_prefill = not self.is_sealed and self._tiers.newest >= unit
         return 0 if is_prefill and old >= unit else max(0, self.config.block_size - old)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,9 +11,7 @@ from unsloth_spectral.cache.positions import PositionLog
 from unsloth_spectral.cache.residual import ResidualBuffer
 from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.cache.stats import LayerStats
-from unsloth_spectral.codec.block import Block, ExactBlock, RankBlock
-from unsloth_spectral.codec.sealer import SealedBlock
-from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.block import Amounts, Block, ExactBlock, SealedBlock
 from unsloth_spectral.fields import Field, Fields
 
 
@@ -27,10 +26,9 @@ class Tally:
     def add(self, blocks: Sequence[Block], block_size: int, seconds: float) -> "Tally":
         """With one more sealing, which made ``blocks``; an exact one counts as often as it holds ``block_size``."""
         exact = [block for block in blocks if isinstance(block, ExactBlock)]
-        ranked = [block for block in blocks if isinstance(block, RankBlock)]
         return Tally(
             self.exact_blocks + sum(-(-block.num_tokens // block_size) for block in exact),
-            self.svd_fallbacks + sum(block.num_fallbacks for block in ranked),
+            self.svd_fallbacks + sum(block.num_fallbacks for block in sealed_of(blocks)),
             self.seal_seconds + seconds,
         )
 
@@ -64,23 +62,21 @@ def count(
     cold: Sequence[Block],
     residual: ResidualBuffer,
     positions: PositionLog,
-    sealer_bytes: int,
+    codec_bytes: int,
     noted_bytes: int,
     tally: Tally,
     shared: SharedBytes,
 ) -> LayerStats:
-    """A layer's statistics. ``sealer_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
-    ranked = [block for block in cold if isinstance(block, RankBlock)]
-    coded = [block for block in cold if isinstance(block, SpectralBlock)]
-    sealed: list[SealedBlock] = [*ranked, *coded]
+    """A layer's statistics. ``codec_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
+    sealed = sealed_of(cold)
+    amounts = sealed[0].amounts if sealed else Amounts()
     tail = residual.block
     heads = tail.keys.shape[0] * tail.keys.shape[1]
     per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
     dense = sum(heads * part.shape[-1] * part.element_size() for part in (tail.keys, tail.values))
     num_cold = sum(block.num_tokens for block in cold)
-    rotations = [block.keys.rotation for block in coded if block.keys.rotation is not None]
-    cold_bytes = sum(block.nbytes for block in cold) + sealer_bytes
-    cold_bytes += shared.of(tensor for rotation in rotations for tensor in rotation.tensors)
+    cold_bytes = sum(block.nbytes for block in cold) + codec_bytes
+    cold_bytes += shared.of(tensor for block in sealed for tensor in block.shared_tensors)
     num_tokens = (0 if sinks is None else sinks.num_leading) + num_cold + residual.num_tokens
     return LayerStats(
         kind="spectral",
@@ -92,16 +88,18 @@ def count(
         dense_bytes=num_tokens * dense,
         elements=num_tokens * per_token,
         cold_elements=num_cold * per_token,
-        rank_keys=ranked[0].keys.rank if ranked else None,
-        rank_values=ranked[0].values.rank if ranked else None,
-        bits_keys=coded[0].keys.num_bits / (tail.keys.shape[1] * tail.keys.shape[-1]) if coded else None,
-        bits_values=float(coded[0].values.nbits) if coded else None,
-        error_keys=_mean([block.keys.relative_error for block in sealed]),
-        error_values=_mean([block.values.relative_error for block in sealed]),
+        **asdict(amounts),
+        error_keys=_mean([block.errors[0] for block in sealed]),
+        error_values=_mean([block.errors[1] for block in sealed]),
         exact_blocks=tally.exact_blocks,
         svd_fallbacks=tally.svd_fallbacks,
         seal_seconds=tally.seal_seconds,
     )
+
+
+def sealed_of(blocks: Iterable[Block]) -> list[SealedBlock]:
+    """Those that a codec made: all that are not exact."""
+    return [cast(SealedBlock, block) for block in blocks if not isinstance(block, ExactBlock)]
 
 
 def _mean(errors: list[Tensor]) -> float | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 
@@ -64,7 +64,7 @@ class ResidualBuffer:
         return self._keys.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def check_tokens(keys: Tensor, values: Tensor, config: SpectralConfig, held: ExactBlock | None) -> None:
+def check_tokens(keys: Tensor, values: Tensor, config: CodecConfig, held: ExactBlock | None) -> None:
     """Refuse new tokens that fit neither each other, nor ``config``, nor those ``held``.
 
     Raises:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.codec.block import Block, ExactBlock, SealedBlock
+from unsloth_spectral.codec.codec import LayerCodec
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import SealedBlock, Sealer
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.log import warn_once
 
@@ -17,7 +17,7 @@ from unsloth_spectral.log import warn_once
 @dataclass(frozen=True, slots=True, eq=False)
 class Sealing:
     """Attributes:
-    sealer: the codec.
+    codec: how this layer seals.
     tokens: what is to be sealed, padding zeroed.
     real: ``[B, num_tokens]`` bool, which of them are no padding; None where all are.
     observe: what is known of tokens ``start`` to ``stop`` of these.
@@ -25,7 +25,7 @@ class Sealing:
     block_size: tokens that are tried alone where all together fail.
     """
 
-    sealer: Sealer
+    codec: LayerCodec
     tokens: ExactBlock
     real: Tensor | None
     observe: Callable[[int, int], Observed]
@@ -57,7 +57,7 @@ class Sealing:
     def _try(self, start: int, stop: int) -> SealedBlock | None:
         real = None if self.real is None else self.real[:, start:stop]
         try:
-            sealed = self.sealer.seal(self.tokens.slice(start, stop), real, self.observe(start, stop))
+            sealed = self.codec.seal(self.tokens.slice(start, stop), real, self.observe(start, stop))
         except InvalidArgumentError:
             raise
         except (RuntimeError, MemoryError) as error:  # a LinAlgError, or no memory for the factorization
@@ -72,9 +72,9 @@ class Sealing:
         return self.tokens.slice(start, stop).map_batch(torch.clone)
 
 
-def join_last(sealer: Sealer, cold: list[Block], block: Block) -> None:
+def join_last(codec: LayerCodec, cold: list[Block], block: Block) -> None:
     """Append ``block`` to ``cold``, as part of the last one where the codec can join them."""
-    joined = sealer.join(cold[-1], block) if cold else None
+    joined = codec.join(cold[-1], block) if cold else None
     if joined is None:
         cold.append(block)
     else:

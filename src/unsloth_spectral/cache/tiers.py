@@ -12,7 +12,7 @@ from unsloth_spectral.cache.queries import QuerySampler
 from unsloth_spectral.cache.residual import ResidualBuffer
 from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.codec.block import Block, ExactBlock
-from unsloth_spectral.codec.stored import block_from_fields, block_to_fields
+from unsloth_spectral.codec.registry import block_from_fields, block_to_fields
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 

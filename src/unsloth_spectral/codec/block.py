@@ -1,6 +1,6 @@
-"""What a cache layer is made of: runs of tokens, exact or as spectral factors, that attention can read.
+"""What a cache layer is made of: runs of tokens, exact or sealed by a codec, that attention can read.
 
-Both kinds answer the same calls, so attention never asks which one it holds: ``scores`` and ``combine`` for the direct
+All kinds answer the same calls, so attention never asks which one it holds: ``scores`` and ``combine`` for the direct
 path, ``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are
 ``(batch, num_key_value_heads, seq_len, head_dim)`` throughout.
 """
@@ -12,9 +12,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.rank import factors as rank_codec
-from unsloth_spectral.codec.rank.factors import RankFactors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
 
@@ -22,7 +19,7 @@ from unsloth_spectral.fields import Field, Fields
 class Block(Protocol):
     """A run of consecutive tokens of one layer.
 
-    ``kind`` is the name it is stored under, see ``stored``.
+    ``kind`` is the name it is stored under, see ``registry``.
     """
 
     kind: ClassVar[str]
@@ -64,6 +61,43 @@ class Block(Protocol):
         ...
 
     def to_fields(self) -> dict[str, Field]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """How much a sealed block keeps of its tokens, in the terms of its codec; see ``LayerStats``."""
+
+    rank_keys: int | None = None
+    rank_values: int | None = None
+    bits_keys: float | None = None
+    bits_values: float | None = None
+
+
+class SealedBlock(Block, Protocol):
+    """A block that a codec made. It is immutable, and no token is ever encoded twice."""
+
+    @property
+    def is_finite(self) -> bool:
+        """False where numbers overflowed, so that the block is worthless."""
+        ...
+
+    @property
+    def errors(self) -> tuple[Tensor, Tensor]:
+        """Relative errors of the keys and of the values, each a tensor of any shape."""
+        ...
+
+    @property
+    def amounts(self) -> Amounts: ...
+
+    @property
+    def num_fallbacks(self) -> int:
+        """Matrices for which a fast factorization gave way to the exact one."""
+        ...
+
+    @property
+    def shared_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that layers share, and which ``nbytes`` leaves out."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,118 +156,3 @@ class ExactBlock:
         keys = fields.tensor("keys", shape.dtype, (shape.batch, shape.heads, None, shape.key_dim))
         size = (shape.batch, shape.heads, keys.shape[-2], shape.value_dim)
         return cls(keys, fields.tensor("values", shape.value_dtype, size))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RankBlock:
-    """One or more consecutive sealed blocks of equal length, stacked so that one batched product serves them all.
-
-    Immutable: sealing more tokens, cropping or reordering makes a new object, and no token is ever encoded twice.
-
-    Attributes:
-        keys, values: factors with leading dimensions ``(batch, num_key_value_heads, num_blocks)``.
-        dtype: the model's dtype, in which ``reconstruct`` answers.
-    """
-
-    kind: ClassVar[str] = "rank"
-    keys: RankFactors
-    values: RankFactors
-    dtype: torch.dtype
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.keys.codes.shape[1]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.keys.codes.shape[2]
-
-    @property
-    def block_length(self) -> int:
-        return self.keys.num_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_blocks * self.block_length
-
-    @property
-    def value_dim(self) -> int:
-        return self.values.basis.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def num_fallbacks(self) -> int:
-        return self.keys.num_fallbacks + self.values.num_fallbacks
-
-    @property
-    def is_finite(self) -> bool:
-        return self.keys.is_finite and self.values.is_finite
-
-    def scores(self, query: Tensor) -> Tensor:
-        per_block = self.keys.scores(query.unsqueeze(2))
-        return per_block.transpose(2, 3).flatten(-2)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        per_block = weights.unflatten(-1, (self.num_blocks, self.block_length)).transpose(2, 3)
-        return self.values.combine(per_block).sum(2)
-
-    def reconstruct(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys.reconstruct().flatten(2, 3), self.values.reconstruct().flatten(2, 3)
-        return keys.to(self.dtype), values.to(self.dtype)
-
-    def tiles(self, num_tokens: int) -> Iterator[Block]:
-        step = max(1, num_tokens // self.block_length)
-        for start in range(0, self.num_blocks, step):
-            yield self._blocks(start, start + step)
-
-    def map_batch(self, function: TensorFunction) -> "RankBlock":
-        return RankBlock(self.keys.map(function), self.values.map(function), self.dtype)
-
-    def first_tokens(self, num_tokens: int) -> list[Block]:
-        whole, rest = divmod(num_tokens, self.block_length)
-        pieces: list[Block] = []
-        if whole:
-            pieces.append(self._blocks(0, whole).map_batch(torch.clone))
-        if rest:
-            cut = self._blocks(whole, whole + 1).map_batch(torch.clone)
-            pieces.append(RankBlock(cut.keys.first_tokens(rest), cut.values.first_tokens(rest), self.dtype))
-        return pieces
-
-    def stack(self, other: "RankBlock") -> "RankBlock":
-        """This block followed by ``other``, which has the same block length; codes are copied, not encoded again."""
-        return RankBlock(
-            self.keys.concatenate(other.keys, dim=2), self.values.concatenate(other.values, dim=2), self.dtype
-        )
-
-    def to_fields(self) -> dict[str, Field]:
-        return {"keys": self.keys.to_fields(), "values": self.values.to_fields()}
-
-    @classmethod
-    def from_fields(cls, fields: Fields, shape: TokenShape) -> "RankBlock":
-        leading = (shape.batch, shape.heads)
-        keys = RankFactors.from_fields(fields.sub("keys"), leading, shape.key_dim)
-        values = RankFactors.from_fields(fields.sub("values"), leading, shape.value_dim)
-        fields.require(keys.codes.shape[2::2] == values.codes.shape[2::2], "keys and values of the same tokens")
-        return cls(keys, values, shape.dtype)
-
-    def _blocks(self, start: int, stop: int) -> "RankBlock":
-        return self.map_batch(lambda tensor: tensor[:, :, start:stop])
-
-
-def seal(keys: Tensor, values: Tensor, config: SpectralConfig) -> RankBlock:
-    """Encode ``[B, H, num_blocks * block_size, head_dim]`` keys and values, all heads and blocks in one batch.
-
-    Raises:
-        InvalidArgumentError: a rank exceeds ``head_dim``, or a value is not finite.
-    """
-    shape = (-1, config.block_size)
-    assert config.rank_keys is not None, "not a config of the rank codec"
-    assert config.rank_values is not None
-    return RankBlock(
-        rank_codec.encode(keys.unflatten(2, shape), config.rank_keys),
-        rank_codec.encode(values.unflatten(2, shape), config.rank_values),
-        keys.dtype,
-    )

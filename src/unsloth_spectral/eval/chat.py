@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unsloth_spectral.cache.stats import CacheStats
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import chat_frame, check_question, followup_frame, row_of, token_ids
@@ -43,7 +43,7 @@ class Conversation:
         loaded: LoadedModel,
         document: str,
         *,
-        config: SpectralConfig,
+        config: CodecConfig,
         store: PrefixStore | None = None,
         document_length: int | None = None,
         answer_length: int = 256,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.stats import CacheStats
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.documents import tokens_of
@@ -80,7 +80,7 @@ class Comparison:
 def compare(
     loaded: LoadedModel,
     document: str,
-    configs: Sequence[SpectralConfig],
+    configs: Sequence[CodecConfig],
     *,
     question: str,
     context_length: int = 4096,
@@ -181,7 +181,7 @@ class _Run:
             context_bytes=tuple(per_token * length for length in self.lengths),
         )
 
-    def spectral(self, config: SpectralConfig) -> CacheResult:
+    def spectral(self, config: CodecConfig) -> CacheResult:
         """A compressed cache, against the dense one run before."""
         assert self._dense_logits is not None, "the dense cache runs first"
         name = config.title
@@ -238,7 +238,7 @@ class _Run:
         text = str(self._tokenizer.decode(answer, skip_special_tokens=True)).strip()
         return text, streamer.tokens_per_second
 
-    def _bytes_at(self, length: int, config: SpectralConfig) -> int:
+    def _bytes_at(self, length: int, config: CodecConfig) -> int:
         """Stored bytes of all full-attention layers after a prefill of ``length`` tokens.
 
         Sealed for one layer from its real keys and values; the layers' shapes, and so their bytes, are alike.

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import SpectralSealer
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.spectral.allocate import Budget
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.spectral.codec import SpectralCodec
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.fidelity import compare_logits
@@ -38,6 +39,26 @@ class _Measured:
     key_damages: Tensor
     lost: Tensor
     variances: Tensor
+
+
+class _RecordingBudget(Budget):
+    """A budget that keeps what it was asked for.
+
+    Attributes:
+        variances: by layer, ``[H, D]`` float32, of its keys' components.
+    """
+
+    def __init__(self, bits_per_element: float, num_layers: int) -> None:
+        super().__init__(bits_per_element, num_layers)
+        self.variances: dict[int, Tensor] = {}
+
+    @classmethod
+    def like(cls, budget: Budget) -> "_RecordingBudget":
+        return cls(budget.bits_per_element, budget.num_layers)
+
+    def allocate(self, layer: int, variances: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.variances[layer] = variances.float()
+        return super().allocate(layer, variances, *args, **kwargs)
 
 
 @torch.inference_mode()
@@ -76,8 +97,8 @@ def _measure(
     model: Any, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
 ) -> _Measured:
     coarse = SpectralCache(model, config=_COARSE, use_profile=False)
-    for each in filter(None, map(_sealer, coarse.layers)):
-        each.budget.keeps_seen = True
+    assert isinstance(coarse.codec, SpectralCodec)
+    budget = coarse.codec.budget = _RecordingBudget.like(coarse.codec.budget)
     model(input_ids=ids[:, :prefix], **cache_argument(coarse), use_cache=True, logits_to_keep=1)
     unpatch_unsloth_attention(model)
     layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
@@ -92,9 +113,7 @@ def _measure(
     lost, variances = [], []
     for done, index in enumerate(layers):
         layer: Any = coarse.layers[index]
-        sealer = _sealer(layer)
-        assert sealer is not None
-        own = sealer.budget.seen[sealer.layer].cpu()
+        own = budget.variances[done].cpu()
         errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
         lost.append(float((errors[0].float().square().mean(0) * own.sum(-1)).sum()))
         variances.append(own.flatten())
@@ -108,11 +127,6 @@ def _measure(
     by_layer = torch.tensor([damages["values"], damages["keys"], lost], dtype=torch.float32, device="cpu")
     value_damages, key_damages, lost_variances = by_layer
     return _Measured(value_damages, key_damages, lost_variances, torch.stack(variances))
-
-
-def _sealer(layer: Any) -> SpectralSealer | None:
-    sealer = layer.spectral.sealer if isinstance(layer, SpectralCacheLayer) else None
-    return sealer if isinstance(sealer, SpectralSealer) else None
 
 
 def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:

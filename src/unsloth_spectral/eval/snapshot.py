@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.tasks.asking import check_positions
 from unsloth_spectral.integrations.huggingface import SpectralCache
@@ -16,7 +16,7 @@ from unsloth_spectral.integrations.models import LoadedModel
 
 
 def prefill_document(
-    loaded: LoadedModel, document: str, most: int, config: SpectralConfig, on_progress: OnProgress | None = None
+    loaded: LoadedModel, document: str, most: int, config: CodecConfig, on_progress: OnProgress | None = None
 ) -> tuple[SpectralCache, Tensor]:
     """The cache of the first ``most`` tokens of ``document``, and those tokens, ``[1, n]``.
 

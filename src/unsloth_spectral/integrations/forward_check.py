@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
 from unsloth_spectral.integrations.huggingface.owners import Owner, innermost
@@ -27,7 +27,7 @@ class Call(Owner):
         cache: its spectral cache; None where it uses another kind or none.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SpectralConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: CodecConfig) -> None:
         super().__init__(model, config)
         self.is_prepared = False
         self.cache: Cache | None = None

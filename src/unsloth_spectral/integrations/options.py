@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.registry import is_config
 from unsloth_spectral.errors import InvalidArgumentError
 
 
-def config_of(config: SpectralConfig | None, **options: Any) -> SpectralConfig:
+def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
     """``config``, or one of those ``options`` that are given (not None).
 
     Raises:
@@ -15,7 +17,7 @@ def config_of(config: SpectralConfig | None, **options: Any) -> SpectralConfig:
     given = {name: value for name, value in options.items() if value is not None}
     if config is None:
         return SpectralConfig(**given)
-    if not isinstance(config, SpectralConfig):
+    if not is_config(config):
         raise InvalidArgumentError(
             f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...)"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
@@ -33,20 +33,20 @@ class _Patch:
     """
 
     methods: dict[str, Any]
-    config: SpectralConfig | None = None
+    config: CodecConfig | None = None
     owners: list[Owner] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no scope that would end: it is patched as the scope has it.
         return {**vars(self), "config": self.newest(), "owners": []}
 
-    def newest(self) -> SpectralConfig | None:
+    def newest(self) -> CodecConfig | None:
         """The options of the scope opened last, whoever's it is, or those of the patch."""
         scopes = [owner for owner in self.owners if isinstance(owner, Scope) and owner.config is not None]
         return scopes[-1].config if scopes else self.config
 
 
-def patched(model: PreTrainedModel) -> SpectralConfig | None:
+def patched(model: PreTrainedModel) -> CodecConfig | None:
     """The options of the cache that ``generate`` would make for ``model`` here; None where it would make none.
 
     Scopes of this context come first. A thread started within a scope does not know it: so where it has none of its
@@ -59,7 +59,7 @@ def patched(model: PreTrainedModel) -> SpectralConfig | None:
     return patch.newest() if scope is None else scope.config
 
 
-def patch(model: PreTrainedModel, config: SpectralConfig) -> None:
+def patch(model: PreTrainedModel, config: CodecConfig) -> None:
     """Give every ``model.generate(...)`` from now on a fresh spectral cache; patching again changes the options.
 
     Within a scope it changes that scope's.
@@ -97,7 +97,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def scoped(model: PreTrainedModel, config: SpectralConfig) -> Iterator[None]:
+def scoped(model: PreTrainedModel, config: CodecConfig) -> Iterator[None]:
     """``patch`` for a scope of this context."""
     scope = Scope(model, config)
     with entered(scope), _owned(model, scope):

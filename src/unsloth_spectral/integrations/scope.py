@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.integrations.patching import scoped
@@ -13,7 +13,7 @@ from unsloth_spectral.integrations.patching import scoped
 
 @contextmanager
 def spectral(
-    model: PreTrainedModel, *, preset: str | None = None, config: SpectralConfig | None = None
+    model: PreTrainedModel, *, preset: str | None = None, config: CodecConfig | None = None
 ) -> Iterator[PreTrainedModel]:
     """Within the scope every ``model.generate(...)`` gets a fresh spectral cache; afterwards the model is as before.
 

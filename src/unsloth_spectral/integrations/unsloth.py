@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.integrations.huggingface.support import unwrapped
 from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.integrations.patching import patch, unpatch
@@ -15,7 +15,7 @@ def patch_unsloth_attention(
     k_rank_values: int | None = None,
     *,
     preset: str | None = None,
-    config: SpectralConfig | None = None,
+    config: CodecConfig | None = None,
 ) -> None:
     """Give every ``model.generate(...)`` call from now on a fresh spectral cache, with no other change of code.
 

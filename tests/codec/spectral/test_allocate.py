@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral.allocate import DISTORTION, GAINS, Budget, cost, uniform_value_width, widths_at
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
-from unsloth_spectral.codec.spectral.profile import ModelProfile
 
 HEADS, HEAD_DIM = 2, 32
 
@@ -169,19 +169,37 @@ def test_a_layer_asked_again_keeps_its_level() -> None:
     assert spent <= 2.0
 
 
-def test_reset_forgets_what_was_spent() -> None:
+def forget_all(budget: Budget) -> None:
+    for layer in range(budget.num_layers):
+        budget.forget(layer)
+
+
+def test_a_layer_that_is_forgotten_leaves_the_others_what_they_have() -> None:
+    budget, layers = Budget(2.0, 3), [spectrum(i) * 3.0**i for i in range(3)]
+    _, widths = spend(budget, layers, [0, 1, 2])
+    levels = [budget.level_of(layer) for layer in (0, 2)]
+    budget.forget(1)
+    with pytest.raises(KeyError):
+        budget.level_of(1)
+    assert [budget.level_of(layer) for layer in (0, 2)] == levels
+    again = budget.allocate(1, layers[1].view(HEADS, -1), 1.1, 0.0)
+    others = sum(cost(widths[layer].flatten(), 1.1) for layer in (0, 2))
+    assert (others + cost(again.flatten(), 1.1)) / (3 * again.numel()) <= 2.0
+
+
+def test_forgetting_all_layers_forgets_what_was_spent() -> None:
     budget, layers = Budget(2.0, 3), [spectrum(i) * 3.0**i for i in range(3)]
     spent, widths = spend(budget, layers, [0, 1, 2])
-    budget.reset()
+    forget_all(budget)
     with pytest.raises(KeyError):
         budget.level_of(0)
     again, same = spend(budget, layers, [0, 1, 2])
     assert again == spent
     assert all(torch.equal(a, b) for a, b in zip(widths, same, strict=True))
     # In the middle of a round, too.
-    budget.reset()
+    forget_all(budget)
     budget.allocate(1, 1e6 * layers[1].view(HEADS, -1), 1.1, 0.0)
-    budget.reset()
+    forget_all(budget)
     assert spend(budget, layers, [0, 1, 2])[0] == spent
 
 

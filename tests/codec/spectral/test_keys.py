@@ -10,7 +10,8 @@ import torch
 
 from unsloth_spectral.codec.spectral import keys as codec
 from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
-from unsloth_spectral.codec.spectral.statistics import covariance, principal_basis, query_metric
+from unsloth_spectral.codec.spectral.metric import query_metric
+from unsloth_spectral.codec.spectral.statistics import KeyStatistics, centre, covariance, principal_basis
 from unsloth_spectral.rope import Rotation, rotate
 
 BATCH, HEADS = 2, 3
@@ -54,13 +55,15 @@ def encoded(
     """The codes, their plan, what was coded, and the metric."""
     heads, head_dim = keys.shape[1], keys.shape[-1]
     is_rotated = frame == "rotated"
-    x, mean = codec.centre(keys, mean, rotation, is_rotated, real)
+    x, mean = centre(keys, mean, rotation, is_rotated, real)
     metric = query_metric(random(1, heads, 4 * head_dim, head_dim, seed=9) * torch.logspace(-0.3, 0.3, head_dim))
     if isinstance(widths, int):
         widths = torch.full((heads, head_dim), widths)
     if plan is None:
         plan = codec.plan(principal_basis(covariance(x), metric), widths, 0.1)
-    found, plan = codec.encode(x, covariance(x), plan, metric, mean, rotation, is_rotated)
+    found, plan = codec.encode(
+        KeyStatistics(x, mean, covariance(x), metric, rotation, is_rotated, torch.ones(len(x))), plan
+    )
     return found, plan, x, metric
 
 
@@ -82,7 +85,7 @@ def test_eight_bits_are_near_lossless(frame: str, head_dim: int, heads: int, tok
     assert ((rebuilt - keys).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1)) < NEAR).all()
     error = rebuilt - keys
     if frame == "unrotated" and rotation is not None:
-        error = codec.unrotate(error, rotation.table()[:, None], rotation)
+        error = unrotate(error, rotation.table()[:, None], rotation)
     lost = ((error @ metric) * error).sum((-2, -1)) / ((x @ metric) * x).sum((-2, -1))
     assert torch.allclose(found.relative_error.float(), lost.sqrt(), rtol=0.02)
 
@@ -255,15 +258,15 @@ def test_padding_changes_nothing_for_others(frame: str, assert_close: Callable[.
 def test_padding_takes_no_mean(frame: str) -> None:
     keys, rotation = dense_keys(256, 16, HEADS, frame)
     real = torch.zeros(BATCH, 256, dtype=torch.bool)
-    x, mean = codec.centre(keys, None, rotation, frame == "rotated", real)
+    x, mean = centre(keys, None, rotation, frame == "rotated", real)
     assert not x.any()
     assert not mean.any()
     real[:, 56:] = True
-    x, mean = codec.centre(keys, None, rotation, frame == "rotated", real)
+    x, mean = centre(keys, None, rotation, frame == "rotated", real)
     assert not x[:, :, :56].any()
     if frame != "rotated":
         assert x[:, :, 56:].mean(-2).abs().max() < 0.01
-    given, same = codec.centre(keys, mean, rotation, frame == "rotated", None)
+    given, same = centre(keys, mean, rotation, frame == "rotated", None)
     assert same is mean
     assert torch.equal(given[:, :, 56:], x[:, :, 56:])
 

@@ -27,7 +27,7 @@ from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.allocate import uniform_value_width, widths_at
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
-from unsloth_spectral.codec.spectral.statistics import Basis, covariance, principal_basis
+from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.rope import Rotation
 
@@ -103,19 +103,17 @@ class ChunkCodec:
         layer_shape = self._layer(chunk.shape, chunk.dtype)
         value_nbits = self._value_nbits(layer_shape)
         rotation = self._rotation(keys.shape[-2] - _NUM_EXACT)
-        centred = [
-            key_codec.centre(own[None, :, _NUM_EXACT:], None, rotation, is_rotated=rotation is None, real=None)
-            for own in keys
-        ]
         metric = torch.eye(self.layout.key_dim, dtype=torch.float32, device="cpu").expand(1, keys.shape[1], -1, -1)
-        spreads = [covariance(x) for x, _ in centred]
-        bases = [principal_basis(spread, metric) for spread in spreads]
+        runs = [
+            KeyStatistics.of(layer_keys[None, :, _NUM_EXACT:], metric, rotation, is_rotated=rotation is None)
+            for layer_keys in keys
+        ]
+        bases = [run.basis() for run in runs]
         record = torch.zeros(self.nbytes(chunk.shape), dtype=torch.uint8, device="cpu")
         level, widths = self._widths(bases, layer_shape, value_nbits, len(record))
         place = HEADER_BYTES
-        for layer, (x, mean) in enumerate(centred):
-            plan = key_codec.plan(bases[layer], widths[layer], level)
-            coded, _ = key_codec.encode(x, spreads[layer], plan, metric, mean, rotation, is_rotated=rotation is None)
+        for layer, run in enumerate(runs):
+            coded, _ = key_codec.encode(run, key_codec.plan(bases[layer], widths[layer], level))
             coded_values = value_codec.encode(values[layer][None, :, _NUM_EXACT:], value_nbits)
             exact_keys, exact_values = keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT]
             for part in write_layer(coded, coded_values, exact_keys, exact_values):

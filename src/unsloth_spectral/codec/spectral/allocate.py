@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
-from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.fields import Field, Fields
 
 # Mean squared error of a uniform quantizer with the best step on a unit Gaussian, at 0 to 8 bits.
@@ -63,16 +63,16 @@ class Budget:
         num_layers: layers that share the budget.
         profile: of the model, or None.
         seen: ``[H, D]`` variances of each layer's keys, as they came; let go with the last layer.
-        keeps_seen: whether they stay, for who measures a profile.
     """
 
     bits_per_element: float
     num_layers: int
     profile: ModelProfile | None = None
     seen: dict[int, Tensor] = field(default_factory=dict)
-    keeps_seen: bool = False
     _levels: dict[int, float] = field(default_factory=dict)
     _value_nbits: dict[int, int] = field(default_factory=dict)
+    # What each layer was given and has not spent, and the sum: negative where a layer took from the others.
+    _balances: dict[int, float] = field(default_factory=dict)
     _left: float = 0.0
 
     def allocate(
@@ -99,12 +99,15 @@ class Budget:
             own_values = None if self.profile is None else _ValueDemand(self.profile, [layer], value_elements)
             level = max(level, _common_level(self._left + len(coming) * share / 2, demands[:1], own_values))
             self._levels[layer] = level
-            self._left -= cost(widths_at(level, own, first_bit_cost), first_bit_cost)
+            spent = cost(widths_at(level, own, first_bit_cost), first_bit_cost)
+            self._left -= spent
             if own_values is not None:
                 nbits = own_values.nbits_at(level)
                 self._value_nbits[layer] = nbits
                 self._left -= nbits * value_elements
-            if not coming and not self.keeps_seen:
+                spent += nbits * value_elements
+            self._balances[layer] = share - spent
+            if not coming:
                 self.seen.clear()
         return widths_at(self._levels[layer], own, first_bit_cost)
 
@@ -120,12 +123,15 @@ class Budget:
         """Width of the values of a layer that ``allocate`` has seen, where a profile is known."""
         return self._value_nbits[layer]
 
-    def reset(self) -> None:
-        """Forget what was spent."""
-        self.seen.clear()
-        self._levels.clear()
-        self._value_nbits.clear()
-        self._left = 0.0
+    def forget(self, layer: int) -> None:
+        """Take back what ``layer`` was given: it is empty again."""
+        if self._levels.pop(layer, None) is None:
+            return
+        self.seen.pop(layer, None)
+        self._value_nbits.pop(layer, None)
+        self._left -= self._balances.pop(layer)
+        if not self._levels:
+            self._left = 0.0
 
     def to_fields(self) -> dict[str, Field]:
         """What was spent: all that changes."""
@@ -133,6 +139,7 @@ class Budget:
             "seen": {str(layer): variances for layer, variances in self.seen.items()},
             "levels": {str(layer): level for layer, level in self._levels.items()},
             "value_nbits": {str(layer): nbits for layer, nbits in self._value_nbits.items()},
+            "balances": {str(layer): balance for layer, balance in self._balances.items()},
             "left": self._left,
         }
 
@@ -143,13 +150,18 @@ class Budget:
             LoadError: it is not of these layers.
         """
         seen, levels, nbits = (fields.sub(name) for name in ("seen", "levels", "value_nbits"))
-        self.reset()
+        # The first snapshots of this format do not tell which layer left how much.
+        balances = fields.sub("balances") if fields.has("balances") else None
+        evenly = fields.number("left") / max(1, sum(levels.has(str(layer)) for layer in range(self.num_layers)))
+        for layer in range(self.num_layers):
+            self.forget(layer)
         for each in range(self.num_layers):
             name = str(each)
             if seen.has(name):
                 self.seen[each] = seen.tensor(name, torch.float32, (None, None))
             if levels.has(name):
                 self._levels[each] = levels.number(name)
+                self._balances[each] = evenly if balances is None else balances.number(name)
             if nbits.has(name):
                 self._value_nbits[each] = nbits.integer(name, 1)
         self._left = fields.number("left")

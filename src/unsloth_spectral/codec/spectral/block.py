@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.block import Block
+from unsloth_spectral.codec.block import Amounts, Block
 from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.spectral.keys import KeyCodes
 from unsloth_spectral.codec.spectral.values import ValueCodes
@@ -64,6 +64,23 @@ class SpectralBlock:
         return all(
             bool(torch.isfinite(x).all()) for x in (self.keys.vector_scales, self.keys.mean, self.values.largest)
         )
+
+    @property
+    def errors(self) -> tuple[Tensor, Tensor]:
+        return self.keys.relative_error, self.values.relative_error
+
+    @property
+    def amounts(self) -> Amounts:
+        elements = self.num_key_value_heads * self.keys.mean.shape[-1]
+        return Amounts(bits_keys=self.keys.num_bits / elements, bits_values=float(self.values.nbits))
+
+    @property
+    def num_fallbacks(self) -> int:
+        return 0
+
+    @property
+    def shared_tensors(self) -> tuple[Tensor, ...]:
+        return () if self.keys.rotation is None else self.keys.rotation.tensors
 
     def scores(self, query: Tensor) -> Tensor:
         if self.keys.is_rotated or self.num_tokens <= _TILE_TOKENS:

@@ -13,10 +13,10 @@ from unsloth_spectral.codec.spectral import kernel
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
-from unsloth_spectral.codec.spectral.statistics import Basis, projection
+from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation, join_rotations, minus_rotated, rotate, unrotate, unrotated_sum
+from unsloth_spectral.rope import Rotation, join_rotations, rotate
 
 # What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
 SCALE_BITS = 8 / GROUP_SIZE
@@ -199,34 +199,6 @@ def _by_head(components: Tensor, widths: Widths) -> Tensor:
     return empty.index_copy_(1, _slots(widths, components.device), components).unflatten(1, (len(widths), most))
 
 
-def centre(
-    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What is coded of ``keys [B, H, n, D]``, and the mean taken from it, ``[B, H, D]`` float16 (or the given one).
-
-    ``real [B, n]`` bool leaves out padding, which becomes zero.
-    """
-    x = keys.float()
-    weight = None if real is None else real[:, None, :, None].to(x.dtype)
-    if rotation is not None and is_rotated:
-        table = rotation.table()[:, None]
-        mean = _mean(x, weight, table, rotation).half() if mean is None else mean
-        x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
-    else:
-        x = x if rotation is None else unrotate(x, rotation.table()[:, None], rotation)
-        mean = _mean(x, weight).half() if mean is None else mean
-        x = x - mean.float()[:, :, None]
-    return (x if weight is None else x * weight), mean
-
-
-def _mean(x: Tensor, weight: Tensor | None, table: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
-    """Mean over the tokens of ``x``, or of what it was before ``rotation``, under ``weight [B, 1, n, 1]``."""
-    count = x.shape[-2] if weight is None else weight.sum(-2).clamp_min(1)
-    x = x if weight is None else x * weight
-    total = x.sum(-2) if table is None or rotation is None else unrotated_sum(x, table, rotation)
-    return total / count
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPlan:
     """How keys are coded: which components, how many bits each, in which rounded basis.
@@ -277,18 +249,10 @@ def _first_of(widths: Tensor) -> Tensor:
     return torch.arange(len(widths), dtype=torch.int64, device=widths.device)[:, None] * widths.shape[1]
 
 
-def encode(
-    x: Tensor,
-    covariance: Tensor,
-    plan: KeyPlan,
-    metric: Tensor,
-    mean: Tensor,
-    rotation: Rotation | None,
-    is_rotated: bool,
-) -> tuple[KeyCodes, KeyPlan]:
-    """Code ``x [B, H, n, D]``, centred, of that covariance, and the plan with its ``tops``."""
-    num_tokens = x.shape[-2]
-    flat = flat_widths(plan.widths)
+def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]:
+    """Code the keys of ``statistics`` by ``plan``; the second result is the plan with its ``tops``."""
+    x, metric = statistics.x, statistics.metric
+    num_tokens, flat = statistics.num_tokens, flat_widths(plan.widths)
     rows = plan.vectors.float() * plan.row_scales
     basis = _by_head(rows, plan.widths)
     project = projection(basis, metric)
@@ -297,11 +261,11 @@ def encode(
         planes, scales, energies, squares = kernel.encode_keys(coefficients, plan.widths, CLIPS)
     else:
         nbits = _as_tensor(flat, x.device)
-        codes, scales = quantize(coefficients, nbits)
-        planes = pack_quads(codes, plan.widths)
+        unpacked, scales = quantize(coefficients, nbits)
+        planes = pack_quads(unpacked, plan.widths)
         energies, squares = (
             _groups(numbers).square().sum(-1)
-            for numbers in (coefficients, _around_zero(codes, nbits)[..., :num_tokens])
+            for numbers in (coefficients, _around_zero(unpacked, nbits)[..., :num_tokens])
         )
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
@@ -310,20 +274,22 @@ def encode(
     # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
     ratio = stored / scales.clamp_min(torch.finfo(scales.dtype).tiny)
     lost = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
-    error = _relative_error(_by_head(lost[..., None], plan.widths)[..., 0], basis, project, covariance, metric)
-    found = KeyCodes(
+    error = _relative_error(
+        _by_head(lost[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
+    )
+    codes = KeyCodes(
         planes,
         scale_codes.mT.contiguous(),
         plan.vectors,
         plan.row_scales * tops,
-        mean,
+        statistics.mean,
         error,
         plan.widths,
         num_tokens,
-        rotation,
-        is_rotated,
+        statistics.rotation,
+        statistics.is_rotated,
     )
-    return found, replace(plan, tops=tops)
+    return codes, replace(plan, tops=tops)
 
 
 def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,12 @@
-"""The basis keys are coded in: principal axes under the metric of the queries that will look at them."""
+"""What the encoder computes of a run of keys: the centred keys, their mean and covariance, and their principal axes."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Directions no sampled query looked at still get this share of the mean weight: later queries may look there.
-_FLOOR = 1e-2
-_SCARCITY = 1.0
+from unsloth_spectral.rope import Rotation, minus_rotated, unrotate, unrotated_sum
 
 
 class Basis(NamedTuple):
@@ -22,21 +21,88 @@ class Basis(NamedTuple):
     variances: Tensor
 
 
-def query_metric(queries: Tensor, counts: Tensor | None = None, repeats: int = 1) -> Tensor:
-    """``E[q q^T]`` of ``queries [..., n, D]``, with a floor on its diagonal, ``[..., D, D]`` float32.
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyStatistics:
+    """A run of keys as it is encoded.
 
-    The fewer the queries, the higher the floor: fewer than ``D`` cannot even span the space. ``counts`` tells how many
-    there are, 1 or more, where some are zeros that fill up; each is there ``repeats`` times.
+    Attributes:
+        x: ``[B, H, n, D]`` float32, the keys less their mean, padding zero.
+        mean: ``[B, H, D]`` float16, un-rotated.
+        covariance: ``[B, H, D, D]``, of ``x``.
+        metric: ``[B or 1, H, D, D]``, of the queries.
+        rotation: the tokens' positions; None for a model without rotary embeddings.
+        is_rotated: whether ``x`` is in the frame of rotated keys or of un-rotated ones.
+        shares: ``[B]``, the share of each row's tokens that are no padding.
     """
-    head_dim, num_queries = queries.shape[-1], queries.shape[-2] // repeats
-    if counts is None:
-        counts = torch.tensor(num_queries, dtype=torch.float32, device=queries.device)
-    # A float: a number divided by a tensor of integers is of the process's default dtype.
-    counts = counts[..., None, None].float()
-    metric = queries.mT @ queries / (counts * repeats)
-    floor = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metric.dtype).tiny)
-    eye = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
-    return metric + (_FLOOR + _SCARCITY * (head_dim / counts) ** 2) * floor[..., None, None] * eye
+
+    x: Tensor
+    mean: Tensor
+    covariance: Tensor
+    metric: Tensor
+    rotation: Rotation | None
+    is_rotated: bool
+    shares: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        keys: Tensor,
+        metric: Tensor,
+        rotation: Rotation | None,
+        is_rotated: bool,
+        mean: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> "KeyStatistics":
+        """Of ``keys [B, H, n, D]``, less ``mean [B, H, D]`` float16 or, without one, their own; ``real [B, n]`` bool
+        leaves out padding."""
+        x, mean = centre(keys, mean, rotation, is_rotated, real)
+        shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
+        return cls(x, mean, covariance(x), metric.to(x.device), rotation, is_rotated, shares)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def has_tokens(self) -> Tensor:
+        """``[B]`` bool, which rows are more than padding."""
+        return self.shares > 0
+
+    def basis(self) -> Basis:
+        """Principal axes under the metric."""
+        return principal_basis(self.covariance, self.metric)
+
+    def over_tokens(self, variances: Tensor) -> Tensor:
+        """``[H, D]``: the mean of ``variances [B, H, D]`` over the tokens of all rows, padding left out."""
+        return variances.sum(0) / self.shares.sum().clamp_min(torch.finfo(self.shares.dtype).tiny)
+
+
+def centre(
+    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What is coded of ``keys [B, H, n, D]``, and the mean taken from it, ``[B, H, D]`` float16 (or the given one).
+
+    ``real [B, n]`` bool leaves out padding, which becomes zero.
+    """
+    x = keys.float()
+    weight = None if real is None else real[:, None, :, None].to(x.dtype)
+    if rotation is not None and is_rotated:
+        table = rotation.table()[:, None]
+        mean = _mean(x, weight, table, rotation).half() if mean is None else mean
+        x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
+    else:
+        x = x if rotation is None else unrotate(x, rotation.table()[:, None], rotation)
+        mean = _mean(x, weight).half() if mean is None else mean
+        x = x - mean.float()[:, :, None]
+    return (x if weight is None else x * weight), mean
+
+
+def _mean(x: Tensor, weight: Tensor | None, table: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
+    """Mean over the tokens of ``x``, or of what it was before ``rotation``, under ``weight [B, 1, n, 1]``."""
+    count = x.shape[-2] if weight is None else weight.sum(-2).clamp_min(1)
+    x = x if weight is None else x * weight
+    total = x.sum(-2) if table is None or rotation is None else unrotated_sum(x, table, rotation)
+    return total / count
 
 
 def covariance(x: Tensor) -> Tensor:

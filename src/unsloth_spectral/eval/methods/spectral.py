@@ -4,25 +4,21 @@ import math
 from functools import partial
 from typing import Any
 
-from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.registry import codecs
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.eval.methods.base import Footprint, Method
 from unsloth_spectral.integrations.huggingface import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache import dense_cache
 
-_RANKS = ((16, 32), (24, 40), (32, 48))
-
 
 def spectral_methods() -> dict[str, Method]:
     """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``unrotated`` for un-rotated keys."""
     found = [Method("dense", "dense", dense_cache, _dense_footprint)]
-    for keys, values in _RANKS:
-        found.append(_method(f"rank {keys}/{values}", "rank", SpectralConfig(rank_keys=keys, rank_values=values)))
-    for frame in KEY_FRAMES:
-        family = "spectral" if frame == KEY_FRAMES[0] else f"spectral {frame}"
-        for preset in PRESETS:
-            config = SpectralConfig(preset=preset, key_frame=frame)
-            found.append(_method(config.title, family, config))
+    for codec in codecs():
+        for family, configs in codec.compared.items():
+            found += [_method(config.title, family, config) for config in configs]
     for preset in ("balanced", "small"):
         make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
         name = f"spectral {preset} without profile"
@@ -30,11 +26,11 @@ def spectral_methods() -> dict[str, Method]:
     return {method.name: method for method in found}
 
 
-def _method(name: str, family: str, config: SpectralConfig) -> Method:
+def _method(name: str, family: str, config: CodecConfig) -> Method:
     return Method(name, family, partial(_make, config), Footprint.counted, bits_by_layer)
 
 
-def _make(config: SpectralConfig, model: Any, use_profile: bool = True) -> SpectralCache:
+def _make(config: CodecConfig, model: Any, use_profile: bool = True) -> SpectralCache:
     return SpectralCache(model, config=config, use_profile=use_profile)
 
 

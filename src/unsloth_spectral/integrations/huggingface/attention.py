@@ -88,7 +88,7 @@ def _observe(
         layer.note_padding(visible.first)
         padding = (visible.first - (layer.num_tokens - length)).clamp(0, length)
         padding, asking = padding if bool(padding.any()) else None, visible.asking
-    if layer.config.codec == "spectral":
+    if layer.uses_queries:
         rotation = rotation_of(module, query.shape[-1], padding)
         layer.observe(query.detach(), rotation, options.scaling, asking)
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, count
 from typing import Any, SupportsIndex
 from weakref import WeakSet, ref
 
@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
-from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import make_sealers
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.codec import CodecConfig
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.registry import codec_of, make_codec
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
@@ -82,27 +82,29 @@ class SpectralCache(Cache):
         model: PreTrainedModel,
         *,
         preset: str | None = None,
-        config: SpectralConfig | None = None,
+        config: CodecConfig | None = None,
         use_profile: bool = True,
     ) -> None:
         chosen = config_of(config, preset=preset)
         model = unwrapped(model)
         check_model(model, chosen)
-        wants_profile = use_profile and chosen.codec == "spectral"
+        wants_profile = use_profile and codec_of(chosen).uses_profile
         self._build(model, chosen, profile_of(model, _num_spectral(model)) if wants_profile else None)
 
-    def _build(self, model: PreTrainedModel, config: SpectralConfig, profile: ModelProfile | None) -> None:
+    def _build(self, model: PreTrainedModel, config: CodecConfig, profile: ModelProfile | None) -> None:
         hold(model)
         # Weak, as a copy of a cache is no copy of the model.
         self.config, self.profile, self._model = config, profile, _ModelReference(model)
         plans = layers_of(model.config.get_text_config(decoder=True))
-        sealers = iter(make_sealers(config, _num_spectral(model), profile))
+        self.codec = make_codec(config, _num_spectral(model), profile)
+        numbers = count()
         reason = why_materialised(model)
         if reason is not None:
             _tell_once(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native() for plan in plans
+            kind(self.config, self.codec.layer(next(numbers))) if plan.layer_type == "full_attention" else plan.native()
+            for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
@@ -279,16 +281,16 @@ class SpectralCache(Cache):
         for number, (layer, stored) in enumerate(zip(cache.layers, layers, strict=True)):
             restore_layer(layer, stored, devices.get(number, model.device))
         shared = fields.sub("shared").on(devices.get(cache._first, model.device))
-        cache._spectral[0].spectral.sealer.restore_shared(shared)
+        cache.codec.restore(shared)
         held = {layer.spectral.num_tokens for layer in cache._spectral}
-        count = found.header.sub("tokens").integer("count", 1)
-        fields.require(held == {count}, f"{count} tokens in every layer")
+        num_tokens = found.header.sub("tokens").integer("count", 1)
+        fields.require(held == {num_tokens}, f"{num_tokens} tokens in every layer")
         return cache
 
     def _to_fields(self) -> Field:
         return {
             "profile": None if self.profile is None else self.profile.to_fields(),
-            "shared": self._spectral[0].spectral.sealer.shared_to_fields(),
+            "shared": self.codec.to_fields(),
             "layers": [layer_to_fields(layer) for layer in self.layers],
         }
 

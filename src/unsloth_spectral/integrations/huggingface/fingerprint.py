@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.files import check_target, replacing
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unsloth_spectral import __version__
 from unsloth_spectral.cache.token_hash import check_tokens, token_hashes
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.registry import config_type_of
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.integrations.huggingface.identity import difference, identify
@@ -18,7 +20,7 @@ from unsloth_spectral.integrations.huggingface.media import media_difference, me
 
 def make_header(
     model: PreTrainedModel,
-    config: SpectralConfig,
+    config: CodecConfig,
     batch: int,
     num_tokens: int,
     input_ids: Tensor | None,
@@ -49,18 +51,22 @@ def make_header(
         "library": __version__,
         "model": identify(model),
         "tokens": {"count": num_tokens, "batch": batch, "sha256": token_hash, "model_inputs": hashes},
-        "codec": asdict(config),
+        "codec": asdict(cast(Any, config)),
+        "codec_name": config.codec,
     }
 
 
-def config_in(header: Fields) -> SpectralConfig:
+def config_in(header: Fields) -> CodecConfig:
     """The options of the cache.
 
     Raises:
         LoadError: they are none of this version's.
     """
+    # The first snapshots of this format do not name the codec: their options tell.
+    kind = config_type_of(header.text("codec_name"), header) if header.has("codec_name") else SpectralConfig
     try:
-        return SpectralConfig(**header.data("codec"))
+        config: CodecConfig = kind(**header.data("codec"))
+        return config
     except (TypeError, InvalidArgumentError) as error:
         raise LoadError(f"the snapshot's codec is not one of this version ({error}): make it anew") from error
 

@@ -9,8 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import LayerStats
-from unsloth_spectral.codec.config import SpectralConfig
-from unsloth_spectral.codec.sealer import Sealer
+from unsloth_spectral.codec.codec import CodecConfig, LayerCodec
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
@@ -26,9 +25,9 @@ class SpectralCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, config: SpectralConfig, sealer: Sealer) -> None:
+    def __init__(self, config: CodecConfig, codec: LayerCodec) -> None:
         super().__init__()
-        self.spectral = SpectralLayer(config, sealer)
+        self.spectral = SpectralLayer(config, codec)
         self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

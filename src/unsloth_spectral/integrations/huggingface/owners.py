@@ -9,7 +9,7 @@ from weakref import ref
 
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 
 # Tiers while any model is switched or given back: for microseconds, so one serves all models.
 lock = RLock()
@@ -23,7 +23,7 @@ class Owner:
         is_open: whether it has not ended; a task or a generator may outlive the scope that it began in.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SpectralConfig | None) -> None:
+    def __init__(self, model: PreTrainedModel, config: CodecConfig | None) -> None:
         # Weak: a context may live as long as its thread.
         self._model = ref(model)
         self.config, self.is_open = config, True

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.cache import snapshot
 from unsloth_spectral.cache.token_hash import check_tokens, token_hashes
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.files import expanded
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
@@ -66,7 +67,7 @@ class PrefixStore:
         input_ids: Tensor,
         *,
         preset: str | None = None,
-        config: SpectralConfig | None = None,
+        config: CodecConfig | None = None,
     ) -> SpectralCache:
         """A cache of all of ``input_ids [1, n]`` but the last token, from which ``generate`` then starts.
 
@@ -106,7 +107,7 @@ class PrefixStore:
         input_ids: Tensor,
         *,
         preset: str | None = None,
-        config: SpectralConfig | None = None,
+        config: CodecConfig | None = None,
     ) -> int:
         """How many tokens of ``input_ids [1, n]`` ``prefill`` would load instead of computing them.
 
@@ -180,7 +181,7 @@ class PrefixStore:
                 total -= sizes[path].st_size
 
 
-def _check(model: PreTrainedModel, config: SpectralConfig, input_ids: Tensor) -> None:
+def _check(model: PreTrainedModel, config: CodecConfig, input_ids: Tensor) -> None:
     check_model(model, config)
     check_tokens(input_ids)
     if input_ids.ndim != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
@@ -204,5 +205,5 @@ def _check(model: PreTrainedModel, config: SpectralConfig, input_ids: Tensor) ->
 def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:
     """Sixteen digits of all that a cache depends on besides its tokens."""
     profile = None if fresh.profile is None else asdict(fresh.profile)
-    record = json.dumps([snapshot.VERSION, identify(model), asdict(fresh.config), profile], sort_keys=True)
+    record = json.dumps([snapshot.VERSION, identify(model), asdict(cast(Any, fresh.config)), profile], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()[:16]

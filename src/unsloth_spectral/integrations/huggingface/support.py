@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.integrations.fast_path import copied_class
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
@@ -36,7 +36,7 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def check_model(model: object, config: SpectralConfig) -> None:
+def check_model(model: object, config: CodecConfig) -> None:
     """Raise unless ``model`` can carry a spectral cache with ``config``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One sealer a layer: what a later block shares with the first, the error limit, and bits within the budget."""
+"""One state a layer: what a later block shares with the first, the error limit, and bits within the budget."""
 
 from typing import Any
 
@@ -8,13 +8,17 @@ import torch
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
-from unsloth_spectral.codec import sealer as sealer_module
-from unsloth_spectral.codec.block import ExactBlock, RankBlock
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.codec.sealer import RankSealer, SpectralSealer, make_sealers
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.rank.block import RankBlock
+from unsloth_spectral.codec.rank.codec import RankLayer
+from unsloth_spectral.codec.registry import make_codec
+from unsloth_spectral.codec.spectral import codec as codec_module
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.profile import ModelProfile
+from unsloth_spectral.codec.spectral.codec import SpectralLayerCodec
+from unsloth_spectral.codec.spectral.metric import metric_of
 from unsloth_spectral.rope import Rotation
 
 BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 32, 256
@@ -39,77 +43,77 @@ def rotation_of(count: int, start: int = 0, head_dim: int = HEAD_DIM) -> Rotatio
     return Rotation.of(torch.polar(torch.ones_like(angle), angle)[None], first, first + pairs)
 
 
-def sealer_of(frame: str = "unrotated", bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
+def codec_layer(frame: str = "unrotated", bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
     config = SpectralConfig(block_size=BLOCK, bits_per_element=bits, key_frame=frame, error_limit=limit)
-    return make_sealers(config, layers)[0]
+    return make_codec(config, layers).layer(0)
 
 
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 
 
-def sealed(sealer: Any, what: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
-    block = sealer.seal(what, None, Observed() if observed is None else observed)
+def sealed(codec: Any, what: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
+    block = codec.seal(what, None, Observed() if observed is None else observed)
     assert isinstance(block, SpectralBlock)
     return block
 
 
 @frames
 def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str) -> None:
-    sealer = sealer_of(frame)
-    first = sealed(sealer, tokens(512), Observed(rotation_of(512)))
-    second = sealed(sealer, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
+    codec = codec_layer(frame)
+    first = sealed(codec, tokens(512), Observed(rotation_of(512)))
+    second = sealed(codec, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
     assert second.keys.vectors is first.keys.vectors
     assert second.keys.mean is first.keys.mean
     assert second.values.largest is first.values.largest
-    joined = sealer.join(first, second)
+    joined = codec.join(first, second)
     assert joined.num_tokens == 768
     assert joined.nbytes < first.nbytes + second.nbytes - first.keys.vectors.nbytes
     for part, a, b in zip(joined.reconstruct(), first.reconstruct(), second.reconstruct(), strict=True):
         assert (part - torch.cat([a, b], -2)).abs().max() < 2e-3 * part.abs().max()
-    third = sealed(sealer, tokens(BLOCK, seed=2), Observed(rotation_of(BLOCK, 768)))
-    assert sealer.join(joined, third).num_tokens == 1024
+    third = sealed(codec, tokens(BLOCK, seed=2), Observed(rotation_of(BLOCK, 768)))
+    assert codec.join(joined, third).num_tokens == 1024
 
 
 def test_a_block_of_another_kind_gets_its_own_basis() -> None:
-    sealer = sealer_of()
-    first, other = sealed(sealer, tokens(512)), sealed(sealer, tokens(BLOCK, seed=1, kind=1))
+    codec = codec_layer()
+    first, other = sealed(codec, tokens(512)), sealed(codec, tokens(BLOCK, seed=1, kind=1))
     assert other.keys.vectors is not first.keys.vectors
-    assert sealer.join(first, other) is None
+    assert codec.join(first, other) is None
     assert float(other.keys.relative_error.max()) < 2.5 * float(first.keys.relative_error.max())
     # The first basis stays the one that is tried.
-    again = sealed(sealer, tokens(BLOCK, seed=2))
+    again = sealed(codec, tokens(BLOCK, seed=2))
     assert again.keys.vectors is first.keys.vectors
-    assert sealer.join(first, again) is not None
+    assert codec.join(first, again) is not None
 
 
 def test_values_that_grow_later_are_not_cut_off() -> None:
-    sealer = sealer_of()
+    codec = codec_layer()
     first, later = tokens(512), tokens(BLOCK, seed=1)
     later.values[:, :, 40:50] *= 20
-    sealed(sealer, first)
-    values = sealed(sealer, later).reconstruct()[1]
+    sealed(codec, first)
+    values = sealed(codec, later).reconstruct()[1]
     error = (values - later.values).norm(dim=-1) / later.values.norm(dim=-1)
     assert float(error[:, :, 40:50].max()) < 2 * float(error[:, :, 100:].max())
 
 
 def test_after_forgetting_everything_is_planned_anew() -> None:
-    sealer = sealer_of()
-    first = sealed(sealer, tokens(512))
-    assert sealer.nbytes > 0
-    sealer.forget()
-    assert sealer.nbytes == 0
-    second = sealed(sealer, tokens(BLOCK, seed=1))
+    codec = codec_layer()
+    first = sealed(codec, tokens(512))
+    assert codec.nbytes > 0
+    codec.forget()
+    assert codec.nbytes == 0
+    second = sealed(codec, tokens(BLOCK, seed=1))
     assert second.keys.vectors is not first.keys.vectors
     assert second.keys.num_bits > 0
-    assert sealer.join(first, second) is None
-    sealer.reset()
-    assert torch.equal(sealed(sealer, tokens(512)).keys.planes, first.keys.planes)
+    assert codec.join(first, second) is None
+    codec.reset()
+    assert torch.equal(sealed(codec, tokens(512)).keys.planes, first.keys.planes)
 
 
 @frames
 def test_the_plan_follows_the_batch(frame: str) -> None:
     """With one result for one tensor, blocks sealed later still join."""
-    plain, turned = sealer_of(frame), sealer_of(frame)
+    plain, turned = codec_layer(frame), codec_layer(frame)
     first = sealed(plain, tokens(512))
     before, nbytes, results = sealed(turned, tokens(512)), turned.nbytes, {}
 
@@ -128,43 +132,43 @@ def test_the_plan_follows_the_batch(frame: str) -> None:
 
 
 def test_there_is_nothing_to_follow_before_the_first_sealing() -> None:
-    sealer = sealer_of()
-    sealer.map_batch(lambda tensor: tensor[[1]])
-    assert sealer.nbytes == 0
+    codec = codec_layer()
+    codec.map_batch(lambda tensor: tensor[[1]])
+    assert codec.nbytes == 0
 
 
 def test_a_run_shorter_than_a_block_leaves_no_plan() -> None:
-    sealer, fresh = sealer_of(), sealer_of()
-    short, later = sealed(sealer, tokens(BLOCK - 128)), sealed(sealer, tokens(BLOCK, seed=1))
+    codec, fresh = codec_layer(), codec_layer()
+    short, later = sealed(codec, tokens(BLOCK - 128)), sealed(codec, tokens(BLOCK, seed=1))
     expected = sealed(fresh, tokens(BLOCK, seed=1))
     assert later.keys.widths == expected.keys.widths, "neither its basis nor its water level counts"
     assert torch.equal(later.keys.planes, expected.keys.planes)
-    assert sealer.join(short, later) is None
-    assert sealed(sealer, tokens(BLOCK, seed=2)).keys.vectors is later.keys.vectors
+    assert codec.join(short, later) is None
+    assert sealed(codec, tokens(BLOCK, seed=2)).keys.vectors is later.keys.vectors
 
 
 def test_what_is_not_finite_leaves_no_plan() -> None:
-    sealer, huge = sealer_of(), tokens(BLOCK)
+    codec, huge = codec_layer(), tokens(BLOCK)
     huge.keys[:, :, 7] = 1e30
-    assert not sealed(sealer, huge).is_finite
-    assert sealer.nbytes == 0
-    assert sealed(sealer, tokens(BLOCK, seed=1)).is_finite
+    assert not sealed(codec, huge).is_finite
+    assert codec.nbytes == 0
+    assert sealed(codec, tokens(BLOCK, seed=1)).is_finite
 
 
 def test_only_whole_groups_and_coded_blocks_join() -> None:
-    sealer = sealer_of()
-    first, second = sealed(sealer, tokens(512)), sealed(sealer, tokens(BLOCK, seed=1))
-    assert sealer.join(first.first_tokens(500)[0], second) is None
-    assert sealer.join(tokens(512), second) is None
-    assert sealer.join(first, tokens(512)) is None
-    assert sealer.join(first.map_batch(torch.clone), second) is None
+    codec = codec_layer()
+    first, second = sealed(codec, tokens(512)), sealed(codec, tokens(BLOCK, seed=1))
+    assert codec.join(first.first_tokens(500)[0], second) is None
+    assert codec.join(tokens(512), second) is None
+    assert codec.join(first, tokens(512)) is None
+    assert codec.join(first.map_batch(torch.clone), second) is None
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.06, 0.02])
 def test_a_tight_limit_buys_bits(limit: float) -> None:
-    plain = sealed(sealer_of(bits=2.0), tokens(512))
+    plain = sealed(codec_layer(bits=2.0), tokens(512))
     assert max(float(plain.keys.relative_error.max()), float(plain.values.relative_error.max())) > limit
-    block = sealed(sealer_of(bits=2.0, limit=limit), tokens(512))
+    block = sealed(codec_layer(bits=2.0, limit=limit), tokens(512))
     assert float(block.keys.relative_error.max()) <= limit
     assert float(block.values.relative_error.max()) <= limit
     assert block.values.nbits > plain.values.nbits
@@ -175,13 +179,13 @@ def test_a_tight_limit_buys_bits(limit: float) -> None:
 
 
 def test_a_limit_that_is_met_changes_nothing() -> None:
-    one, other = sealed(sealer_of(), tokens(512)), sealed(sealer_of(limit=0.9), tokens(512))
+    one, other = sealed(codec_layer(), tokens(512)), sealed(codec_layer(limit=0.9), tokens(512))
     assert torch.equal(one.keys.planes, other.keys.planes)
     assert torch.equal(one.values.planes, other.values.planes)
 
 
 def test_an_impossible_limit_gives_none_and_the_layer_keeps_the_block() -> None:
-    assert sealer_of(limit=1e-4).seal(tokens(512), None, Observed()) is None
+    assert codec_layer(limit=1e-4).seal(tokens(512), None, Observed()) is None
     layer = SpectralLayer(SpectralConfig(block_size=BLOCK, num_sink_tokens=4, residual_length=16, error_limit=1e-4))
     block = tokens(4 + 512 + 16)
     layer.append(block.keys, block.values)
@@ -194,17 +198,17 @@ def test_an_impossible_limit_gives_none_and_the_layer_keeps_the_block() -> None:
 
 
 def test_an_impossible_limit_ends_where_keys_lack_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, encode = [], sealer_module.key_codec.encode
+    calls, encode = [], codec_module.key_codec.encode
 
     def spy(*args: Any) -> Any:
         calls.append(1)
         assert len(calls) < 100
         return encode(*args)
 
-    monkeypatch.setattr(sealer_module.key_codec, "encode", spy)
+    monkeypatch.setattr(codec_module.key_codec, "encode", spy)
     block = tokens(512)
     block.keys[..., HEAD_DIM // 2 :] = 0
-    assert sealer_of(limit=1e-4).seal(block, None, Observed()) is None
+    assert codec_layer(limit=1e-4).seal(block, None, Observed()) is None
     assert len(calls) > 2
 
 
@@ -216,8 +220,9 @@ def layers_of(
     Attention saw the newest ``seen`` tokens; where it did not see all, nobody knows where they stand.
     """
     stats, rotation, shared = [], rotation_of(count, head_dim=head_dim), SharedBytes()
-    for index, sealer in enumerate(make_sealers(config, num_layers, **options)):
-        layer, block = SpectralLayer(config, sealer), tokens(count, seed=index, head_dim=head_dim, batch=1)
+    codec = make_codec(config, num_layers, **options)
+    for index in range(num_layers):
+        layer, block = SpectralLayer(config, codec.layer(index)), tokens(count, seed=index, head_dim=head_dim, batch=1)
         layer.append((10.0 ** (index % 3 / 2)) * block.keys, block.values)
         layer.observe(random(1, 2 * HEADS, seen, head_dim, seed=index), rotation)
         layer.seal()
@@ -270,7 +275,7 @@ def test_the_query_metric_buys_what_queries_look_at() -> None:
     queries[..., :8] *= 300
     observed = Observed(None, queries, torch.full((BATCH, 64), 512))
     block = tokens(512)
-    with_queries, without = (sealed(sealer_of(bits=1.5), block, o) for o in (observed, Observed()))
+    with_queries, without = (sealed(codec_layer(bits=1.5), block, o) for o in (observed, Observed()))
     per_head = queries.unflatten(1, (HEADS, 2)).flatten(2, 3)
     exact = per_head @ block.keys.mT
     errors = [(found.scores(per_head) - exact).norm() / exact.norm() for found in (with_queries, without)]
@@ -287,7 +292,7 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
     exact = later @ block.keys.mT
     errors = []
     for observed in (Observed(rotation, queries, torch.full((BATCH, count), BLOCK)), Observed(rotation)):
-        found = sealed(sealer_of(frame, bits=4.0), block, observed)
+        found = sealed(codec_layer(frame, bits=4.0), block, observed)
         errors.append(float((found.scores(later) - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1]
 
@@ -295,11 +300,11 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 4, 32, 400])
 def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
     """The floor for scarce queries says nothing of how much an error matters."""
-    sealer, queries = sealer_of(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
-    first = sealed(sealer, tokens(512), Observed(None, queries, (torch.arange(512) + 1).expand(BATCH, -1)))
+    codec, queries = codec_layer(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
+    first = sealed(codec, tokens(512), Observed(None, queries, (torch.arange(512) + 1).expand(BATCH, -1)))
     few = Observed(None, queries[:, :, -count:], torch.full((BATCH, count), BLOCK))
-    assert sealed(sealer, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
-    other = sealed(sealer, tokens(BLOCK, seed=1, kind=1), few)
+    assert sealed(codec, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
+    other = sealed(codec, tokens(BLOCK, seed=1, kind=1), few)
     assert other.keys.vectors is not first.keys.vectors
     # The basis of a smaller block is dearer, so it has fewer bits for codes.
     assert 0.6 * first.keys.num_bits < other.keys.num_bits < 1.05 * first.keys.num_bits
@@ -308,38 +313,39 @@ def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
 @pytest.mark.parametrize("is_rotated", [True, False])
 def test_the_metric_is_that_of_the_queries_turned_back(is_rotated: bool) -> None:
     queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
-    fixed = Observed(None, queries, torch.full((BATCH, 600), 64)).metric(HEADS, HEAD_DIM, is_rotated)
-    seen = Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)).metric(HEADS, HEAD_DIM, is_rotated)
+    fixed = metric_of(Observed(None, queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
+    seen = metric_of(Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
     assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
     # Turning keeps lengths; the floor depends on the number of queries.
     assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
     assert torch.equal(seen, fixed) == is_rotated
-    first = Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)).metric(HEADS, HEAD_DIM, False)
+    first = metric_of(
+        Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)), HEADS, HEAD_DIM, False
+    )
     assert torch.allclose(first, fixed, atol=5e-3), "who saw one token alone saw it at position 0, not turned"
-    nothing = Observed(rotation_of(64)).metric(HEADS, HEAD_DIM, is_rotated)
+    nothing = metric_of(Observed(rotation_of(64)), HEADS, HEAD_DIM, is_rotated)
     assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))
 
 
 def test_units_and_kinds() -> None:
     config = SpectralConfig(block_size=512)
-    sealers = make_sealers(config, 3)
-    assert all(isinstance(sealer, SpectralSealer) for sealer in sealers)
-    assert len({id(sealer.budget) for sealer in sealers}) == 1
-    assert (sealers[0].unit(True), sealers[0].unit(False)) == (128, 512)
-    rank = make_sealers(SpectralConfig(8, 8, block_size=32), 2)
-    assert all(isinstance(sealer, RankSealer) for sealer in rank)
-    assert rank[0].unit(True) == rank[0].unit(False) == 32
+    layer = make_codec(config, 3).layer(2)
+    assert isinstance(layer, SpectralLayerCodec)
+    assert (layer.unit(True), layer.unit(False)) == (128, 512)
+    rank = make_codec(SpectralConfig(8, 8, block_size=32), 2).layer(0)
+    assert isinstance(rank, RankLayer)
+    assert rank.unit(True) == rank.unit(False) == 32
     block = tokens(64)
-    found = rank[0].seal(block, None, Observed())
+    found = rank.seal(block, None, Observed())
     assert isinstance(found, RankBlock)
-    joined = rank[0].join(found, rank[0].seal(block, None, Observed()))
+    joined = rank.join(found, rank.seal(block, None, Observed()))
     assert joined is not None
     assert joined.num_tokens == 128
 
 
 def test_coded_blocks_answer_like_dense_ones() -> None:
     for frame in ("rotated", "unrotated"):
-        block = sealed(sealer_of(frame), tokens(1280), Observed(rotation_of(1280)))
+        block = sealed(codec_layer(frame), tokens(1280), Observed(rotation_of(1280)))
         keys, values = block.reconstruct()
         query, weights = random(BATCH, HEADS, 3, HEAD_DIM), torch.rand(BATCH, HEADS, 3, 1280)
         assert torch.allclose(block.scores(query), query @ keys.mT, atol=2e-2)

@@ -1,0 +1,136 @@
+"""What a codec is: options and shared state of one cache, and a small state for each of its layers."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from unsloth_spectral.codec.block import Block, ExactBlock, SealedBlock
+from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
+from unsloth_spectral.fields import Field, Fields
+
+
+class CodecConfig(Protocol):
+    """Options of a codec: a frozen dataclass of plain values, checked when it is made.
+
+    Attributes:
+        block_size: tokens sealed together while decoding.
+        num_sink_tokens: first tokens of each sequence that stay exact.
+        residual_length: newest tokens that are never sealed.
+    """
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def num_sink_tokens(self) -> int: ...
+
+    @property
+    def residual_length(self) -> int: ...
+
+    @property
+    def codec(self) -> str:
+        """The name under which the codec is registered."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What tables call a cache with these options."""
+        ...
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise InvalidArgumentError where an option does not fit the model's ``head_dim``."""
+        ...
+
+
+class LayerCodec(ABC):
+    """How the tokens of one layer are sealed. What it keeps from one sealing to the next is its own.
+
+    A codec that seals every block on its own has ``seal`` alone.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept between sealings, beside those of the blocks."""
+        return 0
+
+    @abstractmethod
+    def unit(self, is_first: bool) -> int:
+        """Sealed tokens are a multiple of this; ``is_first`` for the first sealing of a layer."""
+
+    @abstractmethod
+    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
+        """A sealed block of finite ``tokens``; None where the codec's error limit cannot be met.
+
+        ``real [B, n]`` bool leaves out padding. ``observed`` holds the positions and queries of these tokens.
+        """
+
+    def join(self, last: Block, new: Block) -> Block | None:
+        """Both as one block, or None where they do not fit together."""
+        return None
+
+    # A codec that keeps nothing has nothing to do in these.
+
+    def map_batch(self, function: TensorFunction) -> None:  # noqa: B027
+        """Apply ``function`` along the batch dimension, as was done to the blocks sealed before.
+
+        The function gives the same result for the same tensor, so that later blocks still join those.
+        """
+
+    def forget(self) -> None:  # noqa: B027
+        """The blocks sealed before were cut: later blocks use nothing of them."""
+
+    def reset(self) -> None:
+        """The layer is empty again: forget its blocks, and give back its share of what layers share."""
+        self.forget()
+
+    def to_fields(self) -> dict[str, Field]:
+        """What later sealings depend on, besides what layers share."""
+        return {}
+
+    def restore(self, fields: Fields, shape: TokenShape) -> None:  # noqa: B027
+        """Go on as the layer whose ``to_fields`` these were.
+
+        Raises:
+            LoadError: a field is missing, or does not fit ``shape``.
+        """
+
+
+class Codec(ABC):
+    """One codec of one cache: its options, its budget, its profile.
+
+    Attributes:
+        name: under which it is registered, and which ``config.codec`` says.
+        config_type: the class of its options.
+        block_types: the sealed blocks that it makes, each with a ``kind`` of its own.
+        compared: the options that the evaluation compares, by the name of the family that a picture joins by a line.
+        uses_queries: whether layers note the positions and queries of their tokens for it.
+        uses_profile: whether it is given the model's profile.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type]
+    block_types: ClassVar[tuple[type[SealedBlock], ...]]
+    compared: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    uses_queries: ClassVar[bool] = False
+    uses_profile: ClassVar[bool] = False
+
+    @abstractmethod
+    def __init__(self, config: Any, num_layers: int, profile: ModelProfile | None) -> None: ...
+
+    @abstractmethod
+    def layer(self, number: int) -> LayerCodec:
+        """The state of layer ``number``, 0 to ``num_layers - 1``, empty."""
+
+    def to_fields(self) -> dict[str, Field]:
+        """What layers share."""
+        return {}
+
+    def restore(self, fields: Fields) -> None:  # noqa: B027
+        """Go on with what was shared.
+
+        Raises:
+            LoadError: a field is missing, or of other layers.
+        """

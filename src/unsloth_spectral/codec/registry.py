@@ -1,0 +1,68 @@
+"""All codecs by name. A new one has a folder beside this file, and a place here."""
+
+from typing import Any
+
+from unsloth_spectral.codec.block import Block, ExactBlock
+from unsloth_spectral.codec.codec import Codec, CodecConfig
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.rank.codec import RankCodec
+from unsloth_spectral.codec.spectral.codec import SpectralCodec
+from unsloth_spectral.codec.tensors import TokenShape
+from unsloth_spectral.fields import Field, Fields
+
+_CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (RankCodec, SpectralCodec)}
+
+
+def register(codec: type[Codec]) -> type[Codec]:
+    """Make ``codec`` known by its name; usable as a decorator."""
+    _CODECS[codec.name] = codec
+    return codec
+
+
+def codecs() -> tuple[type[Codec], ...]:
+    """Every codec."""
+    return tuple(_CODECS.values())
+
+
+def codec_of(config: CodecConfig) -> type[Codec]:
+    """The codec that ``config`` is of."""
+    return _CODECS[config.codec]
+
+
+def make_codec(config: CodecConfig, num_layers: int, profile: ModelProfile | None = None) -> Codec:
+    """The codec of a cache of ``num_layers`` layers."""
+    return codec_of(config)(config, num_layers, profile)
+
+
+def is_config(config: Any) -> bool:
+    """Whether ``config`` holds the options of a registered codec."""
+    return any(isinstance(config, codec.config_type) for codec in codecs())
+
+
+def config_type_of(name: str, fields: Fields) -> type:
+    """The class of the options of the codec ``name``, which ``fields`` ask for.
+
+    Raises:
+        LoadError: no codec has that name.
+    """
+    fields.require(name in _CODECS, f"a codec among {', '.join(_CODECS)}")
+    return _CODECS[name].config_type
+
+
+def block_to_fields(block: Block) -> dict[str, Field]:
+    """A block under the name of its kind."""
+    return {"kind": block.kind, **block.to_fields()}
+
+
+def block_from_fields(fields: Fields, shape: TokenShape) -> Block:
+    """The block whose tokens are of ``shape``.
+
+    Raises:
+        LoadError: it is of no known kind, or a field is missing or does not fit the others.
+    """
+    types: list[Any] = [ExactBlock, *(block for codec in codecs() for block in codec.block_types)]
+    by_kind = {block.kind: block for block in types}
+    kind = fields.text("kind")
+    fields.require(kind in by_kind, f"a kind of block among {', '.join(by_kind)}")
+    block: Block = by_kind[kind].from_fields(fields, shape)
+    return block

@@ -1,0 +1,232 @@
+"""The spectral codec: one water level for the keys of all layers, one basis for the blocks of each."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.block import Block, ExactBlock, SealedBlock
+from unsloth_spectral.codec.codec import Codec, LayerCodec
+from unsloth_spectral.codec.config import GROUP_SIZE, KEY_FRAMES, PRESETS, SpectralConfig
+from unsloth_spectral.codec.observed import Observed
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.spectral import keys as key_codec
+from unsloth_spectral.codec.spectral import values as value_codec
+from unsloth_spectral.codec.spectral.allocate import Budget, uniform_value_width, widths_at
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
+from unsloth_spectral.codec.spectral.metric import metric_of
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS
+from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
+from unsloth_spectral.codec.spectral.values import ValueCodes
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
+from unsloth_spectral.fields import Field, Fields
+from unsloth_spectral.rope import join_in_kind
+
+# Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
+# as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
+_WORTH_A_BASIS = 3.0
+
+
+class SpectralCodec(Codec):
+    """Keys as codes of their principal components, values as codes of their rotated selves, within one budget.
+
+    Attributes:
+        config: the options.
+        budget: of all layers.
+        short_budget: of runs shorter than a block, all layers' too.
+        value_nbits: width of all values; None where the budget decides, by the model's profile.
+    """
+
+    name = "spectral"
+    config_type = SpectralConfig
+    block_types = (SpectralBlock,)
+    compared: ClassVar[dict[str, tuple[SpectralConfig, ...]]] = {
+        "spectral" if frame == KEY_FRAMES[0] else f"spectral {frame}": tuple(
+            SpectralConfig(preset=preset, key_frame=frame) for preset in PRESETS
+        )
+        for frame in KEY_FRAMES
+    }
+    uses_queries = True
+    uses_profile = True
+
+    def __init__(self, config: SpectralConfig, num_layers: int, profile: ModelProfile | None = None) -> None:
+        bits, self.value_nbits = 2 * config.target_bits, None
+        if profile is None:
+            self.value_nbits = uniform_value_width(config.target_bits)
+            bits -= self.value_nbits
+        self.config = config
+        self.budget, self.short_budget = Budget(bits, num_layers, profile), Budget(bits, num_layers, profile)
+
+    def layer(self, number: int) -> "SpectralLayerCodec":
+        return SpectralLayerCodec(self, number)
+
+    def to_fields(self) -> dict[str, Field]:
+        return {"budget": self.budget.to_fields(), "short_budget": self.short_budget.to_fields()}
+
+    def restore(self, fields: Fields) -> None:
+        self.budget.restore(fields.sub("budget"))
+        self.short_budget.restore(fields.sub("short_budget"))
+
+
+class SpectralLayerCodec(LayerCodec):
+    """One layer: the prefill's mean and basis serve later blocks too, while they capture their energy.
+
+    A prefill shorter than a block pays so much of its bits for its basis that few components are left: more are worth
+    their bits once more tokens share them, so that basis serves no later block, and neither does its water level.
+    """
+
+    def __init__(self, codec: SpectralCodec, number: int) -> None:
+        self._codec, self._number = codec, number
+        self._plan: KeyPlan | None = None
+        self._mean: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        # The rest of the plan, the mean and the largest scale belong to the blocks.
+        kept = () if self._plan is None else (self._plan.row_scales, self._plan.tops)
+        return storage_bytes(*(tensor for tensor in kept if tensor is not None))
+
+    def unit(self, is_first: bool) -> int:
+        return GROUP_SIZE if is_first else self._codec.config.block_size
+
+    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
+        config = self._codec.config
+        is_rotated = config.key_frame == "rotated"
+        metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], is_rotated)
+        run = KeyStatistics.of(tokens.keys, metric, observed.rotation, is_rotated, self._mean, real)
+        basis = run.basis()
+        keys, plan = self._encode_by_plan(run, basis) or self._encode_anew(run, basis, tokens.values)
+        is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
+        values = value_codec.encode(tokens.values, self._value_nbits(run), self._largest if is_by_plan else None)
+        limit = config.error_limit
+        if limit is not None:
+            keys, plan = self._keys_within(limit, run, basis, keys, plan)
+            values = _values_within(limit, tokens.values, values)
+            if max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
+                return None
+        block = SpectralBlock(keys, values, tokens.keys.dtype)
+        # What was made for a row of padding alone serves none of its later tokens.
+        is_of_all_rows = bool(run.has_tokens.all())
+        if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run):
+            self._plan, self._mean, self._largest = plan, run.mean, values.largest
+        return block
+
+    def join(self, last: Block, new: Block) -> Block | None:
+        if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
+            return None
+        same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
+        whole = last.num_tokens % GROUP_SIZE == 0
+        if not same or not whole or last.values.largest is not new.values.largest:
+            return None
+        before, behind = last.keys.rotation, new.keys.rotation
+        if before is None or behind is None:
+            return last.append(new) if before is behind else None
+        return None if join_in_kind(before, behind) is None else last.append(new)
+
+    def map_batch(self, function: TensorFunction) -> None:
+        plan, mean, largest = self._plan, self._mean, self._largest
+        if plan is None or mean is None or largest is None:
+            return
+        tops = None if plan.tops is None else function(plan.tops)
+        self._plan = replace(plan, vectors=function(plan.vectors), row_scales=function(plan.row_scales), tops=tops)
+        self._mean, self._largest = function(mean), function(largest)
+
+    def forget(self) -> None:
+        self._plan = self._mean = self._largest = None
+
+    def reset(self) -> None:
+        self.forget()
+        self._codec.budget.forget(self._number)
+        self._codec.short_budget.forget(self._number)
+
+    def to_fields(self) -> dict[str, Field]:
+        plan = None if self._plan is None else self._plan.to_fields()
+        return {"plan": plan, "mean": self._mean, "largest": self._largest}
+
+    def restore(self, fields: Fields, shape: TokenShape) -> None:
+        self.forget()
+        if fields.has("plan"):
+            rows = (shape.batch, shape.heads)
+            mean = fields.tensor("mean", torch.float16, (*rows, shape.key_dim))
+            largest = fields.tensor("largest", torch.float32, (*rows, 1))
+            self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
+
+    def _encode_by_plan(self, run: KeyStatistics, basis: Basis) -> tuple[KeyCodes, KeyPlan] | None:
+        """The keys in the basis of the blocks before; None where there is none, or it does not suit every row."""
+        if self._plan is None or not bool(run.has_tokens.any()):
+            return None
+        widths = self._widths_at(self._plan.level, run, basis, self._first_bit_cost(run))
+        keys, plan = key_codec.encode(run, self._plan)
+        # Row by row: a row that the basis does not suit is not to be outvoted.
+        lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
+        expected = key_codec.expected_error(basis.variances, widths).sum(-1)
+        return (keys, plan) if bool((lost <= _WORTH_A_BASIS * expected).all()) else None
+
+    def _encode_anew(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
+        """The keys in a basis of their own."""
+        first_bit_cost = self._first_bit_cost(run)
+        if not bool(run.has_tokens.any()):
+            # Padding throughout, which says nothing of what tokens cost.
+            widths, level = torch.zeros_like(run.over_tokens(basis.variances), dtype=torch.int64), 1.0
+        elif self._plan is None:
+            budget, elements = self._budget(run), values.shape[1] * values.shape[-1]
+            variances = run.over_tokens(basis.variances)
+            widths = budget.allocate(self._number, variances, first_bit_cost, self._fixed_cost(run), elements)
+            level = budget.level_of(self._number)
+        else:
+            level = self._plan.level
+            widths = self._widths_at(level, run, basis, first_bit_cost)
+        return key_codec.encode(run, key_codec.plan(basis, widths, level))
+
+    def _keys_within(
+        self, limit: float, run: KeyStatistics, basis: Basis, keys: KeyCodes, plan: KeyPlan
+    ) -> tuple[KeyCodes, KeyPlan]:
+        """A bit more for every component, and again, until the error is within the limit or eight bits are reached."""
+        widths, level = None, plan.level
+        while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
+            level /= 4
+            widths = self._widths_at(level, run, basis, 1.0)
+            keys, plan = key_codec.encode(run, key_codec.plan(basis, widths, level))
+        return keys, plan
+
+    def _widths_at(self, level: float, run: KeyStatistics, basis: Basis, first_bit_cost: float) -> Tensor:
+        variances = self._codec.budget.weighted(self._number, run.over_tokens(basis.variances))
+        return widths_at(level, variances, first_bit_cost)
+
+    def _value_nbits(self, run: KeyStatistics) -> int:
+        if self._codec.value_nbits is not None:
+            return self._codec.value_nbits
+        return self._budget(run).value_nbits_of(self._number) if bool(run.has_tokens.any()) else 1
+
+    def _budget(self, run: KeyStatistics) -> Budget:
+        is_short = self._plan is None and self._is_short(run)
+        return self._codec.short_budget if is_short else self._codec.budget
+
+    def _is_short(self, run: KeyStatistics) -> bool:
+        return run.num_tokens < self._codec.config.block_size
+
+    def _first_bit_cost(self, run: KeyStatistics) -> float:
+        """Bits a token of a component's first bit: its scales and its row of the basis are paid with it.
+
+        The row is ``head_dim`` bytes in the basis and 4 of scales in the block, 8 more here where the plan is kept.
+        """
+        row = run.x.shape[-1] + (4 if self._is_short(run) else 12)
+        return 1 + key_codec.SCALE_BITS + 8 * row / run.num_tokens
+
+    def _fixed_cost(self, run: KeyStatistics) -> float:
+        """Bits a token that go whatever the widths: the keys' mean, this layer's share of where tokens stand, and the
+        values' scales. Uneven positions cost more, which the keys are not to pay for."""
+        _, heads, _, head_dim = run.x.shape
+        positions = 64 * head_dim / self._codec.budget.num_layers
+        return (16 * heads * head_dim + positions) / run.num_tokens + 8 * heads
+
+
+def _values_within(limit: float, values: Tensor, codes: ValueCodes) -> ValueCodes:
+    nbits = codes.nbits
+    while float(codes.relative_error.max()) > limit and nbits < MAX_NBITS:
+        nbits += 1
+        codes = value_codec.encode(values, nbits)
+    return codes
