@@ -12,7 +12,7 @@ from unsloth_spectral.codec.spectral import keys as codec
 from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
 from unsloth_spectral.codec.spectral.metric import query_metric
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics, centre, covariance, principal_basis
-from unsloth_spectral.rope import Rotation, rotate
+from unsloth_spectral.rope import Rotation, rotate, unrotate
 
 BATCH, HEADS = 2, 3
 FRAMES = ["rotated", "unrotated", "none"]
