@@ -40,7 +40,7 @@ def dense(blocks: list[Block]) -> tuple[torch.Tensor, torch.Tensor]:
 def tensors(block: Block) -> list[torch.Tensor]:
     if isinstance(block, ExactBlock):
         return [block.keys, block.values]
-    return [tensor for side in (block.keys, block.values) for tensor in side._tensors()]
+    return [tensor for side in (block.keys, block.values) for tensor in side.tensors.values()]
 
 
 both = pytest.mark.parametrize("make", [exact, sealed])
@@ -118,7 +118,7 @@ def test_a_view_is_seen_to_pin_the_storage_of_the_whole() -> None:
 
 def test_first_tokens_count_no_fallback_twice() -> None:
     block = sealed()
-    keys = RankFactors(*block.keys._tensors(), num_fallbacks=2)
+    keys = RankFactors(**block.keys.tensors, num_fallbacks=2)
     marked = RankBlock(keys, block.values, block.dtype)
     assert marked.num_fallbacks == 2
     pieces = marked.first_tokens(SIZE + 1)

@@ -6,13 +6,15 @@ values go into the half-precision basis ``S Vh``. Nothing is centred: on SmolLM2
 little and costs the values a sevenfold KL, because the tokens that draw most attention have values near zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.rank.int8 import dequantize_int8, quantize_int8
-from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
+from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.tensors import TensorFunction
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rsvd import SVDResult, batched_gram_svd, batched_randomized_svd
 
@@ -20,7 +22,7 @@ _SEED = 0  # Sealing the same tokens twice must give the same block, so the test
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RankFactors:
+class RankFactors(StoredTensors):
     """One side (keys or values) of a sealed block, of logical shape ``[..., tokens, head_dim]``.
 
     Attributes:
@@ -33,10 +35,10 @@ class RankFactors:
             cut, mapped or joined from others say 0, so that nothing is counted twice.
     """
 
-    codes: Tensor
-    scale: Tensor
-    basis: Tensor
-    relative_error: Tensor
+    codes: Annotated[Tensor, Stored(torch.int8, (..., "rank", "tokens"))]
+    scale: Annotated[Tensor, Stored(torch.float32, (..., 1, 1))]
+    basis: Annotated[Tensor, Stored(torch.float16, (..., "rank", "head_dim"))]
+    relative_error: Annotated[Tensor, Stored(torch.float32, (...,), is_statistic=True)]
     num_fallbacks: int = 0
 
     @property
@@ -46,11 +48,6 @@ class RankFactors:
     @property
     def num_tokens(self) -> int:
         return self.codes.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every tensor, as torch reports their storages."""
-        return storage_bytes(*self._tensors())
 
     @property
     def is_finite(self) -> bool:
@@ -73,37 +70,29 @@ class RankFactors:
 
     def map(self, function: TensorFunction) -> "RankFactors":
         """The same factors with ``function`` applied to each tensor; for indexing or repeating leading dimensions."""
-        codes, scale, basis, error = (function(tensor) for tensor in self._tensors())
-        return RankFactors(codes, scale, basis, error)
+        return replace(self.map_tensors(function), num_fallbacks=0)
 
     def first_tokens(self, num_tokens: int) -> "RankFactors":
         """The factors of the first ``num_tokens`` tokens; the basis stays, so nothing is encoded again."""
-        codes = self.codes[..., :num_tokens].clone()
-        return RankFactors(codes, self.scale, self.basis, self.relative_error)
+        return replace(self, codes=self.codes[..., :num_tokens].clone(), num_fallbacks=0)
 
     def concatenate(self, other: "RankFactors", dim: int) -> "RankFactors":
         """Both factors stacked along leading dimension ``dim``."""
-        pairs = zip(self._tensors(), other._tensors(), strict=True)
-        codes, scale, basis, error = (torch.cat(pair, dim) for pair in pairs)
-        return RankFactors(codes, scale, basis, error)
+        behind = other.tensors
+        joined = {name: torch.cat([tensor, behind[name]], dim) for name, tensor in self.tensors.items()}
+        return replace(self, **joined, num_fallbacks=0)
 
     def to_fields(self) -> dict[str, Field]:
-        return dict(zip(("codes", "scale", "basis", "relative_error"), self._tensors(), strict=True))
+        return self.tensors_to_fields()
 
     @classmethod
     def from_fields(cls, fields: Fields, leading: tuple[int, ...], head_dim: int) -> "RankFactors":
         """Of shape ``[*leading, num_blocks, tokens, head_dim]``."""
-        codes = fields.tensor("codes", torch.int8, (*leading, None, None, None))
-        stacked, rank = codes.shape[:-2], codes.shape[-2]
-        return cls(
-            codes,
-            fields.tensor("scale", torch.float32, (*stacked, 1, 1)),
-            fields.tensor("basis", torch.float16, (*stacked, rank, head_dim)),
-            fields.tensor("relative_error", torch.float32, stacked),
-        )
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.codes, self.scale, self.basis, self.relative_error
+        any_size = {"...": (*leading, None), "rank": None, "tokens": None}
+        declared = cls.declarations()["codes"]
+        *stacked, rank, tokens = fields.tensor("codes", declared.dtype, declared.sizes(any_size)).shape
+        sizes = {"...": tuple(stacked), "rank": rank, "tokens": tokens, "head_dim": head_dim}
+        return cls(**cls.tensors_from_fields(fields, sizes))
 
 
 def encode(block: Tensor, rank: int) -> RankFactors:

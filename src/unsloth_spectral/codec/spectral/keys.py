@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from unsloth_spectral.codec.spectral.allocate import DISTORTION
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
-from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_rotations, rotate
 
@@ -29,7 +30,7 @@ Widths: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeyCodes:
+class KeyCodes(StoredTensors):
     """Keys of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
     Only components of one bit or more are held, ``C`` of all heads together: head by head, by falling width.
@@ -47,12 +48,12 @@ class KeyCodes:
         is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
     """
 
-    planes: Tensor
-    scales: Tensor
-    vectors: Tensor
-    vector_scales: Tensor
-    mean: Tensor
-    relative_error: Tensor
+    planes: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "planes", PLANE_BYTES))]
+    scales: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "components"))]
+    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
+    vector_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "components", 1))]
+    mean: Annotated[Tensor, Stored(torch.float16, ("batch", "heads", "key_dim"))]
+    relative_error: Annotated[Tensor, Stored(torch.float16, ("batch", "heads"), is_statistic=True)]
     widths: Widths
     num_tokens: int
     rotation: Rotation | None
@@ -61,11 +62,6 @@ class KeyCodes:
     @property
     def num_key_value_heads(self) -> int:
         return self.mean.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every tensor, as torch reports their storages, but for the rotation's, which layers share."""
-        return storage_bytes(self.planes, self.scales, self.vectors, self.vector_scales, self.mean, self.relative_error)
 
     @property
     def num_bits(self) -> int:
@@ -108,20 +104,13 @@ class KeyCodes:
 
     def slice(self, start: int, stop: int) -> "KeyCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
-        return replace(
-            self,
-            planes=self.planes[:, start // GROUP_SIZE : num_tiles(stop)],
-            scales=self.scales[:, start // GROUP_SIZE : num_tiles(stop)],
-            num_tokens=stop - start,
-            rotation=None if self.rotation is None else self.rotation.slice(start, stop),
-        )
+        rotation = None if self.rotation is None else self.rotation.slice(start, stop)
+        return replace(self.slice_tensors(start, stop), num_tokens=stop - start, rotation=rotation)
 
     def map(self, function: TensorFunction) -> "KeyCodes":
         """``function`` applied along the batch dimension of each tensor."""
-        batched = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error")
-        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in batched}
         rotation = None if self.rotation is None else self.rotation.map_batch(function)
-        return replace(self, **mapped, rotation=rotation)
+        return replace(self.map_tensors(function), rotation=rotation)
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
         """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
@@ -129,39 +118,37 @@ class KeyCodes:
         if rotation is not None and other.rotation is not None:
             rotation = join_rotations([rotation, other.rotation])
         return replace(
-            self,
-            planes=torch.cat([self.planes, other.planes], 1),
-            scales=torch.cat([self.scales, other.scales], 1),
+            self.append_tensors(other),
             relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
             rotation=rotation,
         )
 
     def to_fields(self) -> dict[str, Field]:
-        names = ("planes", "scales", "vectors", "vector_scales", "mean", "relative_error", "widths", "num_tokens")
-        found: dict[str, Field] = {name: getattr(self, name) for name in names}
         rotation = None if self.rotation is None else self.rotation.to_fields()
-        return {**found, "rotation": rotation, "is_rotated": self.is_rotated}
+        more: dict[str, Field] = {"widths": self.widths, "num_tokens": self.num_tokens, "is_rotated": self.is_rotated}
+        return {**self.tensors_to_fields(), **more, "rotation": rotation}
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyCodes":
-        widths, num_tokens = _widths_of(fields, shape), fields.integer("num_tokens", 1)
-        batch, rows, count = shape.batch, (shape.batch, shape.heads), len(flat_widths(widths))
-        tiles, rotation = num_tiles(num_tokens), None
+        widths, num_tokens, rotation = _widths_of(fields, shape), fields.integer("num_tokens", 1), None
         if fields.has("rotation"):
-            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, batch, num_tokens)
-        return cls(
-            fields.tensor("planes", torch.uint8, (batch, tiles, sum(map(sum, widths)), PLANE_BYTES)),
-            fields.tensor("scales", torch.uint8, (batch, tiles, count)),
-            fields.tensor("vectors", torch.int8, (batch, count, shape.key_dim)),
-            fields.tensor("vector_scales", torch.float32, (batch, count, 1)),
-            fields.tensor("mean", torch.float16, (*rows, shape.key_dim)),
-            fields.tensor("relative_error", torch.float16, rows),
-            widths,
-            num_tokens,
-            rotation,
-            fields.flag("is_rotated"),
-        )
+            rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, shape.batch, num_tokens)
+        tensors = cls.tensors_from_fields(fields, key_sizes(shape.batch, shape.key_dim, widths, num_tokens))
+        is_rotated = fields.flag("is_rotated")
+        return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, is_rotated=is_rotated)
+
+
+def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> dict[str, int]:
+    """The sizes that the declarations of ``KeyCodes`` and ``KeyPlan`` name."""
+    return {
+        "batch": batch,
+        "heads": len(widths),
+        "key_dim": key_dim,
+        "tiles": num_tiles(num_tokens),
+        "components": sum(map(len, widths)),
+        "planes": sum(map(sum, widths)),
+    }
 
 
 def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
@@ -200,7 +187,7 @@ def _by_head(components: Tensor, widths: Widths) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeyPlan:
+class KeyPlan(StoredTensors):
     """How keys are coded: which components, how many bits each, in which rounded basis.
 
     Attributes:
@@ -211,26 +198,22 @@ class KeyPlan:
         level: the water level of the widths.
     """
 
-    vectors: Tensor
-    row_scales: Tensor
+    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
+    row_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "components", 1))]
     tops: Tensor | None
     widths: Widths
     level: float
 
     def to_fields(self) -> dict[str, Field]:
-        return {name: getattr(self, name) for name in ("vectors", "row_scales", "tops", "widths", "level")}
+        return {**self.tensors_to_fields(), "tops": self.tops, "widths": self.widths, "level": self.level}
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyPlan":
         widths = _widths_of(fields, shape)
-        size = (shape.batch, len(flat_widths(widths)))
-        return cls(
-            fields.tensor("vectors", torch.int8, (*size, shape.key_dim)),
-            fields.tensor("row_scales", torch.float32, (*size, 1)),
-            fields.tensor("tops", torch.float32, (*size, 1)) if fields.has("tops") else None,
-            widths,
-            fields.number("level"),
-        )
+        sizes = key_sizes(shape.batch, shape.key_dim, widths)
+        like_rows = cls.declarations()["row_scales"].sizes(sizes)
+        tops = fields.tensor("tops", torch.float32, like_rows) if fields.has("tops") else None
+        return cls(**cls.tensors_from_fields(fields, sizes), tops=tops, widths=widths, level=fields.number("level"))
 
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:

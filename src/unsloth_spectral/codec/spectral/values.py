@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from unsloth_spectral.codec.spectral import kernel
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles, pack, unpack
 from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales
-from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, storage_bytes
+from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 
 STEPS_PER_OCTAVE = 20
@@ -21,7 +22,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ValueCodes:
+class ValueCodes(StoredTensors):
     """Values of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
     Attributes:
@@ -32,18 +33,13 @@ class ValueCodes:
         head_dim, nbits, num_tokens: D, the width of every code, and the tokens held.
     """
 
-    planes: Tensor
-    scales: Tensor
-    largest: Tensor
-    relative_error: Tensor
+    planes: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "planes", PLANE_BYTES))]
+    scales: Annotated[Tensor, Stored(torch.uint8, ("batch", "heads", "padded_tokens"), filling=ZERO)]
+    largest: Annotated[Tensor, Stored(torch.float32, ("batch", "heads", 1))]
+    relative_error: Annotated[Tensor, Stored(torch.float16, ("batch", "heads"), is_statistic=True)]
     head_dim: int
     nbits: int
     num_tokens: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every tensor, as torch reports their storages."""
-        return storage_bytes(self.planes, self.scales, self.largest, self.relative_error)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Sum of the values under ``weights [B, H, rows, num_tokens]``; rotated back once, ``[B, H, rows, D]``."""
@@ -58,47 +54,26 @@ class ValueCodes:
 
     def slice(self, start: int, stop: int) -> "ValueCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
-        return replace(
-            self,
-            planes=self.planes[:, start // TILE_TOKENS : num_tiles(stop)],
-            scales=self.scales[..., start : num_tiles(stop) * TILE_TOKENS],
-            num_tokens=stop - start,
-        )
+        return replace(self.slice_tensors(start, stop), num_tokens=stop - start)
 
     def map(self, function: TensorFunction) -> "ValueCodes":
         """``function`` applied along the batch dimension of each tensor."""
-        names = ("planes", "scales", "largest", "relative_error")
-        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
-        return replace(self, **mapped)
+        return self.map_tensors(function)
 
     def append(self, other: "ValueCodes") -> "ValueCodes":
         """These values followed by ``other``'s, of the same width; these fill whole tiles."""
-        return replace(
-            self,
-            planes=torch.cat([self.planes, other.planes], 1),
-            scales=torch.cat([self.scales, other.scales], -1),
-            relative_error=joint_error(self, other),
-            num_tokens=self.num_tokens + other.num_tokens,
-        )
+        num_tokens = self.num_tokens + other.num_tokens
+        return replace(self.append_tensors(other), relative_error=joint_error(self, other), num_tokens=num_tokens)
 
     def to_fields(self) -> dict[str, Field]:
-        names = ("planes", "scales", "largest", "relative_error", "nbits", "num_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {**self.tensors_to_fields(), "nbits": self.nbits, "num_tokens": self.num_tokens}
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "ValueCodes":
         nbits, num_tokens, head_dim = fields.integer("nbits", 1), fields.integer("num_tokens", 1), shape.value_dim
         fields.require(nbits <= MAX_NBITS, f"at most {MAX_NBITS} bits")
-        tiles, rows = num_tiles(num_tokens), (shape.batch, shape.heads)
-        return cls(
-            fields.tensor("planes", torch.uint8, (shape.batch, tiles, shape.heads * head_dim * nbits, PLANE_BYTES)),
-            fields.tensor("scales", torch.uint8, (*rows, tiles * TILE_TOKENS)),
-            fields.tensor("largest", torch.float32, (*rows, 1)),
-            fields.tensor("relative_error", torch.float16, rows),
-            head_dim,
-            nbits,
-            num_tokens,
-        )
+        tensors = cls.tensors_from_fields(fields, value_sizes(shape.batch, shape.heads, head_dim, nbits, num_tokens))
+        return cls(**tensors, head_dim=head_dim, nbits=nbits, num_tokens=num_tokens)
 
     def _token_scales(self) -> Tensor:
         return decode_scales(self.scales[..., : self.num_tokens], STEPS_PER_OCTAVE) * self.largest
@@ -109,6 +84,13 @@ class ValueCodes:
         codes = unpack(self.planes, widths)[..., : self.num_tokens]
         centred = codes.float() - ((1 << (self.nbits - 1)) - 0.5)
         return centred.unflatten(1, (-1, self.head_dim))
+
+
+def value_sizes(batch: int, heads: int, head_dim: int, nbits: int, num_tokens: int) -> dict[str, int]:
+    """The sizes that the declarations of ``ValueCodes`` name."""
+    tiles = num_tiles(num_tokens)
+    planes = heads * head_dim * nbits
+    return {"batch": batch, "heads": heads, "tiles": tiles, "padded_tokens": tiles * TILE_TOKENS, "planes": planes}
 
 
 def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCodes:
