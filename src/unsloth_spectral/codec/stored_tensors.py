@@ -18,10 +18,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast, get_type_hints
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-
-TILE_TOKENS = 128
 
 Dim: TypeAlias = str | int | EllipsisType
 # Sizes by name; None for any size. The leading dimensions are a tuple under "...".
@@ -89,8 +88,8 @@ class StoredTensors:
 
     def slice_tensors(self: _Self, start: int, stop: int) -> _Self:
         """Tokens ``start``, a multiple of 128, to ``stop``, as views."""
-        last = -(-stop // TILE_TOKENS)
-        spans = {"tiles": (start // TILE_TOKENS, last), "padded_tokens": (start, last * TILE_TOKENS)}
+        last = -(-stop // GROUP_SIZE)
+        spans = {"tiles": (start // GROUP_SIZE, last), "padded_tokens": (start, last * GROUP_SIZE)}
         found = {}
         for name, dim, along in self._along(spans):
             first, end = spans[dim]

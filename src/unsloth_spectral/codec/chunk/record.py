@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths
-from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, TILE_TOKENS, num_tiles
-from unsloth_spectral.codec.spectral.scales import ZERO
-from unsloth_spectral.codec.spectral.values import ValueCodes
+from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, key_sizes
+from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
+from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
+from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation
 
@@ -37,30 +37,52 @@ class LayerShape:
     @property
     def component_bytes(self) -> int:
         """What a component of the keys takes beside its codes: a row of the basis, its scale, the groups' scales."""
-        return self.key_dim + 4 + num_tiles(self.num_tokens)
+        return KeyCodes.bytes_per("components", self._key_sizes)
 
     @property
     def bit_bytes(self) -> int:
         """What one more bit for a component takes."""
-        return num_tiles(self.num_tokens) * PLANE_BYTES
+        return KeyCodes.bytes_per("planes", self._key_sizes)
 
     def fixed_bytes(self, value_nbits: int) -> int:
         """What goes whatever the keys' widths: those themselves, the mean, the values and the exact tokens."""
-        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        exact = self.num_exact * (keys + values) * self.dtype.itemsize
-        coded_values = values * value_nbits * self.bit_bytes + self.num_heads * (self.num_tokens + 4)
-        return -(-keys // 2) + 2 * keys + coded_values + exact
+        numbers = self.num_heads * (self.key_dim + self.value_dim)
+        values = self.value_sizes(value_nbits)
+        coded_values = sum(ValueCodes.bytes_of(name, values) for name in _recorded(ValueCodes))
+        mean, widths = KeyCodes.bytes_of("mean", self._key_sizes), -(-self.num_heads * self.key_dim // 2)
+        return widths + mean + coded_values + self.num_exact * numbers * self.dtype.itemsize
+
+    def key_sizes(self, widths: Widths) -> dict[str, int]:
+        """The sizes of the coded keys."""
+        return key_sizes(1, self.key_dim, widths, self.num_tokens)
+
+    def value_sizes(self, value_nbits: int) -> dict[str, int]:
+        """The sizes of the coded values. What fills up the last tile is not written."""
+        sizes = value_sizes(1, self.num_heads, self.value_dim, value_nbits, self.num_tokens)
+        return {**sizes, "padded_tokens": self.num_tokens}
+
+    @property
+    def _key_sizes(self) -> dict[str, int]:
+        return self.key_sizes(((),) * self.num_heads)
+
+
+def _recorded(codes: type[StoredTensors]) -> dict[str, Stored]:
+    """The declared tensors that take part in rebuilding tokens."""
+    return {name: stored for name, stored in codes.declarations().items() if not stored.is_statistic}
 
 
 def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_values: Tensor) -> list[Tensor]:
     """The bytes of one layer, in pieces; the exact keys and values ``[H, num_exact, dim]`` are the first tokens'."""
     widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8, device="cpu")
-    for head, own in enumerate(keys.widths):
-        widths[head, : len(own)] = torch.tensor(own, dtype=torch.uint8, device="cpu")
+    for head, head_widths in enumerate(keys.widths):
+        widths[head, : len(head_widths)] = torch.tensor(head_widths, dtype=torch.uint8, device="cpu")
     flat = torch.nn.functional.pad(widths.flatten(), (0, widths.numel() % 2))
-    parts = [flat[0::2] | flat[1::2] << 4, keys.planes, keys.scales, keys.vectors, keys.vector_scales, keys.mean]
-    parts += [values.planes, values.scales[..., : values.num_tokens], values.largest, exact_keys, exact_values]
-    return [part.contiguous().view(torch.uint8).flatten() for part in parts]
+    parts = [flat[0::2] | flat[1::2] << 4]
+    for codes in (keys, values):
+        for name, stored in _recorded(type(codes)).items():
+            is_padded = "padded_tokens" in stored.shape
+            parts.append(codes.tensors[name][..., : codes.num_tokens] if is_padded else codes.tensors[name])
+    return [part.contiguous().view(torch.uint8).flatten() for part in [*parts, exact_keys, exact_values]]
 
 
 class Reader:
@@ -77,34 +99,40 @@ class Reader:
         Raises:
             LoadError: the record ends too early.
         """
-        heads, tiles = shape.num_heads, num_tiles(shape.num_tokens)
-        widths = self._widths(heads, shape.key_dim)
-        count = sum(map(len, widths))
-        error = torch.zeros(1, heads, dtype=torch.float16, device="cpu")
+        widths = self._widths(shape.num_heads, shape.key_dim)
+        error = torch.zeros(1, shape.num_heads, dtype=torch.float16, device="cpu")
         keys = KeyCodes(
-            planes=self._take(torch.uint8, 1, tiles, sum(map(sum, widths)), PLANE_BYTES),
-            scales=self._take(torch.uint8, 1, tiles, count),
-            vectors=self._take(torch.int8, 1, count, shape.key_dim),
-            vector_scales=self._take(torch.float32, 1, count, 1),
-            mean=self._take(torch.float16, 1, heads, shape.key_dim),
+            **self._tensors(KeyCodes, shape.key_sizes(widths)),
             relative_error=error,
             widths=widths,
             num_tokens=shape.num_tokens,
             rotation=rotation,
             is_rotated=rotation is None,
         )
-        planes = self._take(torch.uint8, 1, tiles, heads * shape.value_dim * value_nbits, PLANE_BYTES)
-        scales = self._take(torch.uint8, 1, heads, shape.num_tokens)
-        scales = torch.nn.functional.pad(scales, (0, -shape.num_tokens % TILE_TOKENS), value=ZERO)
-        largest = self._take(torch.float32, 1, heads, 1)
-        values = ValueCodes(planes, scales, largest, error, shape.value_dim, value_nbits, shape.num_tokens)
-        exact_keys = self._take(shape.dtype, heads, shape.num_exact, shape.key_dim)
-        return keys, values, exact_keys, self._take(shape.dtype, heads, shape.num_exact, shape.value_dim)
+        values = ValueCodes(
+            **self._tensors(ValueCodes, shape.value_sizes(value_nbits)),
+            relative_error=error,
+            head_dim=shape.value_dim,
+            nbits=value_nbits,
+            num_tokens=shape.num_tokens,
+        )
+        exact_keys = self._take(shape.dtype, shape.num_heads, shape.num_exact, shape.key_dim)
+        exact_values = self._take(shape.dtype, shape.num_heads, shape.num_exact, shape.value_dim)
+        return keys, values, exact_keys, exact_values
+
+    def _tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Tensor]:
+        tensors = {}
+        for name, stored in _recorded(codes).items():
+            tensor = self._take(stored.dtype, *stored.sizes(sizes))
+            if "padded_tokens" in stored.shape:
+                tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % TILE_TOKENS), value=stored.filling)
+            tensors[name] = tensor
+        return tensors
 
     def _widths(self, heads: int, dim: int) -> Widths:
         packed = self._take(torch.uint8, -(-heads * dim // 2))
         flat = torch.stack([packed & 15, packed >> 4], -1).flatten()[: heads * dim]
-        return tuple(tuple(width for width in own if width) for own in flat.view(heads, dim).tolist())
+        return tuple(tuple(width for width in row if width) for row in flat.view(heads, dim).tolist())
 
     def _take(self, dtype: torch.dtype, *shape: int) -> Tensor:
         end = self._place + torch.Size(shape).numel() * dtype.itemsize

@@ -209,19 +209,24 @@ class SpectralLayerCodec(LayerCodec):
         return run.num_tokens < self._codec.config.block_size
 
     def _first_bit_cost(self, run: KeyStatistics) -> float:
-        """Bits a token of a component's first bit: its scales and its row of the basis are paid with it.
-
-        The row is ``head_dim`` bytes in the basis and 4 of scales in the block, 8 more here where the plan is kept.
-        """
-        row = run.x.shape[-1] + (4 if self._is_short(run) else 12)
-        return 1 + key_codec.SCALE_BITS + 8 * row / run.num_tokens
+        """Bits a token of a component's first bit: its scales and its row of the basis are paid with it, and twice four
+        bytes where the plan is kept."""
+        sizes = self._key_sizes(run)
+        plan_bytes = 0 if self._is_short(run) else 2 * KeyPlan.bytes_of("row_scales", {**sizes, "components": 1})
+        return 1 + 8 * (KeyCodes.bytes_per("components", sizes) + plan_bytes) / run.num_tokens
 
     def _fixed_cost(self, run: KeyStatistics) -> float:
         """Bits a token that go whatever the widths: the keys' mean, this layer's share of where tokens stand, and the
         values' scales. Uneven positions cost more, which the keys are not to pay for."""
         _, heads, _, head_dim = run.x.shape
         positions = 64 * head_dim / self._codec.budget.num_layers
-        return (16 * heads * head_dim + positions) / run.num_tokens + 8 * heads
+        value_scales = 8 * heads  # a byte for each token
+        return (8 * KeyCodes.bytes_of("mean", self._key_sizes(run)) + positions) / run.num_tokens + value_scales
+
+    def _key_sizes(self, run: KeyStatistics) -> dict[str, int]:
+        """Of one row, without components."""
+        _, heads, num_tokens, head_dim = run.x.shape
+        return key_codec.key_sizes(1, head_dim, ((),) * heads, num_tokens)
 
 
 def _values_within(limit: float, values: Tensor, codes: ValueCodes) -> ValueCodes:

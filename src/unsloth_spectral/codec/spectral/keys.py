@@ -19,8 +19,6 @@ from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_err
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_rotations, rotate
 
-# What a component costs a token beside its codes: a byte a group. Its row of the basis is paid once.
-SCALE_BITS = 8 / GROUP_SIZE
 STEPS_PER_OCTAVE = 32
 # Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
