@@ -6,7 +6,7 @@ from typing import Any
 
 from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
 from unsloth_spectral.codec.tensors import storage_bytes
-from unsloth_spectral.eval.methods.base import Footprint, Method
+from unsloth_spectral.eval.methods.base import DENSE, Footprint, Method
 from unsloth_spectral.integrations.huggingface import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache import dense_cache
 
@@ -15,19 +15,19 @@ _RANKS = ((16, 32), (24, 40), (32, 48))
 
 def spectral_methods() -> dict[str, Method]:
     """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``unrotated`` for un-rotated keys."""
-    found = [Method("dense", "dense", dense_cache, _dense_footprint)]
+    methods = [Method(DENSE, DENSE, dense_cache, _dense_footprint)]
     for keys, values in _RANKS:
-        found.append(_method(f"rank {keys}/{values}", "rank", SpectralConfig(rank_keys=keys, rank_values=values)))
+        methods.append(_method(f"rank {keys}/{values}", "rank", SpectralConfig(rank_keys=keys, rank_values=values)))
     for frame in KEY_FRAMES:
         family = "spectral" if frame == KEY_FRAMES[0] else f"spectral {frame}"
         for preset in PRESETS:
             config = SpectralConfig(preset=preset, key_frame=frame)
-            found.append(_method(config.title, family, config))
+            methods.append(_method(config.title, family, config))
     for preset in ("balanced", "small"):
         make = partial(_make, SpectralConfig(preset=preset), use_profile=False)
         name = f"spectral {preset} without profile"
-        found.append(Method(name, "spectral without profile", make, Footprint.counted, bits_by_layer))
-    return {method.name: method for method in found}
+        methods.append(Method(name, "spectral without profile", make, Footprint.counted, bits_by_layer))
+    return {method.name: method for method in methods}
 
 
 def _method(name: str, family: str, config: SpectralConfig) -> Method:
@@ -39,8 +39,10 @@ def _make(config: SpectralConfig, model: Any, use_profile: bool = True) -> Spect
 
 
 def bits_by_layer(cache: SpectralCache) -> dict[str, list[float]]:
-    """``bits_keys`` and ``bits_values`` of every layer, NaN of one that has sealed nothing by the spectral codec; left
-    out where no layer has."""
+    """``bits_keys`` and ``bits_values`` of every layer, NaN where a layer has sealed nothing with the spectral codec.
+
+    A row is left out where no layer has a number.
+    """
     layers = cache.stats().layers
     rows = {name: [getattr(layer, name) for layer in layers] for name in ("bits_keys", "bits_values")}
     return {
