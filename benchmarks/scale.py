@@ -32,14 +32,14 @@ All layers, keys and values, half precision against the presets.
 ## Sessions per GPU
 
 GPUs of {gpu} GiB, {fill:.0%} of them used, less the weights: 8B in half precision on one GPU, 70B in half precision on
-four, 405B in 8 bits on eight. A session's cache is split over the GPUs that hold the model, so a count is for the
-whole group; divide it by the GPUs for one. {exact} tokens of each session count as exact: the sinks and the longest tail.
+four, 405B in 8 bits on eight. A session's cache is split over the GPUs that hold the model, so a count is for the whole
+group; divide it by the GPUs for one. {exact} tokens of each session count as exact: the sinks and the longest tail.
 
 {sessions}
 
 ## Contexts per node
 
-{gpus} GPUs of {gpu} GiB, filled with as many copies of the model as fit, with the preset `small`; the other presets lie between.
+{gpus} GPUs of {gpu} GiB, filled with as many copies of the model as fit. Preset `small`; the other presets lie between.
 
 {contexts}
 

@@ -23,7 +23,7 @@ NOT_RUN = "?"
 TEXT = """\
 # Models and ways to generate
 
-`make models` writes this page from the tests in `tests/families`, with transformers {transformers} and torch {torch}; do
+`make models` writes this page from `tests/families`, with transformers {transformers} and torch {torch}; do
 not edit it by hand.
 
 - ✓ works; – transformers refuses it with a dense cache too; ✗ `SpectralCache` refuses it in one line.
@@ -41,8 +41,8 @@ not edit it by hand.
 
 Each cell is a tiny random model. In the columns up to "training", a spectral cache without rounding gave the tokens of
 transformers' `DynamicCache`, and its logits to 1e-4. In half precision its errors were those of the dtype. With the
-preset, the KL to the dense cache was a fraction of the KL of losing the sealed tokens. Tokens were really sealed in every
-column except "training", which uses no cache.
+preset, the KL to the dense cache was a fraction of the KL of losing the sealed tokens. Tokens were really sealed in
+every column except "training", which uses no cache.
 """
 
 
