@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Compiling every module, most of them never imported, takes pip longer than the rest.
 INSTALL := pip install -q --no-compile
 
-# Environments of their own: what they need does not fit together.
+# Separate environments: their requirements conflict.
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 UNSLOTH := .venv-unsloth
@@ -56,7 +56,7 @@ $(NEWEST)/.installed: pyproject.toml hatch_build.py
 	$(NEWEST)/bin/$(INSTALL) -e '.[gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
-# These ask nothing of transformers that the others do not.
+# These use nothing of transformers that the others do not use.
 OF_ANY_VERSION := $(addprefix --ignore tests/integrations/test_,snapshots.py store.py embedded.py memory.py soak.py)
 
 test-oldest: $(OLDEST)/.installed ## integrations and model families with the oldest transformers supported
@@ -69,7 +69,7 @@ $(UNSLOTH)/.installed: pyproject.toml tests/real_unsloth/constraints.txt
 	$(PYTHON) -m venv $(UNSLOTH)
 	$(UNSLOTH)/bin/$(INSTALL) torch==2.13.0
 	$(UNSLOTH)/bin/$(INSTALL) -c tests/real_unsloth/constraints.txt unsloth -e . pytest pytest-xdist
-	@# Built for a GPU, both: Unsloth refuses to load beside them and does without.
+	@# Both are built for a GPU. Unsloth refuses to load beside them and works without them.
 	$(UNSLOTH)/bin/pip uninstall -q -y torchvision xformers
 	$(UNSLOTH)/bin/$(INSTALL) --no-deps --upgrade --target $(UNSLOTH)/older unsloth==2026.10.8 unsloth_zoo==2026.10.8
 	@touch $@
@@ -80,7 +80,7 @@ test-unsloth: $(UNSLOTH)/.installed ## the real Unsloth, two versions of it, in 
 test-triton: $(UNSLOTH)/.installed ## the GPU kernels in Triton's interpreter, on a CPU
 	TRITON_INTERPRET=1 $(UNSLOTH)/bin/pytest -q -n 2 tests/attention/test_gpu.py
 
-models: $(STAMP) ## every family and way to generate: two minutes; what they came to goes to docs/models.md
+models: $(STAMP) ## every family and way to generate, two minutes; the outcome goes to docs/models.md
 	$(BIN)/pytest -q tests/families --ignore tests/families/test_table.py --matrix $(VENV)/models.json; status=$$?; \
 	$(BIN)/python tests/families/table.py $(VENV)/models.json > docs/models.md && exit $$status
 
@@ -104,11 +104,14 @@ eval: $(STAMP) ## every method on the fidelity task and the report: about half a
 	$(BIN)/unsloth-spectral eval --output results
 	$(BIN)/unsloth-spectral report results
 
-bench: $(STAMP) ## every benchmark, one after another; results go to benchmarks/results
-	for name in rsvd quantize attention_paths attention_fidelity key_frames sealing decode end_to_end half_precision snapshots soak; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+# The others need an engine, a GPU or other models: docs/results.md names their commands.
+BENCHMARKS := rsvd quantize attention_paths attention_fidelity key_frames sealing decode decode_memory end_to_end half_precision snapshots soak
+
+bench: $(STAMP) ## every benchmark of this library on a CPU, one after another; results go to benchmarks/results
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-clean: ## remove what make made
+clean: ## remove what make has written
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(UNSLOTH) $(ENGINES) demo dist build .pytest_cache .mypy_cache .ruff_cache

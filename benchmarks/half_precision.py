@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unsloth_spectral import SpectralCache
 from unsloth_spectral.codec.config import PRESETS
-from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
+from unsloth_spectral.eval.agreement import Agreement, compare_logits
 
 # A CPU reads bfloat16 slowly, and float16 slower still: one slice and no float16.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,7 +32,7 @@ class Run:
     def rows(self, dtype: torch.dtype) -> list[dict[str, Any]]:
         """One for each method, means over the slices; float32 comes first."""
         self._subject.model = copy.deepcopy(self._model).to(dtype)
-        found: dict[str, list[tuple[Fidelity, Fidelity]]] = {method: [] for method in METHODS}
+        found: dict[str, list[tuple[Agreement, Agreement]]] = {method: [] for method in METHODS}
         sizes: dict[str, dict[str, float | None]] = {}
         for number, start in enumerate(SLICES):
             ids = self._subject.ids(start, PREFIX + CONTINUATION + 1)

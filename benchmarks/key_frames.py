@@ -15,7 +15,7 @@ from unsloth_spectral.attention.scores import ScoreOptions, group_heads, ungroup
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.rank import factors
 from unsloth_spectral.codec.rank.block import RankBlock, seal
-from unsloth_spectral.eval.fidelity import Fidelity
+from unsloth_spectral.eval.agreement import Agreement
 
 RANK_VALUES = 32
 CONFIG = SpectralConfig(16, RANK_VALUES)
@@ -44,7 +44,7 @@ def through_codec(x: Tensor, rank_kept: int) -> Tensor:
     return out
 
 
-def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Fidelity:
+def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Agreement:
     cos, sin = subject.rotation(PREFIX)
     if frame == "rotated":
         keys = through_codec(part.keys, rank_keys)
@@ -104,7 +104,7 @@ def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
 def main() -> None:
     options = arguments("key_frames", __doc__ or "", repeats=15)
     subject = Subject()
-    results: dict[tuple[str, int], list[Fidelity]] = {}
+    results: dict[tuple[str, int], list[Agreement]] = {}
     times: dict[str, float] = {}
     for part in subject.slices():
         if not times:

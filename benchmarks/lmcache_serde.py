@@ -27,8 +27,8 @@ from transformers import DynamicCache
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Planes
+from unsloth_spectral.eval.agreement import Agreement
 from unsloth_spectral.eval.environment import version_of
-from unsloth_spectral.eval.fidelity import Fidelity
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
@@ -101,7 +101,7 @@ class Row:
     numbers: int = 0
     lost: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     whole: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    fidelities: list[Fidelity] = field(default_factory=list)
+    fidelities: list[Agreement] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def add(self, subject: Subject, part: Slice) -> None:
@@ -138,7 +138,7 @@ class Row:
         }
 
 
-def as_a_cache(subject: Subject, part: Slice, bits: float, frame: str) -> Fidelity:
+def as_a_cache(subject: Subject, part: Slice, bits: float, frame: str) -> Agreement:
     """The codec as a cache runs it, with queries and positions and one basis for all, on as much of the prefix."""
     config = SpectralConfig(bits_per_element=bits, key_frame=frame, num_sink_tokens=1, residual_length=0)
     cache = SpectralCache(subject.model, config=config)
@@ -154,7 +154,7 @@ def main() -> None:
     rows += [Row("spectral 3", spectral(3.0)), Row("spectral 2.5", spectral(2.5), 1024)]
     rows += [Row("spectral 2.5, keys left rotated", spectral(2.5, None))]
     rows += [Row("kivi 4, reference", reference(Kivi(4))), Row("spectral 5", spectral(5.0))]
-    caches: dict[tuple[float, str], list[Fidelity]] = {(2.5, "unrotated"): [], (2.5, "rotated"): []}
+    caches: dict[tuple[float, str], list[Agreement]] = {(2.5, "unrotated"): [], (2.5, "rotated"): []}
     subject, number = Subject(), 0
     with torch.inference_mode():
         for number, part in enumerate(islice(subject.slices(), options.repeats), start=1):

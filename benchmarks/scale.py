@@ -16,12 +16,12 @@ LENGTHS = (8_192, 32_768, 131_072)
 NETWORKS = (10, 100)  # Gbit/s
 PRESETS = ("quality", "balanced", "small")
 TEXT = """\
-# Scale, on paper
+# Large models, calculated
 
-Made by `python benchmarks/scale.py > docs/scale.md`; never edited by hand. Nothing here was run at these sizes: bits
-per element are measured on SmolLM2 (`benchmarks/results/eval`, `benchmarks/results/lmcache_serde.json`), model shapes
-are published, the rest is multiplication. Left out, for dense caches and compressed ones alike: activations,
-fragmentation, and that attention over more sessions takes more time.
+Nothing here was run at these sizes. Bits per element are measured on SmolLM2 (`benchmarks/results/eval`,
+`benchmarks/results/lmcache_serde.json`), model shapes are published, the rest is multiplication. Activations,
+fragmentation, and the time of attention over more sessions are left out, for dense and compressed caches alike.
+`python benchmarks/scale.py > docs/scale.md` writes this page; do not edit it by hand.
 
 ## Bytes per token
 
@@ -32,23 +32,23 @@ All layers, keys and values, half precision against the presets.
 ## Sessions per GPU
 
 GPUs of {gpu} GiB, {fill:.0%} of them used, less the weights: 8B in half precision on one GPU, 70B in half precision on
-four, 405B in 8 bits on eight. A session's cache is split over the GPUs that hold the model, so a count is the whole
-group's; divide by its GPUs for one. {exact} tokens of each session count as exact: the sinks and the longest tail.
+four, 405B in 8 bits on eight. A session's cache is split over the GPUs that hold the model, so a count is for the whole
+group; divide it by the GPUs for one. {exact} tokens of each session count as exact: the sinks and the longest tail.
 
 {sessions}
 
 ## Contexts per node
 
-{gpus} GPUs of {gpu} GiB, filled with as many copies of the model as fit. `small` here; the others lie between.
+{gpus} GPUs of {gpu} GiB, filled with as many copies of the model as fit. Preset `small`; the other presets lie between.
 
 {contexts}
 
-This is the cache that `SpectralCache` keeps under transformers. A vLLM engine keeps its own dense one: there the serde
-of [engines.md](engines.md) changes what is offloaded and shared, which is the next table.
+These tables are about the cache that `SpectralCache` keeps under transformers. A vLLM engine keeps its own dense cache:
+the serde of [engines.md](engines.md) only changes what is offloaded and shared, which is the next table.
 
-## What moves for a reused prefix
+## Bytes sent for a reused prefix
 
-Bytes that another engine fetches instead of computing the prefix anew, and seconds on the wire at {networks} Gbit/s.
+Bytes that another engine fetches instead of computing the prefix again, and seconds on the wire at {networks} Gbit/s.
 The record is the serde's at {record_bits:g} bits per element, measured on chunks of 256 tokens.
 
 {moved}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unsloth_spectral.eval.agreement import Agreement, compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
-from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import load_model
 
@@ -64,7 +64,7 @@ class Subject:
             logits = self.logits(input_ids[:, PREFIX:-1], cache)
             yield Slice(start, input_ids, keys, values, logits)
 
-    def fidelity(self, part: Slice, cache: Any) -> Fidelity:
+    def fidelity(self, part: Slice, cache: Any) -> Agreement:
         """Agreement with the dense cache on the continuation, given a cache of the prefix."""
         logits = self.logits(part.input_ids[:, PREFIX:-1], cache)
         return compare_logits(part.dense_logits, logits, part.input_ids[0, PREFIX + 1 :])
@@ -74,7 +74,7 @@ class Subject:
         return self.model.model.rotary_emb(torch.zeros(1), torch.arange(count)[None])
 
 
-def mean_fidelity(results: list[Fidelity]) -> dict[str, float]:
+def mean_fidelity(results: list[Agreement]) -> dict[str, float]:
     """The mean of each figure over slices."""
     count = len(results)
     return {

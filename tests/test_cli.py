@@ -94,7 +94,7 @@ def test_every_option_of_compare_is_there() -> None:
         (["eval", "--starts", ""], "--starts must be whole numbers"),
         (["eval", "--starts", "0,-1"], "starts must be an integer of at least 0, got -1"),
         (["eval", "--starts", "0", "--task", "needle", "--task", "ruler"],
-         "--starts means nothing to needle, ruler: leave it out, or add a task that takes it"),
+         "--starts has no effect on needle, ruler: leave it out, or add a task that uses it"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_status_2(
@@ -282,7 +282,7 @@ class TestEval:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--method", "nonsense*"], "--method 'nonsense*' means no method; see"),
+            (["--method", "nonsense*"], "--method 'nonsense*' matches no method; see"),
             (["--method", "hqq*"], "does not run here: 'hqq 4' needs the package hqq[all]"),
             (["--task", "nonsense"], "--task must be one of fidelity; got 'nonsense'"),
             (["--json", "a.txt"], "must end in .json"),
@@ -321,7 +321,7 @@ class TestEval:
 
         monkeypatch.setattr(FakeTask, "run", interrupt)
         assert main(monkeypatch, "eval") == 130
-        assert "interrupted; run the same command again to go on" in output.readouterr().err
+        assert "interrupted; run the same command again to continue" in output.readouterr().err
 
     def test_a_document_of_the_users(
         self,
@@ -395,7 +395,7 @@ class TestReport:
         assert (tmp_path / "a" / "report" / "report.html").exists()
         (tmp_path / "a" / "metrics.jsonl").write_text("")
         assert main(monkeypatch, "report", str(tmp_path / "a")) == 2
-        assert "holds no outcome yet" in output.readouterr().err
+        assert "holds no result yet" in output.readouterr().err
 
 
 @pytest.mark.parametrize(

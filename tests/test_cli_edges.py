@@ -197,7 +197,7 @@ class TestChat:
         [
             (b"caf\xe9?", r"not asked: question must be text, got 'caf\udce9?'"),
             (b"\xff\xfeW\0h\0o\0", "not asked: question must be text"),
-            (b"x" * 40_000, "the model has 8192: start again, or ask less"),
+            (b"x" * 40_000, "the model has 8192: start a new conversation, or ask a shorter question"),
         ],
     )
     def test_a_question_that_cannot_be_asked_gets_a_line(

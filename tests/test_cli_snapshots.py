@@ -97,7 +97,7 @@ def test_snapshot(
     assert record["file_bytes"] == path.stat().st_size
 
     app(["snapshot", "verify", str(path), "--model", "any"], standalone_mode=False)
-    assert "checksums are right, and it is of any" in capfd.readouterr().out
+    assert "checksums are right, and it fits any" in capfd.readouterr().out
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

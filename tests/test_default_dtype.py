@@ -17,8 +17,8 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Planes
 from unsloth_spectral.codec.spectral import kernel
+from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.chat import Conversation
-from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.eval.methods.registry import methods

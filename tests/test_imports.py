@@ -1,4 +1,4 @@
-"""Imports point one way (DESIGN section 6), only integrations know transformers, and importing changes nothing."""
+"""Imports point one way, only integrations know transformers, and importing changes nothing."""
 
 import ast
 import subprocess
@@ -73,7 +73,7 @@ def breaches(name: str, imported: set[str]) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: module_name(path))
 def test_imports_point_one_way(path: Path) -> None:
     name = module_name(path)
-    assert part_of(name) in {"", *LEVEL}, f"{name} has no place in the order of DESIGN section 6"
+    assert part_of(name) in {"", *LEVEL}, f"{name} has no place in the order: add it to LEVEL"
     imported = imports_of(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
     assert breaches(name, imported) == []
 
@@ -84,13 +84,13 @@ def test_the_check_itself_sees_breaches() -> None:
         "from unsloth_spectral.attention import direct": "unsloth_spectral.cache.layer",
         "from unsloth_spectral.cache.layer import SpectralLayer": "unsloth_spectral.attention.naive",
         "import transformers.cache_utils": "unsloth_spectral.cache.layer",
-        "def f():\n    from transformers import Cache": "unsloth_spectral.eval.fidelity",
-        "from unsloth_spectral import cli": "unsloth_spectral.eval.fidelity",
+        "def f():\n    from transformers import Cache": "unsloth_spectral.eval.agreement",
+        "from unsloth_spectral import cli": "unsloth_spectral.eval.agreement",
         "from ..cache import layer": "unsloth_spectral.codec.rank",
         "from ..attention.naive import attend": "unsloth_spectral.cache.layer",
         "from unsloth_spectral.codec import rank": "unsloth_spectral.rsvd",
         "from unsloth_spectral import rsvd": "unsloth_spectral.errors",
-        "from unsloth_spectral.plots import draw": "unsloth_spectral.eval.fidelity",
+        "from unsloth_spectral.plots import draw": "unsloth_spectral.eval.agreement",
         "import_module('unsloth_spectral.integrations')": "unsloth_spectral.codec.rank",
         "import unsloth_spectral.unheard_of": "unsloth_spectral.cli",
     }
@@ -99,7 +99,7 @@ def test_the_check_itself_sees_breaches() -> None:
     for source, name in {
         "from .rank import encode": "unsloth_spectral.codec.block",
         "from ..errors import SpectralError": "unsloth_spectral.codec.block",
-        "from unsloth_spectral import __version__": "unsloth_spectral.eval.fidelity",
+        "from unsloth_spectral import __version__": "unsloth_spectral.eval.agreement",
         "import torch, json": "unsloth_spectral.errors",
     }.items():
         assert not breaches(name, imports_of(source, name, is_package=False)), source

@@ -71,7 +71,7 @@ def test_answers(comparison: dict[str, Any]) -> None:
     text = printed(reports.comparison_answers(comparison))
     assert "question: Why?" in text
     assert "the answer of dense" in text
-    assert "(nothing but an end of text)" in text
+    assert "(the model ended the text at once)" in text
     assert "an [bold]odd[/bold] answer [/]" in text
 
 

@@ -1,4 +1,4 @@
-"""Results as tables for people to read in a terminal."""
+"""Results as tables for a terminal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def human_bytes(count: float) -> str:
 
 
 def comparison_table(result: dict[str, Any]) -> RenderableType:
-    """The table of ``compare``: a column a cache, so that it fits a narrow terminal."""
+    """The table of ``compare``, one column per cache so that it fits a narrow terminal."""
     caches = result["caches"]
     table = Table(title=f"{result['model']}, {result['context_length']:,} tokens of context, {result['dtype']}")
     table.add_column("")
@@ -48,27 +48,27 @@ def comparison_table(result: dict[str, Any]) -> RenderableType:
     row("perplexity", lambda cache: f"{cache['fidelity']['perplexity']:.2f}")
     row("change of perplexity", lambda cache: f"{cache['fidelity']['perplexity_change']:+.2f}", dense=False)
     notes = Text(
-        "A half-precision cache has 16 bits per element; exact first and newest tokens are counted.\n"
+        "A half-precision cache has 16 bits per element; the exact first and newest tokens count too.\n"
         "KL, top-1 and perplexity: on the 256 tokens after the context.",
         style="dim",
     )
     return Group(table, notes)
 
 
-def snapshot_table(found: dict[str, Any]) -> RenderableType:
+def snapshot_table(description: dict[str, Any]) -> RenderableType:
     """The table of ``snapshot info``."""
-    table = Table(title=Text(found["path"]), show_header=False)
-    model = f"{found['model']}, {found['dtype']}"
+    table = Table(title=Text(description["path"]), show_header=False)
+    model = f"{description['model']}, {description['dtype']}"
     for name, value in {
-        "tokens": f"{found['tokens']:,}",
-        "sequences": str(found["sequences"]),
-        "token SHA-256": found["token_sha256"] or "none: saved without input_ids",
-        "codec": found["codec"] + (", with a profile" if found["has_profile"] else ""),
-        "file": f"{human_bytes(found['file_bytes'])}, {found['num_tensors']} tensors",
+        "tokens": f"{description['tokens']:,}",
+        "sequences": str(description["sequences"]),
+        "token SHA-256": description["token_sha256"] or "none: saved without input_ids",
+        "codec": description["codec"] + (", with a profile" if description["has_profile"] else ""),
+        "file": f"{human_bytes(description['file_bytes'])}, {description['num_tensors']} tensors",
         "model": model,
-        "embedding SHA-256": found["embedding_sha256"],
-        "first attention SHA-256": found["first_attention_sha256"],
-        "format": f"{found['format']}, written by unsloth-spectral {found['written_by']}",
+        "embedding SHA-256": description["embedding_sha256"],
+        "first attention SHA-256": description["first_attention_sha256"],
+        "format": f"{description['format']}, written by unsloth-spectral {description['written_by']}",
     }.items():
         table.add_row(name, Text(str(value)))
     return table
@@ -77,14 +77,14 @@ def snapshot_table(found: dict[str, Any]) -> RenderableType:
 def comparison_answers(result: dict[str, Any]) -> RenderableType:
     """Each cache's answer to the question."""
     panels = [
-        Panel(Text(cache["text"] or "(nothing but an end of text)"), title=cache["name"], title_align="left")
+        Panel(Text(cache["text"] or "(the model ended the text at once)"), title=cache["name"], title_align="left")
         for cache in result["caches"]
     ]
     return Group(Text(f"\nquestion: {result['question']}"), *panels)
 
 
 def spectrum_table(report: Any) -> RenderableType:
-    """The table of ``spectrum``: a row a layer and head, and what ranks keep."""
+    """The table of ``spectrum``: one row per layer and head, then the variance that ranks keep."""
     table = Table(title=f"spectra of blocks of {report.block_size} tokens, {report.num_tokens:,} tokens in all")
     table.add_column("layer", justify="right")
     table.add_column("head", justify="right")
@@ -133,7 +133,7 @@ def info_table(collected: dict[str, Any]) -> RenderableType:
 
 
 def evaluation_table(task: str, means: list[Mean]) -> RenderableType:
-    """The table of one task of ``eval``: a row a method, the best of each column in bold."""
+    """The table of one task of ``eval``: one row per method, the best of each column in bold."""
     names = list(dict.fromkeys(name for mean in means for name in mean.metrics))
     best = best_of(means)
     table = Table(title=task)
@@ -165,12 +165,12 @@ def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable
 
 
 def profile_table(model: str, profile: ModelProfile) -> RenderableType:
-    """The table of ``profile``: a row a layer, and bars as long as what its errors cost."""
-    table = Table(title=f"{model}: KL in nats, one layer alone coarse")
+    """The table of ``profile``: one row per layer, with bars for what its errors cost."""
+    table = Table(title=f"{model}: KL in nats, one layer alone quantized coarsely")
     table.add_column("layer", justify="right")
     table.add_column("values at one bit", justify="right")
     table.add_column("")
-    table.add_column("keys, a unit of score variance lost", justify="right")
+    table.add_column("keys, per unit of score variance lost", justify="right")
     table.add_column("")
     rows = zip(profile.value_sensitivities, profile.key_sensitivities, strict=True)
     most = max(profile.value_sensitivities) or 1.0, max(profile.key_sensitivities) or 1.0

@@ -117,7 +117,7 @@ def test_no_room(loaded: LoadedModel, document: str) -> None:
         Conversation(loaded, document[:400], config=CONFIG, answer_length=600)
     short = Conversation(loaded, document, config=CONFIG, document_length=200, answer_length=50)
     assert short.document_tokens == 201
-    with pytest.raises(InvalidArgumentError, match="start again, or ask less"):
+    with pytest.raises(InvalidArgumentError, match="start a new conversation, or ask a shorter question"):
         talk(short, "x" * 400)
     with pytest.raises(InvalidArgumentError, match="question must be text"):
         talk(short, "caf\udce9")

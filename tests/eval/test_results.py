@@ -122,7 +122,7 @@ def test_wrong_entries_are_named(folder: Path, change: dict[str, Any], message: 
 
 def test_config_without_an_entry(folder: Path) -> None:
     (folder / "config.json").write_text('{"model": "m"}')
-    with pytest.raises(LoadError, match="has no 'methods' that is a list"):
+    with pytest.raises(LoadError, match="has no 'methods' of type list"):
         read_results(folder)
     with pytest.raises(LoadError, match="no results folder"):
         read_results(folder / "missing")

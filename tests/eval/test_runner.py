@@ -217,7 +217,7 @@ class TestRefused:
         lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         damaged = b"".join([lines[0], b"{nonsense\n", *lines[1:]])
         (folder / "metrics.jsonl").write_bytes(damaged)
-        with pytest.raises(LoadError, match=r"line 2 of '.*metrics\.jsonl' is no JSON"):
+        with pytest.raises(LoadError, match=r"line 2 of '.*metrics\.jsonl' is not JSON"):
             run(folder, settings={"seed": 0})
         assert (folder / "metrics.jsonl").read_bytes() == damaged
 

@@ -140,7 +140,7 @@ class TestHaystack:
         assert text.replace("\n\nFirst.\n\n", "").replace("\n\nSecond.\n\n", "") in document
 
     def test_no_room(self, loaded: LoadedModel, document: str) -> None:
-        with pytest.raises(InvalidArgumentError, match="at least 10 for what is hidden, got 9"):
+        with pytest.raises(InvalidArgumentError, match="at least 10 for the hidden sentences, got 9"):
             hide(loaded, document, ["First."], [0.5], context_length=9, generator=random.Random(0))
         with pytest.raises(LoadError, match="has 5 tokens and 90 are needed"):
             hide(loaded, "short", ["First."], [0.5], context_length=100, generator=random.Random(0))

@@ -142,7 +142,7 @@ def test_options_out_of_range(loaded: LoadedModel, task: Ruler) -> None:
         Ruler(kinds=("needle",))
     with pytest.raises(InvalidArgumentError, match="num_cases must be an integer of at least 1, got 0"):
         Ruler(num_cases=0)
-    with pytest.raises(InvalidArgumentError, match=r"context_length must be at least \d+ for what is hidden"):
+    with pytest.raises(InvalidArgumentError, match=r"context_length must be at least \d+ for the hidden sentences"):
         Ruler(context_length=50).run(loaded, DENSE, "multi-value seed=0")
     with pytest.raises(InvalidArgumentError, match="case must be one of"):
         task.run(loaded, DENSE, "multi-value")

@@ -23,22 +23,26 @@ NOT_RUN = "?"
 TEXT = """\
 # Models and ways to generate
 
-Made by `make models` from the tests in `tests/families`, with transformers {transformers} and torch {torch}; never
-edited by hand. Each cell is a tiny random model. Up to "training" a spectral cache without rounding gave the tokens of
-transformers' `DynamicCache`, and its logits to 1e-4. In half precision its errors were those of the dtype. With the
-preset the KL to the dense cache was a fraction of what losing the sealed tokens costs. Everywhere but in "training",
-which uses no cache, tokens were really sealed.
+`make models` writes this page from `tests/families`, with transformers {transformers} and torch {torch}; do
+not edit it by hand.
 
-- ✓ works; – refused by transformers, with a dense cache too; ✗ refused by `SpectralCache`, in one line.
-- ‡ unsafe in transformers, with a dense cache too: the model's RoPE tables follow the longest text it has seen.
+- ✓ works; – transformers refuses it with a dense cache too; ✗ `SpectralCache` refuses it in one line.
+- ‡ unsafe in transformers with a dense cache too: the model's RoPE tables follow the longest text it has seen.
 - Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep their native cache.
 - Rebuilt: the model computes with its keys and values itself. They are stored compressed and rebuilt at every step, one
-  layer at a time: memory falls, decoding gets no faster.
-- A model with layers on disk (`device_map`), tensor parallel in two processes and a forward under `torch.compile` are
-  tested on a Llama, in `tests/integrations`. Within a compiled forward the cache and its attention run as they stand.
+  layer at a time: this saves memory, but no time.
+- Layers on disk (`device_map`), tensor parallelism in two processes and a forward under `torch.compile` are tested on a
+  Llama, in `tests/integrations`. Within a compiled forward the cache and its attention run uncompiled.
 - Contrastive search is not in transformers {transformers}, which has moved it to a repository on the hub.
 
 {table}
+
+## How it was tested
+
+Each cell is a tiny random model. In the columns up to "training", a spectral cache without rounding gave the tokens of
+transformers' `DynamicCache`, and its logits to 1e-4. In half precision its errors were those of the dtype. With the
+preset, the KL to the dense cache was a fraction of the KL of losing the sealed tokens. Tokens were really sealed in
+every column except "training", which uses no cache.
 """
 
 

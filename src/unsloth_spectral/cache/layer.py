@@ -1,4 +1,4 @@
-"""One layer's cache in three tiers: exact sinks, sealed cold blocks, exact residual (DESIGN section 2)."""
+"""One layer's cache in three tiers: exact sinks, sealed cold blocks, exact residual."""
 
 import time
 from copy import copy

@@ -1,4 +1,4 @@
-"""The entry point and its commands. A new command: its file beside this one, and its name in ``_COMMANDS``."""
+"""The entry point and its commands. To add a command, put its file beside this one and its name in ``_COMMANDS``."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from unsloth_spectral.errors import SpectralError
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 1
-# Each is a module with `command`, whose docstring and options are the help, and `EXAMPLES`.
+# Modules with `EXAMPLES` and a function `command`, whose docstring and options are the help.
 _COMMANDS = {
     "compare": compare,
     "chat": chat,
@@ -37,7 +37,7 @@ _COMMANDS = {
 
 app = typer.Typer(
     name="unsloth-spectral",
-    help="A KV cache stored as spectral factors: what it saves and what it costs, on your model and your document.",
+    help="Measure what a KV cache stored as spectral factors saves and costs, on your model and your document.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,7 +52,10 @@ def _examples(lines: tuple[str, ...]) -> str:
 for _name, _module in _COMMANDS.items():
     app.command(_name, epilog=_examples(_module.EXAMPLES))(_module.command)
 _snapshots = typer.Typer(
-    name="snapshot", help="Save a cache to a file, and look into one.", no_args_is_help=True, rich_markup_mode="rich"
+    name="snapshot",
+    help="Save a cache to a file, inspect it, check it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 _snapshots.command("save", epilog=_examples(snapshot.SAVE_EXAMPLES))(snapshot.save)
 _snapshots.command("info", epilog=_examples(snapshot.INFO_EXAMPLES))(snapshot.info)
@@ -76,13 +79,13 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: a user's mistake, and what the system refuses, end in one line and status 2.
+    """Run the command line. User mistakes and system errors end in one line and exit status 2.
 
-    Success ends in 0, an interrupt in 130 and a reader that leaves in 1 (all three typer's).
+    Success ends in 0, an interrupt in 130 and a closed output pipe in 1; typer sets all three.
     """
     logging.getLogger("unsloth_spectral").addHandler(logging.StreamHandler())
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: an answer in letters that the terminal's encoding lacks is still an answer.
+        # As on stderr: letters that the terminal's encoding lacks are escaped instead of failing the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -97,19 +100,19 @@ def main() -> None:
 
 
 def _fail(reason: str) -> NoReturn:
-    with contextlib.suppress(OSError):  # where nobody can be told, the status still tells
+    with contextlib.suppress(OSError):  # stderr may be closed; the exit status remains
         err.print(f"[bold red]error:[/] {plain(reason)}", highlight=False, soft_wrap=True)
     sys.exit(EXIT_USER_ERROR)
 
 
 def _flush_stdout() -> None:
-    """Write what is left now, where a failure can be reported: as it exits, Python would print a traceback."""
+    """Flush stdout while a failure can still be reported: at exit, Python would print a traceback."""
     if sys.stdout is None or sys.stdout.closed:
         return
     try:
         sys.stdout.flush()
     except OSError as error:
-        # What cannot be written is dropped, or it would be tried again.
+        # Drop the unwritable rest, or Python would try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(EXIT_BROKEN_PIPE)

@@ -21,24 +21,25 @@ EXAMPLES = (
 
 
 def command(
-    document: Annotated[Path, typer.Option(help="UTF-8 text file to talk about.", **PATH)],
+    document: Annotated[Path, typer.Option(help="UTF-8 text file to ask questions about.", **PATH)],
     store: Annotated[
         Path | None,
         typer.Option(
-            help="Folder in which the document's cache is kept: the next start answers without reading it.", **PATH
+            help="Folder that keeps the document's cache, so that the next start need not read the document.",
+            **PATH,
         ),
     ] = None,
     model: ModelOption = None,
     preset: PresetOption = "balanced",
     context_length: Annotated[
-        int | None, typer.Option("--context-length", min=1, help="Take so many tokens of the document. Default: all.")
+        int | None, typer.Option("--context-length", min=1, help="Tokens of the document to read. Default: all.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Talk about a document, its cache compressed; the memory it takes is shown after each answer.
+    """Ask questions about a document whose cache is compressed; each answer is followed by the cache's size.
 
-    One question a line, from the terminal or a pipe; answers go to stdout, all else to stderr. A question that cannot
-    be asked gets a line that says why, and the next one is read. Ctrl-C stops an answer, Ctrl-D ends the conversation.
+    Each line from the terminal or a pipe is a question. Answers go to stdout, everything else to stderr. An invalid
+    question is reported and skipped. Ctrl-C stops an answer, Ctrl-D ends the conversation.
     """
     from unsloth_spectral.codec.config import SpectralConfig
     from unsloth_spectral.eval.chat import Conversation
@@ -57,23 +58,23 @@ def command(
             answer_length=max_new_tokens,
             on_progress=report,
         )
-    err.print(_opening(conversation, is_kept=store is not None), highlight=False)
+    err.print(_opening(conversation, has_store=store is not None), highlight=False)
     for question in _questions():
         _answer(conversation, question)
 
 
-def _opening(conversation: "Conversation", is_kept: bool) -> str:
+def _opening(conversation: "Conversation", has_store: bool) -> str:
     tokens, restored = conversation.document_tokens, conversation.restored_tokens
-    came = f"{restored:,} of them from the store" if is_kept else "give --store FOLDER to keep them for the next start"
-    return plain(f"{tokens:,} tokens read in {conversation.prefill_seconds:.2f} s, {came}; {_memory(conversation)}")
+    origin = f"{restored:,} of them from the store" if has_store else "use --store FOLDER to keep them for next time"
+    return plain(f"{tokens:,} tokens read in {conversation.prefill_seconds:.2f} s, {origin}; {_memory(conversation)}")
 
 
 def _questions() -> Iterator[str]:
     stdin = sys.stdin
-    if stdin is None or stdin.closed:  # by whoever started this process
+    if stdin is None or stdin.closed:  # closed by the parent process
         return
     if isinstance(stdin, io.TextIOWrapper):
-        # Bytes that are no text arrive as surrogates, which `ask` refuses: the line is lost, and not the conversation.
+        # Undecodable bytes arrive as surrogates. `ask` refuses such a line, and the conversation continues.
         stdin.reconfigure(errors="surrogateescape")
     is_terminal = stdin.isatty()
     while True:

@@ -33,27 +33,30 @@ _PRESETS = ("quality", "balanced", "small")
 def command(
     model: ModelOption = None,
     document: DocumentOption = None,
-    question: Annotated[str, typer.Option(help="Asked after the document.")] = "What is the text above about?",
+    question: Annotated[str, typer.Option(help="Question after the document.")] = "What is the text above about?",
     context_length: ContextOption = 4096,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each cache.")] = 64,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help="quality, balanced or small; repeat for several caches. Default, without ranks: all three."),
+        typer.Option(help="quality, balanced or small; repeat for several caches. Default without ranks: all three."),
     ] = None,
     rank_keys: Annotated[
         list[int] | None, typer.Option(help="Rank codec: rank of the keys; repeat for several caches.")
     ] = None,
     rank_values: Annotated[
-        list[int] | None, typer.Option(help="Rank codec: rank of the values; as often, or once for all.")
+        list[int] | None, typer.Option(help="Rank codec: rank of the values; as often as --rank-keys, or once for all.")
     ] = None,
     block_size: BlockOption = 512,
     json_file: JsonOption = None,
     plot: PlotOption = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="0: the document's beginning; else a place picked by it.")
+        int,
+        typer.Option(
+            min=0, max=2**63 - 1, help="0 starts at the document's beginning; other numbers pick a random start."
+        ),
     ] = 0,
 ) -> None:
-    """One long document through the dense cache and spectral ones, side by side: bytes, speed, fidelity, answers."""
+    """Run one long document through the dense cache and spectral caches; compare bytes, speed, fidelity and answers."""
     from unsloth_spectral import plots, reports
     from unsloth_spectral.codec.config import SpectralConfig
     from unsloth_spectral.eval.compare import compare as run

@@ -47,19 +47,19 @@ def command(
     document: DocumentOption = None,
     starts: Annotated[
         str | None,
-        typer.Option(help="Tokens of the document where fidelity, drift and lengths begin, such as 5000,20000."),
+        typer.Option(help="Tokens of the document where fidelity, drift and lengths start, such as 5000,20000."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run in it goes on.", **PATH)] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the results; a stopped run continues in it.", **PATH)] = Path(
         "results"
     ),
     show_list: Annotated[bool, typer.Option("--list", help="Show the tasks and methods, and run nothing.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure every method on every case of the tasks, and keep each outcome as it comes.
+    """Measure every method on every case of the tasks; each result is saved as soon as it is ready.
 
-    Methods are ways to keep the cache: dense, spectral, and others' for comparison. The dense cache always runs too.
-    Run the same command again to go on after an interrupt, to add tasks or methods, or to try failures once more.
-    `unsloth-spectral report` draws the results. Exit status 1: something failed; 2: a mistake in the options.
+    A method is a way to store the cache: dense, spectral, or a peer's. The dense cache always runs too. Run the same
+    command again to continue after an interrupt, to add tasks or methods, or to retry failures. `unsloth-spectral
+    report` draws the results. Exit status 1: a measurement failed; 2: an option is wrong.
     """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.documents import read_document
@@ -75,13 +75,13 @@ def command(
         return
     check_outputs(json_file)
     makers = {name: TASKS[name] for name in _chosen_tasks(task or ["fidelity"], list(TASKS))}
-    # None stays None: results say that they are of the default document.
+    # None is passed on: the results then record the default document.
     text = None if document is None else read_document(document)
     tasks = _make_tasks(makers, document=text, starts=None if starts is None else _parse_starts(starts))
     methods = chosen_methods(method or ["*"], available, missing)
-    with progress_shown(f"run the same command again to go on; all finished cases are in {output}") as report:
+    with progress_shown(f"run the same command again to continue; all finished cases are in {output}") as report:
         loaded = load(model, report)
-        progress = _Bars(report, [each.name for each in tasks])
+        progress = _Bars(report, [one.name for one in tasks])
         summary = run_evaluation(loaded, tasks, methods, output, on_progress=progress)
     results = read_results(output)
     for name in results.tasks:
@@ -95,19 +95,19 @@ def command(
 
 
 def chosen_methods(patterns: list[str], available: dict[str, "Method"], missing: dict[str, str]) -> list["Method"]:
-    """The methods that names and patterns mean, ``dense`` with them, in the registry's order.
+    """Methods that match the names and patterns, and ``dense``, in the registry's order.
 
     Raises:
-        InvalidArgumentError: a pattern means nothing, or only methods that do not run here.
+        InvalidArgumentError: a pattern matches no method that runs here.
     """
     chosen = {"dense"}
     for pattern in patterns:
-        found = [name for name in available if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
+        matching = [name for name in available if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
             obstacles = [f"{name!r} {why}" for name, why in missing.items() if fnmatch.fnmatchcase(name, pattern)]
-            reason = f"does not run here: {'; '.join(obstacles)}" if obstacles else "means no method"
+            reason = f"does not run here: {'; '.join(obstacles)}" if obstacles else "matches no method"
             raise InvalidArgumentError(f"--method {pattern!r} {reason}; see `unsloth-spectral eval --list`")
-        chosen.update(found)
+        chosen.update(matching)
     return [method for name, method in available.items() if name in chosen]
 
 
@@ -119,13 +119,13 @@ def _chosen_tasks(names: list[str], known: list[str]) -> list[str]:
 
 
 def _make_tasks(makers: "dict[str, Callable[..., Task]]", **options: Any) -> "list[Task]":
-    """The tasks, each with those of the options that are given and that it takes."""
+    """Make the tasks; each gets those ``options`` that are not None and that it accepts."""
     given = {name: value for name, value in options.items() if value is not None}
     taken = {task: set(given) & set(inspect.signature(make).parameters) for task, make in makers.items()}
     for name in given:
         if not any(name in names for names in taken.values()):
             raise InvalidArgumentError(
-                f"--{name} means nothing to {', '.join(makers)}: leave it out, or add a task that takes it"
+                f"--{name} has no effect on {', '.join(makers)}: leave it out, or add a task that uses it"
             )
     return [make(**{name: given[name] for name in taken[task]}) for task, make in makers.items()]
 
@@ -143,7 +143,7 @@ def _first_line(make: Any) -> str:
 
 
 class _Bars:
-    """A bar for each task, and one more for whatever goes on within the run at hand."""
+    """One progress bar per task, and one for the stages of the current measurement."""
 
     def __init__(self, report: Reporter, tasks: list[str]) -> None:
         self._report, self._tasks = report, tasks

@@ -6,7 +6,7 @@ EXAMPLES = ("unsloth-spectral info", "unsloth-spectral info --json info.json")
 
 
 def command(json_file: JsonOption = None) -> None:
-    """Versions, device, and which attention paths are available, or why not."""
+    """Show versions, the device and the attention paths, and why a path is missing."""
     from unsloth_spectral import reports
     from unsloth_spectral.eval.info import collect_info
 

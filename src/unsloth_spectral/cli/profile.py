@@ -16,9 +16,10 @@ def command(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure once how much each layer's keys and values matter.
+    """Measure once how much errors in each layer's keys and values matter.
 
-    Spectral caches of the model then spend their bits by it."""
+    Later spectral caches of this model spend more bits on the layers that matter more.
+    """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.environment import environment
     from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
@@ -28,13 +29,13 @@ def command(
     with progress_shown() as report:
         loaded = load(model, report)
         profile_target(loaded.model)
-        found = measure_profile(loaded, on_progress=report)
+        measured = measure_profile(loaded, on_progress=report)
     facts = {
         "model": loaded.name,
         "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
         "environment": environment(),
     }
-    out.print(reports.profile_table(loaded.name, found))
-    write_json({**asdict(found), **facts}, json_file)
-    path = save_profile(loaded.model, found, facts)
+    out.print(reports.profile_table(loaded.name, measured))
+    write_json({**asdict(measured), **facts}, json_file)
+    path = save_profile(loaded.model, measured, facts)
     err.print(f"profile written to {plain(path)}", highlight=False, soft_wrap=True)

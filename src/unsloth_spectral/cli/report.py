@@ -24,24 +24,26 @@ def command(
     results: Annotated[Path, typer.Argument(help="Folder that `unsloth-spectral eval --output` wrote.", **PATH)],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the page and the pictures. Default: `report` within the results.", **PATH),
+        typer.Option(help="Folder for the page and the pictures. Default: `report` inside the results.", **PATH),
     ] = None,
 ) -> None:
-    """Draw the results of `eval`: one page that needs nothing else, report.html, and its pictures as .png files."""
+    """Draw the results of `eval` as one self-contained page, report.html, and as .png pictures."""
     from unsloth_spectral import plots
     from unsloth_spectral.eval.report import Picture, render
     from unsloth_spectral.eval.results import read_results
 
-    found = read_results(results)
-    if not found.records:
-        raise InvalidArgumentError(f"{str(results)!r} holds no outcome yet: run `unsloth-spectral eval` to the end")
+    loaded_results = read_results(results)
+    if not loaded_results.records:
+        raise InvalidArgumentError(
+            f"{str(results)!r} holds no result yet: run `unsloth-spectral eval` again until a case is finished"
+        )
     folder = output or results / "report"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
     pictures: list[Picture] = []
-    for task, kind, caption, figure in _figures(found):
+    for task, kind, caption, figure in _figures(loaded_results):
         file = folder / f"{_file_name(f'{kind}-{task}')}.png"
         plots.check_figure_target(file)
         plots.save_figure(figure, file)
@@ -49,12 +51,12 @@ def command(
         err.print(f"plot written to {plain(file)}", highlight=False)
     page = folder / "report.html"
     with replacing(page) as temporary:
-        temporary.write_text(render(found, pictures), encoding="utf-8")
+        temporary.write_text(render(loaded_results, pictures), encoding="utf-8")
     out.print(plain(page), highlight=False, soft_wrap=True)
 
 
 def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
-    """Task, kind, caption and figure of all that the results have the numbers for."""
+    """Task, kind, caption and figure of each picture that the results have numbers for."""
     from unsloth_spectral import plots
     from unsloth_spectral.eval.metrics import lower_is_better, primary_metric
     from unsloth_spectral.eval.results import frontier
@@ -69,7 +71,7 @@ def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
         name = "KL from the dense cache, nats" if metric == "kl" else metric.replace("_", " ")
         curves = _by_length(results, task, means)
         if curves:
-            caption = "Times smaller than the dense cache and KL from it, by the tokens of the prefix"
+            caption = "Compression factor and KL from the dense cache, by tokens of the prefix"
             yield task, "lengths", caption, plots.lengths_figure(curves, title=f"{task}: by length, {model}")
         # Bits change with the length: a mean over lengths is no point of a frontier.
         points = [] if curves else frontier(means, metric)
@@ -87,11 +89,11 @@ def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
             if metric in record.metrics and plots.place_of(record.case) is not None:
                 shares.setdefault(record.method, {})[record.case] = record.metrics[metric]
         if shares:
-            caption = f"{name} by length of the text and depth of the needle: pale is found, dark red lost"
+            caption = f"{name} by length of the text and depth of the needle: pale cells were found, dark red ones lost"
             yield task, "heatmap", caption, plots.heatmap_figure(shares, title=f"{task}: {model}", metric=name)
         rows = [(mean.method, mean.family, mean.series["kl"]) for mean in means if any(mean.series.get("kl", []))]
         if rows:
-            caption = "KL along the generation, averaged over windows of tokens; in grey all other methods"
+            caption = "KL along the generation, averaged over windows of tokens; all other methods in grey"
             yield task, "drift", caption, plots.drift_figure(rows, title=f"{task}: KL along the generation, {model}")
         layers = {
             mean.method: {side: row for side in ("keys", "values") if (row := mean.series.get(f"bits_{side}"))}
@@ -99,30 +101,30 @@ def _figures(results: "Results") -> Iterator[tuple[str, str, str, "Figure"]]:
         }
         layers = {method: sides for method, sides in layers.items() if sides}
         if layers:
-            caption = "Bits per element in each layer: where the budget went"
+            caption = "Bits per element in each layer"
             yield task, "bits", caption, plots.allocation_figure(layers, title=f"{task}: bits by layer, {model}")
 
 
 def _by_length(
     results: "Results", task: str, means: "list[Mean]"
 ) -> list[tuple[str, str, dict[int, float], dict[int, float]]]:
-    """Method, family, factor and KL by length, of a task whose cases are named by a length and have a factor."""
+    """Method, family, factor by length and KL by length, for a task whose cases have a length and a factor."""
     from unsloth_spectral import plots
 
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    values: dict[tuple[str, str], dict[int, list[float]]] = {}
     for record in results.of(task):
         length = plots.length_of(record.case)
         if length is not None and "factor" in record.metrics:
             for name, value in record.metrics.items():
-                found.setdefault((record.method, name), {}).setdefault(length, []).append(value)
+                values.setdefault((record.method, name), {}).setdefault(length, []).append(value)
 
     def average(method: str, name: str) -> dict[int, float]:
-        return {length: sum(row) / len(row) for length, row in sorted(found.get((method, name), {}).items())}
+        return {length: sum(row) / len(row) for length, row in sorted(values.get((method, name), {}).items())}
 
     curves = [(mean.method, mean.family, average(mean.method, "factor"), average(mean.method, "kl")) for mean in means]
     return [curve for curve in curves if curve[2]]
 
 
 def _file_name(text: str) -> str:
-    """Text of letters, digits and hyphens: names of tasks may hold anything."""
+    """``text`` reduced to letters, digits and hyphens, since task names may contain any character."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")

@@ -1,4 +1,4 @@
-"""What the commands share: streams, options, loading, progress and files."""
+"""Streams, options, loading, progress and files of all commands."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ err = Console(stderr=True)
 
 
 def given_path(text: str | Path) -> Path:
-    """The path in an option or argument: an empty one, as an unset variable leaves it, is not the current folder."""
+    """Parse a path option. An empty string (an unset shell variable) is an error, not the current folder."""
     if not str(text):
         raise typer.BadParameter("must not be empty")
     try:
@@ -31,7 +31,7 @@ def given_path(text: str | Path) -> Path:
         raise typer.BadParameter(str(error)) from error
 
 
-# Of every option and argument that is a path.
+# Settings of every path option and argument.
 PATH: dict[str, Any] = {"parser": given_path, "metavar": "PATH"}
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hub name or local folder. Default: the embedded SmolLM2-135M-Instruct.")
@@ -49,7 +49,7 @@ PlotOption = Annotated[
 
 
 def check_outputs(json_file: Path | None, plot: Path | None = None) -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
+    """Refuse an unwritable output file now, before minutes of work."""
     if json_file is not None:
         check_target(json_file, (".json",))
     if plot is not None:
@@ -69,7 +69,7 @@ def load(model: str | None, report: "Reporter") -> "LoadedModel":
 
 
 def write_json(result: dict[str, Any], path: Path | None) -> None:
-    """Write what ``--json`` asked for, if it did."""
+    """Write ``result`` to the file of ``--json``, if one was given."""
     if path is not None:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -77,7 +77,7 @@ def write_json(result: dict[str, Any], path: Path | None) -> None:
 
 
 def write_plot(figure: Any, path: Path) -> None:
-    """Write the figure that ``--plot`` asked for."""
+    """Write ``figure`` to the file of ``--plot``."""
     from unsloth_spectral import plots
 
     plots.save_figure(figure, path)
@@ -102,7 +102,7 @@ class Reporter:
 
 @contextmanager
 def progress_shown(if_interrupted: str = "nothing was written") -> Iterator[Reporter]:
-    """Progress bars on stderr; an interrupt says in one line what became of the work."""
+    """Show progress bars on stderr. An interrupt prints one line that says what became of the work."""
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=err) as progress:
@@ -113,6 +113,5 @@ def progress_shown(if_interrupted: str = "nothing was written") -> Iterator[Repo
 
 
 def plain(text: object) -> str:
-    """Text in which rich sees no markup."""
-    # Square brackets in a message are text, not markup.
+    """``text`` with its square brackets escaped, which rich would read as markup."""
     return str(text).replace("[", r"\[")

@@ -36,12 +36,12 @@ def save(
     model: ModelOption = None,
     preset: PresetOption = "balanced",
     context_length: Annotated[
-        int, typer.Option("--context-length", min=1, help="Take at most so many tokens of the document.")
+        int, typer.Option("--context-length", min=1, help="Most tokens of the document to read.")
     ] = 4096,
 ) -> None:
     """Prefill a document and save its cache.
 
-    Its tokens are those of `tokenizer(document)`, special ones included.
+    The tokens are those of `tokenizer(document)`, special tokens included.
     """
     from unsloth_spectral.cache.snapshot import check_path
     from unsloth_spectral.codec.config import SpectralConfig
@@ -51,7 +51,7 @@ def save(
     check_path(path)
     config, text = SpectralConfig(preset=preset), read_document(document)
     with progress_shown() as report:
-        # Named, and so alive until the cache is saved: the cache itself does not keep its model.
+        # A variable keeps the model alive until the cache is saved; the cache itself does not.
         loaded = load(model, report)
         cache, input_ids = prefill_document(loaded, text, context_length, config, report)
         cache.save(path, input_ids)
@@ -59,30 +59,30 @@ def save(
 
 
 def info(path: FileArgument, json_file: JsonOption = None) -> None:
-    """What a snapshot is of: tokens, codec, model, bytes. Its record is checked, its tensors are not read."""
+    """Show a snapshot's tokens, codec, model and bytes. Its record is checked; its tensors are not read."""
     from unsloth_spectral import reports
     from unsloth_spectral.eval.snapshot import describe
 
     check_outputs(json_file)
-    found = describe(path)
-    out.print(reports.snapshot_table(found))
-    write_json(found, json_file)
+    description = describe(path)
+    out.print(reports.snapshot_table(description))
+    write_json(description, json_file)
 
 
 def verify(
     path: FileArgument,
     model: Annotated[
-        str | None, typer.Option("--model", help="Hub name or local folder that it must fit, too.")
+        str | None, typer.Option("--model", help="Also check that it fits this model: a hub name or local folder.")
     ] = None,
 ) -> None:
-    """Compare all checksums, and with --model load it too. Exit status 2 where anything differs."""
+    """Compare all checksums; with --model, load the snapshot too. Exit status 2: something differs."""
     from unsloth_spectral.cache import snapshot
     from unsloth_spectral.integrations.huggingface import SpectralCache
 
-    found = snapshot.read(path)
-    said = f"{found.num_tensors} checksums are right"
+    opened = snapshot.read(path)
+    result = f"{opened.num_tensors} checksums are right"
     if model is not None:
         with progress_shown() as report:
             SpectralCache.load(path, load(model, report).model)
-        said += f", and it is of {model}"
-    out.print(plain(f"{path}: {said}"), highlight=False, soft_wrap=True)
+        result += f", and it fits {model}"
+    out.print(plain(f"{path}: {result}"), highlight=False, soft_wrap=True)

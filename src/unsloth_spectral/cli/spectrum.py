@@ -29,7 +29,7 @@ def command(
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Singular values of every layer and head on a document: effective rank, entropy, share kept. To choose ranks."""
+    """Measure singular values of every layer and head on a document, to choose ranks by."""
     from unsloth_spectral import plots, reports
     from unsloth_spectral.eval.documents import read_document, tokens_of
     from unsloth_spectral.eval.spectrum import measure_spectrum

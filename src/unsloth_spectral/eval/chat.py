@@ -1,4 +1,4 @@
-"""A conversation about a document, its cache compressed and, with a store, there at the second start."""
+"""A conversation about a document with a compressed cache, which a store can keep between runs."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.models import LoadedModel
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the first bytes of a letter whose others are still to come
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete letter: some of its bytes are still to come
 
 
 class Conversation:
@@ -22,14 +22,14 @@ class Conversation:
 
     Attributes:
         document_tokens: tokens before the first question; ``restored_tokens`` of them came from the store.
-        prefill_seconds: what it took until the first question could be asked.
+        prefill_seconds: seconds until the first question could be asked.
 
     Args:
         loaded: model and tokenizer.
         document: the text.
-        config: how to compress.
-        store: where the document's cache is kept; None for nowhere.
-        document_length: tokens of the document to take; None for all.
+        config: options of the compression.
+        store: keeps the document's cache between runs; None keeps nothing.
+        document_length: tokens of the document to use; None for all.
         answer_length: the most tokens of an answer.
         on_progress: called with (stage, done, total).
 
@@ -68,7 +68,7 @@ class Conversation:
         with layers_reported(self._model, "reading the document", on_progress):
             if store is None:
                 self._cache = SpectralCache(self._model, config=config)
-                # The last one is fed with the question, as it is where a store is used.
+                # The last token is fed with the question, as a store does it.
                 if self.document_tokens > 1:
                     feed(self._model, input_ids[:, :-1], self._cache)
             else:
@@ -77,18 +77,18 @@ class Conversation:
         self.prefill_seconds = time.perf_counter() - started
 
     def ask(self, question: str) -> Iterator[str]:
-        """Pieces of the answer as they come; stopping early is fine.
+        """Yield the answer piece by piece; the caller may stop early.
 
         Raises:
-            InvalidArgumentError: the question is no text, or the model has no room for it and an answer. The
-                conversation is as it was, and goes on.
+            InvalidArgumentError: the question is not text, or the model has no room for it and an answer. The
+                conversation is unchanged and can continue.
         """
         check_question(question)
         frame = (
             chat_frame(self._tokenizer, question)[1] if self._is_first else followup_frame(self._tokenizer, question)
         )
         asked = self._tokens(frame)
-        self._check_room(len(asked), "start again, or ask less")
+        self._check_room(len(asked), "start a new conversation, or ask a shorter question")
         self._ids.extend(asked)
         self._is_first = False
         answer: list[int] = []
@@ -105,17 +105,17 @@ class Conversation:
                 shown = len(text)
 
     def stats(self) -> CacheStats:
-        """Of the cache as it is now."""
+        """Statistics of the cache at this moment."""
         return self._cache.stats()
 
     def _next(self) -> int:
-        # What the cache lacks: new tokens, and those of a pass that was interrupted.
+        # Tokens missing in the cache: new ones, and those of a pass that was interrupted.
         missing = row_of(self._ids[self._cache.get_seq_length() :])
         return int(feed(self._model, missing, self._cache)[0].argmax())
 
     def _tokens(self, text: str) -> list[int]:
-        found: list[int] = token_ids(self._tokenizer, text)[0].tolist()
-        return found
+        ids: list[int] = token_ids(self._tokenizer, text)[0].tolist()
+        return ids
 
     def _stop_tokens(self) -> set[int]:
         configured = self._model.generation_config.eos_token_id

@@ -1,9 +1,10 @@
-"""The main job: one long document through the dense cache and through spectral ones, side by side."""
+"""Compare caches: run one long document through the dense cache and through spectral caches."""
 
 import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.eval.agreement import Agreement, compare_logits
 from unsloth_spectral.eval.documents import tokens_of
 from unsloth_spectral.eval.environment import environment
-from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
+from unsloth_spectral.eval.methods.base import DENSE
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import Prompt, build_prompt, chat_frame, check_question, token_ids
-from unsloth_spectral.eval.tasks.asking import positions_of
+from unsloth_spectral.eval.tasks.asking import continue_on, end_tokens, fill, greedy_tokens, positions_of
 from unsloth_spectral.integrations.huggingface import SpectralCache
-from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
+from unsloth_spectral.integrations.huggingface.cache import dense_cache
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 
@@ -30,16 +32,17 @@ CONTINUATION_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class CacheResult:
-    """What one cache did.
+    """The figures and the answer of one cache.
 
     Attributes:
         name: ``dense``, ``spectral <preset or bits>`` or ``rank <rank_keys>/<rank_values>``.
-        stored_bytes, dense_bytes: after the prefill, all layers; dense in the model's own dtype.
+        stored_bytes, dense_bytes: of all layers after the prefill; dense bytes in the model's own dtype.
         compression_factor: ``dense_bytes / stored_bytes``.
         bits_per_element: stored bits per number of the dense cache; 16 is a half-precision cache.
-        prefill_seconds: the whole prefill, sealing included; ``seal_seconds`` of it were sealing.
-        decode_tokens_per_second: greedy decoding after the question.
-        fidelity: against the dense cache on the held-out continuation.
+        prefill_seconds: the whole prefill, sealing included.
+        seal_seconds: the part of it that sealing took.
+        decode_tokens_per_second: of greedy decoding after the question.
+        fidelity: agreement with the dense cache on the held-out continuation.
         text: the answer.
         context_bytes: stored bytes after prefills of the lengths in the comparison's ``lengths``.
     """
@@ -52,14 +55,14 @@ class CacheResult:
     prefill_seconds: float
     seal_seconds: float
     decode_tokens_per_second: float
-    fidelity: Fidelity
+    fidelity: Agreement
     text: str
     context_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The whole run; ``to_dict`` is what ``--json`` writes and the plot reads."""
+    """The results of a comparison; ``--json`` writes its ``to_dict``, and the plot reads it."""
 
     model: str
     dtype: str
@@ -88,16 +91,16 @@ def compare(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Comparison:
-    """Prefill ``context_length`` tokens of ``document``, score the continuation, answer ``question``: for each cache.
+    """For each cache: prefill ``context_length`` tokens of ``document``, score the continuation, answer ``question``.
 
     Args:
         loaded: model and tokenizer.
         document: the text; see ``eval.documents``.
-        configs: one spectral cache each; the dense cache runs in any case, first.
+        configs: one spectral cache each; the dense cache always runs first.
         question: asked after the context, in the model's chat format.
         context_length: tokens prefilled, the chat format's opening included.
         max_new_tokens: tokens decoded greedily, at least 2.
-        seed: 0 starts at the document's beginning; any other number picks a place in it.
+        seed: 0 starts at the document's beginning; any other number picks a random start.
         on_progress: called with (stage, done, total).
 
     Raises:
@@ -108,7 +111,7 @@ def compare(
     prompt, start = _prompt(loaded, document, question, context_length, max_new_tokens, seed)
     torch.manual_seed(seed)
     run = _Run(loaded, prompt, max_new_tokens, on_progress)
-    # A fresh cache made now raises for an unsupported model before any work is done.
+    # Making the caches now refuses an unsupported model before any work is done.
     for config in configs:
         SpectralCache(loaded.model, config=config)
     unpatch_unsloth_attention(loaded.model)
@@ -137,11 +140,10 @@ def compare(
 
 
 class _Run:
-    """One model and one prompt, through one cache after another."""
+    """Runs one model and one prompt through one cache after another."""
 
     def __init__(self, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int, on_progress: OnProgress | None):
-        self._model: Any = loaded.model
-        self._tokenizer: Any = loaded.tokenizer
+        self._loaded, self._model = loaded, loaded.model
         self._max_new_tokens, self._on_progress = max_new_tokens, on_progress
         device = loaded.model.device
         self._context, self._question = prompt.context.to(device), prompt.question.to(device)
@@ -150,13 +152,14 @@ class _Run:
         self._sample: tuple[Tensor, Tensor] | None = None
         self._num_full_layers = 0
         count = self._context.shape[1]
-        # The first forward pass pages the weights in, which is no cache's doing.
-        self._model(input_ids=self._context[:, :32])
+        # The first forward pass loads the weights into memory, which no cache's time should include.
+        continue_on(loaded, dense_cache(self._model), self._context[:, :32])
         self.lengths = tuple(sorted({max(1, count * step // 16) for step in range(1, 17)}))
 
     def dense(self) -> CacheResult:
-        """The reference: the library's own cache and the model's own attention."""
-        cache, seconds = self._prefill("dense", None)
+        """The reference: transformers' dense cache and the model's own attention."""
+        cache: Any = dense_cache(self._model)
+        seconds = self._prefill(DENSE, cache)
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         nbytes = storage_bytes(*(tensor for layer in layers for tensor in (layer.keys, layer.values)))
         elements = sum(tensor.numel() for layer in layers for tensor in (layer.keys, layer.values))
@@ -164,11 +167,11 @@ class _Run:
         self._num_full_layers = len(full)
         self._sample = (full[0].keys.clone(), full[0].values.clone())
         per_token = self._num_full_layers * storage_bytes(*self._sample) // self._context.shape[1]
-        logits = self._continue("dense", copy.deepcopy(cache))
+        logits = self._continue(DENSE, copy.deepcopy(cache))
         self._dense_logits = logits
-        text, speed = self._decode("dense", cache)
+        text, speed = self._decode(DENSE, cache)
         return CacheResult(
-            name="dense",
+            name=DENSE,
             stored_bytes=nbytes,
             dense_bytes=nbytes,
             compression_factor=1.0,
@@ -182,10 +185,11 @@ class _Run:
         )
 
     def spectral(self, config: CodecConfig) -> CacheResult:
-        """A compressed cache, against the dense one run before."""
+        """A compressed cache, compared with the dense cache that ran before."""
         assert self._dense_logits is not None, "the dense cache runs first"
         name = config.title
-        cache, seconds = self._prefill(name, SpectralCache(self._model, config=config))
+        cache = SpectralCache(self._model, config=config)
+        seconds = self._prefill(name, cache)
         stats: CacheStats = cache.stats()
         logits = self._continue(name, copy.deepcopy(cache))
         text, speed = self._decode(name, cache)
@@ -203,45 +207,39 @@ class _Run:
             context_bytes=tuple(self._bytes_at(length, config) for length in self.lengths),
         )
 
-    def _prefill(self, name: str, cache: Any) -> tuple[Any, float]:
+    def _prefill(self, name: str, cache: Any) -> float:
+        """Fill ``cache`` with the context; returns the seconds that this took."""
         started = time.perf_counter()
-        with layers_reported(self._model, f"{name}: prefill", self._on_progress):
-            output = self._model(input_ids=self._context, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+        fill(self._loaded, cache, self._context, f"{name}: prefill", self._on_progress)
         _synchronize(self._context)
-        return cache_of(output), time.perf_counter() - started
+        return time.perf_counter() - started
 
     def _continue(self, name: str, cache: Any) -> Tensor:
-        """Logits ``[256, vocabulary]`` of the held-out tokens, each seeing the true ones before it."""
+        """Logits ``[256, vocabulary]`` on the held-out tokens, each after the true tokens before it."""
         with layers_reported(self._model, f"{name}: continuation", self._on_progress):
-            output = self._model(input_ids=self._continuation[:, :-1], **cache_argument(cache))
-        return output.logits[0]
+            return continue_on(self._loaded, cache, self._continuation[:, :-1])
 
     def _decode(self, name: str, cache: Any) -> tuple[str, float]:
-        """Answer the question greedily; the text, and tokens per second after the first."""
-        streamer = _Stopwatch(f"{name}: decode", self._max_new_tokens, self._on_progress)
-        input_ids = torch.cat([self._context, self._question], dim=1)
-        # An end token outside the vocabulary: every cache decodes the same number of tokens. What follows the real end
-        # is not shown.
-        output = self._model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            **cache_argument(cache),
-            max_new_tokens=self._max_new_tokens,
-            do_sample=False,
-            eos_token_id=self._model.get_input_embeddings().num_embeddings,
-            pad_token_id=0,
-            streamer=streamer,
-        )
-        tokens = output[0, input_ids.shape[1] :].tolist()
-        end = self._tokenizer.eos_token_id
-        answer = tokens[: tokens.index(end)] if end in tokens else tokens
-        text = str(self._tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        return text, streamer.tokens_per_second
+        """Answer the question greedily; returns the text, and tokens per second after the first token.
+
+        Every cache decodes the same number of tokens; the text ends at the first end token.
+        """
+        tokens: list[int] = []
+        times: list[float] = []
+        for token in islice(greedy_tokens(self._loaded, cache, self._question), self._max_new_tokens):
+            tokens.append(token)
+            times.append(time.perf_counter())
+            if self._on_progress is not None:
+                self._on_progress(f"{name}: decode", len(tokens), self._max_new_tokens)
+        ends = end_tokens(self._loaded)
+        answer = list(takewhile(lambda token: token not in ends, tokens))
+        text = str(self._loaded.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        return text, (len(times) - 1) / (times[-1] - times[0])
 
     def _bytes_at(self, length: int, config: CodecConfig) -> int:
         """Stored bytes of all full-attention layers after a prefill of ``length`` tokens.
 
-        Sealed for one layer from its real keys and values; the layers' shapes, and so their bytes, are alike.
+        One layer is sealed from its real keys and values; the others have the same shapes and so about the same bytes.
         """
         assert self._sample is not None, "the dense cache runs first"
         keys, values = self._sample
@@ -249,30 +247,6 @@ class _Run:
         layer.append(keys[:, :, :length].clone(), values[:, :, :length].clone())
         layer.seal()
         return layer.stats().stored_bytes * self._num_full_layers
-
-
-class _Stopwatch:
-    """A streamer for ``generate`` that notes when each token came."""
-
-    def __init__(self, stage: str, total: int, on_progress: OnProgress | None) -> None:
-        self._stage, self._total, self._on_progress = stage, total, on_progress
-        self._times: list[float] = []
-        self._seen_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if not self._seen_prompt:  # generate hands over the prompt first
-            self._seen_prompt = True
-            return
-        self._times.append(time.perf_counter())
-        if self._on_progress is not None:
-            self._on_progress(self._stage, len(self._times), self._total)
-
-    def end(self) -> None:
-        """Part of the streamer protocol; there is nothing to flush."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        return (len(self._times) - 1) / (self._times[-1] - self._times[0])
 
 
 def _prompt(
@@ -300,14 +274,14 @@ def _prompt(
     answer = prompt.question.shape[1] + max_new_tokens
     following, limit = max(CONTINUATION_TOKENS, answer), positions_of(loaded)
     if limit is not None and context_length + following > limit:
-        # The least that a context can be: the chat format's opening and a token of the document.
+        # The shortest possible context: the chat format's opening and one token of the document.
         least = token_ids(loaded.tokenizer, chat_frame(loaded.tokenizer, question)[0]).shape[1] + 1
         if least + following <= limit:
             fix = f"lower context_length to at most {limit - following}"
         elif least + CONTINUATION_TOKENS <= limit:
             fix = "lower max_new_tokens, or ask a shorter question"
         else:
-            fix = "take a model with more"
+            fix = "choose a model with more positions"
         raise InvalidArgumentError(
             f"context_length {context_length} needs {context_length + following} positions with what follows it, but "
             f"{loaded.name} has {limit}: {fix}"

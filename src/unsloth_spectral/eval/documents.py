@@ -1,4 +1,4 @@
-"""The texts that models are measured on: a default that every Python carries, or a file of the user's."""
+"""Texts to measure models on: a default text that ships with Python, or the user's file."""
 
 import os
 import stat
@@ -12,13 +12,13 @@ from unsloth_spectral.errors import LoadError
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: the call of transformers' tokenizers."""
+    """The part of transformers' tokenizers that is used here."""
 
     def __call__(self, text: str, /, **options: Any) -> Any:
         """Return a mapping whose ``input_ids`` are the token ids of ``text``."""
 
     def __hash__(self) -> int:
-        """Tokens are kept by it."""
+        """Tokens are cached by tokenizer."""
 
 
 def default_document() -> str:
@@ -46,7 +46,7 @@ def read_document(path: str | os.PathLike[str] | None) -> str:
     if path is None:
         return default_document()
     title = os.fspath(path)
-    # A pipe ends, as `<(command)` in a shell does; /dev/zero does not.
+    # A pipe such as `<(command)` ends and is allowed; /dev/zero never ends.
     if _is_device(os.path.expanduser(title)):
         raise LoadError(f"document {title!r} is a device: give a text file")
     try:
@@ -64,7 +64,7 @@ def read_document(path: str | os.PathLike[str] | None) -> str:
         raise LoadError(f"document {title!r} cannot be read ({reason}): give a readable text file") from error
     except ValueError as error:
         raise LoadError(f"document {title!r} is not a valid path: check the path") from error
-    if "\0" in text:  # valid UTF-8, but no text has it
+    if "\0" in text:  # valid UTF-8, but no text contains it
         raise LoadError(f"document {title!r} is a binary file: give a plain text file saved as UTF-8")
     if not text.strip():
         raise LoadError(f"document {title!r} is empty: give a file with text in it")
@@ -98,7 +98,7 @@ def tokens_of(
 
 
 def tokens_from(document: str, tokenizer: Tokenizer, starts: Sequence[int], needed: int) -> torch.Tensor:
-    """As ``tokens_of``, with ``needed`` tokens from each of ``starts`` on.
+    """As ``tokens_of``, with at least ``needed`` tokens behind each of ``starts``.
 
     Raises:
         LoadError: the document ends too early.
@@ -108,8 +108,8 @@ def tokens_from(document: str, tokenizer: Tokenizer, starts: Sequence[int], need
     return tokens_of(document, tokenizer, max(starts) + needed, fix=f"{lower}give a longer document")
 
 
-# Half a megabyte takes half a second, and every method on every case asks for the same again.
+# Half a megabyte takes half a second, and every method on every case needs the same tokens.
 @lru_cache(maxsize=1)
 def _ids(document: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    # verbose=False: a document longer than the model's context is the rule here, and nothing to warn of.
+    # verbose=False: documents here are usually longer than the model's context.
     return tuple(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Where a result was obtained, for the record beside it."""
+"""Versions and hardware, recorded beside results."""
 
 import contextlib
 import importlib.metadata
@@ -25,7 +25,7 @@ def environment() -> dict[str, str | int]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

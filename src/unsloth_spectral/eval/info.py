@@ -1,4 +1,4 @@
-"""What is installed here and what it allows."""
+"""Installed packages, and the attention paths and the embedded model that they make available."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, written so that a kill at any moment costs no more than the line at hand."""
+"""Files with one JSON object per line; a kill at any moment loses at most the line being written."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from unsloth_spectral.files import replacing
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of all whole lines; a last line without its end is one that a kill cut off, and is left out.
+    """The objects of all complete lines. A last line without a newline was cut off by a kill and is left out.
 
     Raises:
-        LoadError: the file cannot be read, or a whole line of it is no JSON object.
+        LoadError: the file cannot be read, or a complete line is not a JSON object.
     """
     try:
         content = path.read_bytes()
@@ -25,7 +25,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Write one line, through to the disk."""
+    """Append one line and flush it to the disk."""
     with open(path, "ab") as file:
         file.write(_encode(line))
         file.flush()
@@ -33,7 +33,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that are not wanted, and a half-written last one; the file is changed whole or not at all."""
+    """Drop unwanted lines and a half-written last line. The file changes completely or not at all."""
     if not path.exists():
         return
     kept = b"".join(_encode(line) for line in read_lines(path) if wanted(line))
@@ -48,9 +48,9 @@ def _encode(line: dict[str, Any]) -> bytes:
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError too
-        raise LoadError(f"line {number} of {str(path)!r} is no JSON ({error}): remove the line or the file") from error
-    if not isinstance(found, dict):
-        raise LoadError(f"line {number} of {str(path)!r} is no JSON object: remove the line or the file")
-    return found
+        raise LoadError(f"line {number} of {str(path)!r} is not JSON ({error}): remove the line or the file") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"line {number} of {str(path)!r} is not a JSON object: remove the line or the file")
+    return value

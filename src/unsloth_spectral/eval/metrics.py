@@ -1,4 +1,4 @@
-"""What the numbers of the tasks mean to a table: which way is better, and how they are written."""
+"""How tables treat metrics: which direction is better, and how numbers are written."""
 
 import math
 from collections.abc import Iterable
@@ -9,18 +9,18 @@ _LOWER_IS_BETTER = frozenset(["kl", "perplexity", "loss", "error", "errors", "se
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a metric is better, told from the words of its name; of one unheard of, more is."""
+    """Whether a lower value is better, judged by the metric's name; of unknown names, higher is better."""
     return not _LOWER_IS_BETTER.isdisjoint(name.lower().replace("-", "_").split("_"))
 
 
 def primary_metric(means: Iterable[Mean]) -> str | None:
-    """The metric that stands for a task: ``kl`` where there is one, else the first; None where there is none."""
+    """The metric that represents a task: ``kl`` if it has one, else its first; None if it has none."""
     names = list(dict.fromkeys(name for mean in means for name in mean.metrics))
     return "kl" if "kl" in names else next(iter(names), None)
 
 
 def best_of(means: list[Mean]) -> dict[str, set[str]]:
-    """The methods that are best in each metric, as far as a table's digits tell; the dense cache does not compete."""
+    """The best methods in each metric, compared by the digits that a table shows. The dense cache is left out."""
     best: dict[str, set[str]] = {}
     rivals = [mean for mean in means if mean.cold_bits_per_element is not None and mean.complete]
     for name in dict.fromkeys(name for mean in rivals for name in mean.metrics):
@@ -32,7 +32,7 @@ def best_of(means: list[Mean]) -> dict[str, set[str]]:
 
 
 def figure_text(value: float) -> str:
-    """Three digits, without an exponent where one can do without: ``0.00213``, ``14.3``, ``12,345``."""
+    """Three digits, without an exponent where possible: ``0.00213``, ``14.3``, ``12,345``."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:

@@ -1,4 +1,4 @@
-"""Measuring a model once: how much each layer's keys and values matter."""
+"""Measure a model's profile: how much errors in each layer's keys and values matter."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ from unsloth_spectral.codec.spectral.allocate import Budget
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.codec import SpectralCodec
 from unsloth_spectral.errors import UnsupportedModelError
+from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
-from unsloth_spectral.eval.fidelity import compare_logits
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
@@ -21,19 +21,24 @@ from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 
-# Where the texts begin in the default document, in tokens: none of them is one that the evaluation uses.
+# Tokens of the default document where the texts begin. The evaluation uses none of these texts.
 STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
 # About one bit for the keys and one for the values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
-# Of the mean: a layer that did not matter in these texts still gets some bits.
+# As a share of the mean: a layer that did not matter in these texts still gets some bits.
 _LEAST_SENSITIVITY = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Of one text, for each layer: KL with its values or its keys alone coarse, and of the keys the score variance
-    that was lost and the components' ``[num_components]``, each head's in falling order."""
+    """The measurements of one text, one entry per layer.
+
+    Attributes:
+        value_damages, key_damages: KL with this layer's values or keys alone quantized coarsely.
+        lost: score variance that the coarse keys lose.
+        variances: ``[num_components]`` variances of the keys' components, each head's in falling order.
+    """
 
     value_damages: Tensor
     key_damages: Tensor
@@ -71,10 +76,10 @@ def measure_profile(
     continuation: int = CONTINUATION,
     on_progress: OnProgress | None = None,
 ) -> ModelProfile:
-    """KL to the dense cache with one layer's keys or values at about one bit and all else exact, layer by layer.
+    """Quantize one layer's keys or values to about one bit, keep all else exact, and measure KL to the dense cache.
 
-    The mean over the texts that begin at tokens ``starts`` of ``document`` (the default one if None): ``continuation``
-    tokens after a prefix.
+    KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn. Figures are means over the texts
+    that begin at tokens ``starts`` of ``document`` (None: the default one).
 
     Raises:
         LoadError: the document is too short.
@@ -82,14 +87,15 @@ def measure_profile(
     """
     text = default_document() if document is None else document
     ids = tokens_of(text, loaded.tokenizer, max(starts) + prefix + continuation + 1).to(loaded.model.device)
-    found = []
+    measured = []
     for number, start in enumerate(starts):
         part = ids[:, start : start + prefix + continuation + 1]
-        found.append(_measure(loaded.model, part, prefix, number, len(starts), on_progress))
-    values = torch.stack([each.value_damages for each in found]).mean(0)
-    keys = torch.stack([each.key_damages for each in found]).sum(0) / torch.stack([each.lost for each in found]).sum(0)
+        measured.append(_measure(loaded.model, part, prefix, number, len(starts), on_progress))
+    values = torch.stack([one.value_damages for one in measured]).mean(0)
+    lost = torch.stack([one.lost for one in measured]).sum(0)
+    keys = torch.stack([one.key_damages for one in measured]).sum(0) / lost
     keys = keys.clamp_min(_LEAST_SENSITIVITY * float(keys.mean())).clamp_min(torch.finfo(keys.dtype).tiny)
-    variances = torch.stack([each.variances for each in found]).mean(0)
+    variances = torch.stack([one.variances for one in measured]).mean(0)
     return ModelProfile(tuple(values.tolist()), tuple(keys.tolist()), tuple(map(tuple, variances.tolist())))
 
 
@@ -113,10 +119,10 @@ def _measure(
     lost, variances = [], []
     for done, index in enumerate(layers):
         layer: Any = coarse.layers[index]
-        own = budget.variances[done].cpu()
+        layer_variances = budget.variances[done].cpu()
         errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
-        lost.append(float((errors[0].float().square().mean(0) * own.sum(-1)).sum()))
-        variances.append(own.flatten())
+        lost.append(float((errors[0].float().square().mean(0) * layer_variances.sum(-1)).sum()))
+        variances.append(layer_variances.flatten())
         rebuilt = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
         for step, name in enumerate(damages):
             logits = _logits(model, ids, prefix, _with(model, cache, index, **{name: rebuilt[name]}))

@@ -1,4 +1,4 @@
-"""Telling a caller how far a long forward pass has come."""
+"""Progress reports during a long forward pass."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,13 +6,13 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-# Called with what is going on, how much is done and how much there is.
+# Called with the stage, the steps done and the steps in all.
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
 def layers_reported(model: nn.Module, stage: str, on_progress: OnProgress | None) -> Iterator[None]:
-    """While open, each attention layer that ends its forward pass is reported as one step of ``stage``."""
+    """Inside the context, report each attention layer that finishes its forward pass as one step of ``stage``."""
     modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     if on_progress is None or not modules:
         yield

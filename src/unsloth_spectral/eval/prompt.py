@@ -1,4 +1,4 @@
-"""A document and a question about it, as the model's own chat format has them."""
+"""A document and a question about it, in the model's own chat format."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ class Prompt:
     """Token ids, each ``[1, n]``.
 
     Attributes:
-        context: the chat format's opening and the document's tokens: what is prefilled.
+        context: the tokens to prefill: the chat format's opening, then the document's tokens.
         continuation: the document's next tokens, held out.
         question: the question and the chat format's closing, up to where the answer begins.
     """
@@ -55,10 +55,10 @@ def build_prompt(
 
 
 def check_question(question: str) -> None:
-    """Refuse a question that no tokenizer takes.
+    """Refuse a question that cannot be tokenized.
 
     Raises:
-        InvalidArgumentError: it is empty, or bytes that the terminal's encoding does not know.
+        InvalidArgumentError: the question is empty, or holds bytes that are invalid in the terminal's encoding.
     """
     if not question.strip():
         raise InvalidArgumentError("question must not be empty")
@@ -66,8 +66,8 @@ def check_question(question: str) -> None:
         question.encode("utf-8")
     except UnicodeEncodeError:
         raise InvalidArgumentError(
-            f"question must be text, got {question!r:.60}, which is none in the terminal's encoding: write it in that "
-            "one, as a rule UTF-8"
+            f"question must be text, got {question!r:.60}, which is invalid in the terminal's encoding: write it in "
+            "that encoding, usually UTF-8"
         ) from None
 
 
@@ -82,7 +82,7 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
 
 
 def followup_frame(tokenizer: Any, question: str) -> str:
-    """The text between an answer and the next one: the answer's end and a further question."""
+    """The text between an answer and the next one: the end of the answer, then the next question."""
     if not getattr(tokenizer, "chat_template", None):
         return f"\n\nQuestion: {question}\nAnswer:"
     messages = [
@@ -95,7 +95,7 @@ def followup_frame(tokenizer: Any, question: str) -> str:
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    # verbose=False: a document longer than the model's context is for the caller to judge.
+    # verbose=False: the caller checks whether the model has room.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return row_of(ids)
 

@@ -1,4 +1,4 @@
-"""One line of ``metrics.jsonl``, checked."""
+"""Records of ``metrics.jsonl``, checked line by line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from unsloth_spectral.eval.methods.base import Footprint
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One method on one case of one task, as measured.
+    """The measurement of one method on one case of one task.
 
-    ``error`` says why there are no metrics, and is None where there are.
+    ``error`` is the reason where the measurement failed, else None.
     """
 
     task: str
@@ -28,10 +28,10 @@ class Record:
 
 
 def record_of(line: dict[str, Any], path: Path, number: int) -> Record:
-    """A line of ``metrics.jsonl``, checked.
+    """The record in one line of ``metrics.jsonl``.
 
     Raises:
-        LoadError: it is not what the runner writes; the message names the file, the line and the entry.
+        LoadError: the runner did not write this line; the message names the file, the line and the entry.
     """
 
     def take(name: str, is_right: Callable[[Any], bool], wanted: str) -> Any:
@@ -50,32 +50,32 @@ def record_of(line: dict[str, Any], path: Path, number: int) -> Record:
         family,
         case,
         seconds,
-        metrics=take("metrics", lambda found: _is_dictionary(found, _is_number), "numbers by name"),
+        metrics=take("metrics", lambda value: _is_dictionary(value, _is_number), "numbers by name"),
         footprint=Footprint(**footprint),
-        series=take("series", lambda found: _is_dictionary(found, _is_row), "rows of numbers by name"),
+        series=take("series", lambda value: _is_dictionary(value, _is_row), "rows of numbers by name"),
     )
 
 
-def _is_text(found: Any) -> bool:
-    return isinstance(found, str)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _is_number(found: Any) -> bool:
-    return isinstance(found, int | float)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
-def _is_row(found: Any) -> bool:
-    return isinstance(found, list) and all(map(_is_number, found))
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
-def _is_dictionary(found: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(found, dict) and all(map(is_right, found.values()))
+def _is_dictionary(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_right, value.values()))
 
 
-def _is_footprint(found: Any) -> bool:
-    if not isinstance(found, dict) or set(found) != set(Footprint.__dataclass_fields__):
+def _is_footprint(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != set(Footprint.__dataclass_fields__):
         return False
-    bits = found["cold_bits_per_element"]
-    return all(_is_number(found[name]) for name in ("stored_bytes", "dense_bytes")) and (
+    bits = value["cold_bits_per_element"]
+    return all(_is_number(value[name]) for name in ("stored_bytes", "dense_bytes")) and (
         bits is None or _is_number(bits)
     )

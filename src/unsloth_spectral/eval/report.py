@@ -1,4 +1,4 @@
-"""Results as one page: the headline, tables, pictures that the caller drew, and how it was measured."""
+"""Results as one HTML page: a headline, tables, the caller's pictures, and the settings of the measurement."""
 
 import json
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _EXPLAINED = {
     "top1_agreement": "share of positions where the likeliest token is the dense cache's",
     "perplexity": "of the true next tokens",
     "perplexity_change": "perplexity less the dense cache's",
-    "factor": "times smaller, as above, after the prefill",
+    "factor": "compression factor of the whole cache after the prefill, as above",
     "cold_bits_per_element": "bits per element, as above",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure for the page: under which task it stands, what it says, and its inline SVG."""
+    """A figure for the page: its task, its caption and its inline SVG."""
 
     task: str
     caption: str
@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The fewest bits with which a family stays within a level of KL, and the method that does."""
+    """The method of a family that stays within a level of KL with the fewest bits."""
 
     method: str
     family: str
@@ -42,26 +42,26 @@ class Need:
 
 
 def needs(points: Sequence[Point], levels: Sequence[float] = _LEVELS) -> dict[float, list[Need]]:
-    """For each level of KL the methods that stay within it, one a family, the fewest bits first.
+    """For each level of KL, the methods that stay within it: one per family, fewest bits first.
 
-    Only settings that were measured count: nothing is read off between two points.
+    Only measured settings count; nothing is interpolated.
     """
-    found: dict[float, list[Need]] = {}
+    by_level: dict[float, list[Need]] = {}
     for level in levels:
         best: dict[str, Need] = {}
         for point in sorted(points, key=lambda point: (point.bits, point.value)):
             if point.value <= level:
                 best.setdefault(point.family, Need(point.method, point.family, point.bits))
-        found[level] = sorted(best.values(), key=lambda need: need.bits)
-    return found
+        by_level[level] = sorted(best.values(), key=lambda need: need.bits)
+    return by_level
 
 
 def render(results: Results, pictures: Sequence[Picture] = ()) -> str:
-    """The page: one file that needs nothing from outside.
+    """The page as one self-contained HTML document.
 
     Args:
         results: of ``read_results``.
-        pictures: with SVG that is safe to put into a page as it is.
+        pictures: their SVG goes into the page unescaped.
 
     Raises:
         SpectralError: jinja2 is not installed.
@@ -99,7 +99,7 @@ def render(results: Results, pictures: Sequence[Picture] = ()) -> str:
 
 
 def kl_task(results: Results) -> str | None:
-    """The task whose KL the headline is about: the first that has one."""
+    """The headline's task: the first one that measures KL."""
     return next((task for task in results.tasks if primary_metric(results.means(task)) == "kl"), None)
 
 
@@ -108,15 +108,15 @@ def _headline(results: Results) -> dict[str, Any] | None:
     points = frontier(results.means(task), "kl") if task is not None else []
     if task is None or not points:
         return None
-    found = needs(points)
+    by_level = needs(points)
     families = list(dict.fromkeys(point.family for point in points))
-    cards = [(level, found[level][0], found[level][1:3]) for level in _CARDS if found[level]]
+    cards = [(level, by_level[level][0], by_level[level][1:3]) for level in _CARDS if by_level[level]]
     rows = [
-        (family, [next((need for need in found[level] if need.family == family), None) for level in _LEVELS])
+        (family, [next((need for need in by_level[level] if need.family == family), None) for level in _LEVELS])
         for family in families
     ]
-    least = {level: found[level][0].bits for level in _LEVELS if found[level]}
-    # The cards may say nothing where every method is far off; the best there is says it then.
+    least = {level: by_level[level][0].bits for level in _LEVELS if by_level[level]}
+    # Without a card, because every method is far off, the page names the nearest method.
     nearest = min(points, key=lambda point: (point.value, point.bits))
     return {"task": task, "cards": cards, "levels": _LEVELS, "rows": rows, "least": least, "nearest": nearest}
 

@@ -1,4 +1,4 @@
-"""Reading what ``runner`` wrote: checked lines, means over cases, points of the quality-against-bytes frontier."""
+"""Reading a results folder: checked lines, means over cases, and points of the quality-against-bytes frontier."""
 
 import json
 import math
@@ -16,15 +16,15 @@ METRICS, PREDICTIONS, CONFIG, ENVIRONMENT = "metrics.jsonl", "predictions.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """One method on one task, over the cases that went well.
+    """Means of one method on one task, over the cases that succeeded.
 
     Attributes:
-        num_cases: how many went into the means.
-        complete: whether no other method has more cases; means over fewer compare with nothing.
+        num_cases: cases in the means.
+        complete: whether no other method has more cases. Means over fewer cases cannot be compared.
         metrics: means by name.
         cold_bits_per_element: mean, None where nothing is compressed.
-        compression_factor: dense bytes over stored bytes, of all cases together.
-        series: means by name, position by position over the cases that have the position.
+        compression_factor: dense bytes over stored bytes, summed over all cases.
+        series: means by name and position, over the cases that are long enough to have the position.
         seconds: mean.
     """
 
@@ -41,7 +41,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where a method lies between bytes and quality."""
+    """Bits and quality of one method: a point of the frontier."""
 
     method: str
     family: str
@@ -56,8 +56,8 @@ class Results:
     Attributes:
         config: model, dtype, settings, methods and tasks.
         environment: versions, device and time.
-        records: what went well, in the order of the file; a triple of task, method and case comes once.
-        failures: what did not.
+        records: successful measurements in file order, one per task, method and case.
+        failures: failed measurements.
     """
 
     config: dict[str, Any]
@@ -75,7 +75,7 @@ class Results:
         return [record for record in self.records if record.task == task]
 
     def means(self, task: str) -> list[Mean]:
-        """Of every method with a record in the task, in the order they were asked for."""
+        """Means of every method that has a record in the task, in the order of the run's configuration."""
         by_method: dict[str, list[Record]] = {}
         for record in self.of(task):
             by_method.setdefault(record.method, []).append(record)
@@ -84,7 +84,7 @@ class Results:
         return [_mean(by_method[name], complete=len(by_method[name]) == most) for name in names]
 
     def summary(self) -> dict[str, Any]:
-        """All of it in plain numbers, ready for JSON: what a picture or another program needs."""
+        """All results as plain numbers, ready for JSON."""
         return {
             "config": self.config,
             "environment": self.environment,
@@ -94,7 +94,7 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """A results folder, checked; a run still going on may be read.
+    """Read and check a results folder; the run may still be in progress.
 
     Raises:
         LoadError: a file is missing or is not what the runner writes; the message names the file and the line.
@@ -103,16 +103,16 @@ def read_results(folder: Path) -> Results:
         raise LoadError(f"no results folder at {str(folder)!r}: give the folder `unsloth-spectral eval --output` wrote")
     config = read_config(folder)
     environment = _read_object(folder / ENVIRONMENT)
-    found: dict[tuple[str, str, str], Record] = {}
+    latest: dict[tuple[str, str, str], Record] = {}
     for number, line in enumerate(read_lines(folder / METRICS), start=1):
         record = record_of(line, folder / METRICS, number)
-        found[record.task, record.method, record.case] = record  # a later try counts, not the first
-    records = [record for record in found.values() if record.error is None]
-    return Results(config, environment, records, [record for record in found.values() if record.error is not None])
+        latest[record.task, record.method, record.case] = record  # a later try counts, not the first
+    records = [record for record in latest.values() if record.error is None]
+    return Results(config, environment, records, [record for record in latest.values() if record.error is not None])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder was made with.
+    """The configuration of the run that wrote ``folder``.
 
     Raises:
         LoadError: the file is missing or is not what the runner writes.
@@ -120,12 +120,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_object(folder / CONFIG)
     for name, kind in {"model": str, "methods": list, "tasks": list, "settings": dict}.items():
         if not isinstance(config.get(name), kind):
-            raise LoadError(f"{str(folder / CONFIG)!r} has no {name!r} that is a {kind.__name__}: no run wrote it")
+            raise LoadError(
+                f"{str(folder / CONFIG)!r} has no {name!r} of type {kind.__name__}: `unsloth-spectral eval` "
+                "did not write it"
+            )
     return config
 
 
 def frontier(means: Iterable[Mean], metric: str) -> list[Point]:
-    """Bits against a metric, of the methods that compress, have all cases, and whose metric is finite."""
+    """Bits and metric of each method that compresses, has all cases and has a finite metric."""
     return [
         Point(mean.method, mean.family, mean.cold_bits_per_element, mean.metrics[metric])
         for mean in means
@@ -136,15 +139,15 @@ def frontier(means: Iterable[Mean], metric: str) -> list[Point]:
 
 
 def _ordered(names: Iterable[str], order: list[str]) -> list[str]:
-    """Each name once, those in ``order`` first and in its order."""
+    """Each name once: names in ``order`` first, in that order, then the others."""
     given = list(dict.fromkeys(names))
     return sorted(given, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _mean(records: list[Record], *, complete: bool) -> Mean:
     footprints = [record.footprint for record in records if record.footprint is not None]
-    bits = [each.cold_bits_per_element for each in footprints if each.cold_bits_per_element is not None]
-    stored = sum(each.stored_bytes for each in footprints)
+    bits = [one.cold_bits_per_element for one in footprints if one.cold_bits_per_element is not None]
+    stored = sum(one.stored_bytes for one in footprints)
     return Mean(
         method=records[0].method,
         family=records[0].family,
@@ -152,7 +155,7 @@ def _mean(records: list[Record], *, complete: bool) -> Mean:
         complete=complete,
         metrics=_means_by_name([record.metrics for record in records]),
         cold_bits_per_element=_average(bits) if bits else None,
-        compression_factor=sum(each.dense_bytes for each in footprints) / stored if stored else math.nan,
+        compression_factor=sum(one.dense_bytes for one in footprints) / stored if stored else math.nan,
         series=_mean_series([record.series for record in records]),
         seconds=_average([record.seconds for record in records]),
     )
@@ -164,15 +167,15 @@ def _average(values: list[float]) -> float:
 
 
 def _means_by_name(dictionaries: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for each in dictionaries for name in each)
-    return {name: _average([each[name] for each in dictionaries if name in each]) for name in names}
+    names = dict.fromkeys(name for metrics in dictionaries for name in metrics)
+    return {name: _average([row[name] for row in dictionaries if name in row]) for name in names}
 
 
 def _mean_series(dictionaries: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for each in dictionaries for name in each)
+    names = dict.fromkeys(name for series in dictionaries for name in series)
     means = {}
     for name in names:
-        rows = [each[name] for each in dictionaries if name in each]
+        rows = [series[name] for series in dictionaries if name in series]
         length = max(map(len, rows))
         means[name] = [_average([row[place] for row in rows if place < len(row)]) for place in range(length)]
     return means
@@ -180,11 +183,11 @@ def _mean_series(dictionaries: list[dict[str, list[float]]]) -> dict[str, list[f
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LoadError(f"cannot read {str(path)!r}: {error.strerror or error}; is it a results folder?") from error
     except ValueError as error:
-        raise LoadError(f"{str(path)!r} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise LoadError(f"{str(path)!r} is no JSON object")
-    return found
+        raise LoadError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{str(path)!r} is not a JSON object")
+    return content

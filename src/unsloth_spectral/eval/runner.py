@@ -1,4 +1,4 @@
-"""Tasks times cases times methods, into a folder: a run killed at any moment goes on where it stopped."""
+"""Run every method on every case of every task; a run that was killed continues where it stopped."""
 
 import json
 import time
@@ -13,20 +13,18 @@ from filelock import FileLock, Timeout
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.json_lines import append_line, keep_lines, read_lines
-from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.methods.base import DENSE, Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.results import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS, read_config
-from unsloth_spectral.eval.settings import check_same, config_of
+from unsloth_spectral.eval.settings import check_same, run_config
 from unsloth_spectral.eval.tasks.base import Task
 from unsloth_spectral.files import replacing
 from unsloth_spectral.integrations.models import LoadedModel
 
-DENSE = "dense"
-
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run did.
+    """Counts of a run.
 
     Attributes:
         num_measured: lines written by this run, failures included.
@@ -49,35 +47,35 @@ def run_evaluation(
 ) -> Summary:
     """Run every method on every case of every task, the dense cache first, and write each outcome as it comes.
 
-    The folder receives ``config.json``, ``environment.json``, ``metrics.jsonl`` and ``predictions.jsonl``. What an
-    earlier run wrote into it stays and is not measured again, except failures; tasks and methods may be added. An
-    exception of one method on one case becomes an error line and stops nothing else.
+    The folder receives ``config.json``, ``environment.json``, ``metrics.jsonl`` and ``predictions.jsonl``. Results of
+    an earlier run in it stay and are not measured again; failures are tried again. Tasks and methods may be added. An
+    exception of one method on one case becomes an error line; the run continues.
 
     Args:
         loaded: model and tokenizer.
         tasks: in the order to run them.
         methods: in any order.
-        folder: made where it does not exist; its parent must.
-        settings: whatever else the results depend on, ready for JSON. The options of tasks that are dataclasses are
-            added by themselves.
+        folder: created if missing; its parent must exist.
+        settings: other settings that the results depend on, ready for JSON. The options of tasks that are dataclasses
+            are added automatically.
         on_progress: called with a task's name, how many of its runs are done and how many there are; and by the task
             with its own stages.
 
     Raises:
-        InvalidArgumentError: the folder was made with another model or other settings, or cannot be made.
+        InvalidArgumentError: the folder holds results of another model or other settings, or cannot be created.
         LoadError: a file in the folder is damaged.
     """
     ordered = sorted(methods, key=lambda method: method.name != DENSE)
     cases = {task.name: list(task.cases(loaded)) for task in tasks}
-    _prepare(folder, config_of(loaded, tasks, ordered, settings or {}))
+    _prepare(folder, run_config(loaded, tasks, ordered, settings or {}))
     # Two runs in one folder would measure everything twice.
     try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise InvalidArgumentError(
             f"another run is writing to {str(folder)!r}: wait for it, or give another folder"
         ) from None
-    with held:
+    with lock:
         return _run_all(loaded, tasks, ordered, cases, folder, on_progress)
 
 
@@ -111,7 +109,7 @@ def _run_all(
 def _measure(
     loaded: LoadedModel, task: Task, method: Method, case: str, folder: Path, on_progress: OnProgress | None
 ) -> str | None:
-    """Run one method on one case and write its lines; what went wrong, None where nothing did."""
+    """Run one method on one case and write its lines. Returns the error, or None."""
     line: dict[str, Any] = {"task": task.name, "method": method.name, "family": method.family, "case": case}
     predictions: list[dict[str, Any]] = []
     start = time.perf_counter()
@@ -120,17 +118,17 @@ def _measure(
             outcome = task.run(loaded, method, case, on_progress)
         predictions = outcome.predictions
         line |= {"metrics": outcome.metrics, "footprint": outcome.footprint.to_dict(), "series": outcome.series}
-        # Here, where it fails this method alone: a task may hand over what is no JSON.
+        # Checked here, so that a task's value that is not JSON fails this case alone.
         json.dumps([line, predictions])
     except Exception as error:
         line = {name: line[name] for name in ("task", "method", "family", "case")}
         line["error"], predictions = _one_line(error), []
     if "error" in line and torch.cuda.is_available():
-        # Out of memory is the likeliest failure; the next method must not inherit it. The exception, and with it the
-        # frames that held tensors, is gone by now.
+        # Out of memory is the likeliest failure, and the next method must not inherit it. The exception and the frames
+        # that held tensors are gone by now.
         torch.cuda.empty_cache()
     line["seconds"] = round(time.perf_counter() - start, 4)
-    # The metrics last: their line is what marks the triple as done.
+    # Metrics are written last: their line marks the case as done.
     place = {name: line[name] for name in ("task", "method", "case")}
     append_line(folder / PREDICTIONS, {**place, "predictions": predictions})
     append_line(folder / METRICS, line)
@@ -143,7 +141,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _prepare(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder, or refuse one made otherwise; write its config and environment."""
+    """Create the folder, or check that it fits this run; write its config and environment."""
     if folder.exists() and not folder.is_dir():
         raise InvalidArgumentError(f"cannot write results to {str(folder)!r}: it is a file")
     try:
@@ -160,7 +158,7 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
         here = _with_earlier(folder / ENVIRONMENT, here)
     elif any((folder / name).exists() for name in (METRICS, PREDICTIONS)):
         raise InvalidArgumentError(f"{str(folder)!r} holds results without their {CONFIG}: use another folder")
-    # The environment first: a folder with a config counts as a results folder, and must be whole.
+    # The environment first: a folder with a config counts as a results folder and must be complete.
     for name, content in {ENVIRONMENT: here, CONFIG: config}.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -169,19 +167,19 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _with_earlier(path: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """The environment of this run, with those of earlier runs that differ in more than the time."""
+    """This run's environment, and those of earlier runs that differ in more than the date."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         others = before.pop("earlier", [])
     except (OSError, ValueError, AttributeError):
-        return here  # lost or damaged: it is for people to read, nothing depends on it
+        return here  # missing or damaged; no result depends on it
     if {**before, "date": None} != {**here, "date": None}:
         others = [*others, before]
     return {**here, "earlier": others} if others else here
 
 
 def _resume(folder: Path) -> set[tuple[str, str, str]]:
-    """What is done, after dropping failures, half-written lines, and lines that have no partner in the other file."""
+    """Triples that are done. Failures, half-written lines and lines that only one of the files has are dropped."""
 
     def triple(line: dict[str, Any]) -> tuple[str, str, str]:
         return line.get("task", ""), line.get("method", ""), line.get("case", "")

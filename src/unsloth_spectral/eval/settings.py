@@ -1,4 +1,4 @@
-"""What results depend on: written beside them, and compared before more are added."""
+"""Settings that results depend on: written beside them, and compared before a run adds more."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from unsloth_spectral.integrations.models import LoadedModel
 _LONGEST_OPTION, _DIGEST = 200, "sha256 "
 
 
-def config_of(
+def run_config(
     loaded: LoadedModel, tasks: Sequence[Task], methods: Sequence[Method], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Model, dtype, settings, tasks with their options, and methods, as they are read back from JSON."""
+    """Model, dtype, settings, tasks with their options, and methods, in the form that JSON gives back."""
     config = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -33,13 +33,14 @@ def config_of(
 
 
 def _options_of(task: Any) -> dict[str, Any]:
-    """The plain public fields of a task that is a dataclass; what it keeps from case to case is none of these.
+    """The plain public fields of a task that is a dataclass, without what it caches between cases.
 
-    A long text, such as a document, stands as its digest.
+    A long text, such as a document, is replaced by its digest.
     """
     if not is_dataclass(task):
         return {}
-    values = {each.name: getattr(task, each.name) for each in fields(task) if each.repr and each.name[0] != "_"}
+    options = [option for option in fields(task) if option.repr and option.name[0] != "_"]
+    values = {option.name: getattr(task, option.name) for option in options}
     return {name: _brief(value) for name, value in values.items() if _is_plain(value)}
 
 
@@ -56,12 +57,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_same(folder: Path, earlier: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse to add to results that were made otherwise.
+    """Refuse to add to results of other settings.
 
     Raises:
-        InvalidArgumentError: they were; the message names every difference.
+        InvalidArgumentError: the settings differ; the message names every difference.
     """
-    # A task that only one of the two ran differs in nothing.
+    # Only tasks that both ran are compared.
     tasks = [task for task in config["task_settings"] if task in earlier.get("task_settings", {})]
     was, now = _facts(earlier, tasks), _facts(config, tasks)
     different = [
@@ -71,12 +72,13 @@ def check_same(folder: Path, earlier: dict[str, Any], config: dict[str, Any]) ->
     ]
     if different:
         raise InvalidArgumentError(
-            f"{str(folder)!r} was made otherwise: {'; '.join(different)}. Use another folder, or the same settings"
+            f"{str(folder)!r} holds results of other settings: {'; '.join(different)}. Use another folder, or "
+            "the same settings"
         )
 
 
 def _facts(config: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """What results depend on, by names for people."""
+    """Settings by readable names."""
     facts = {name: config.get(name) for name in ("model", "dtype")}
     facts |= {f"setting {name}": value for name, value in config.get("settings", {}).items()}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Snapshots for the command line: of a document, and what is in one."""
+"""Snapshots for the command line: write one of a document, describe one."""
 
 import os
 from typing import Any
@@ -18,9 +18,9 @@ from unsloth_spectral.integrations.models import LoadedModel
 def prefill_document(
     loaded: LoadedModel, document: str, most: int, config: CodecConfig, on_progress: OnProgress | None = None
 ) -> tuple[SpectralCache, Tensor]:
-    """The cache of the first ``most`` tokens of ``document``, and those tokens, ``[1, n]``.
+    """Cache the first ``most`` tokens of ``document``; returns the cache and those tokens, ``[1, n]``.
 
-    The cache does not keep the model: keep ``loaded`` for as long as the cache is to be saved.
+    The cache does not keep the model alive: keep ``loaded`` until the cache is saved.
 
     Raises:
         InvalidArgumentError: the model has no room for so many tokens.
@@ -36,25 +36,25 @@ def prefill_document(
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the snapshot at ``path`` is of, ready for JSON.
+    """Tokens, codec, model and bytes of the snapshot at ``path``, ready for JSON.
 
     Raises:
-        LoadError: there is none, or its record is altered.
+        LoadError: there is no snapshot, or its record was altered.
     """
-    found = snapshot.read(path, check_tensors=False)
-    tokens, model = found.header.sub("tokens"), found.header.data("model")
+    opened = snapshot.read(path, check_tensors=False)
+    tokens, model = opened.header.sub("tokens"), opened.header.data("model")
     return {
         "path": str(path),
         "file_bytes": os.path.getsize(os.path.expanduser(path)),
-        "tensor_bytes": found.tensor_bytes,
-        "num_tensors": found.num_tensors,
+        "tensor_bytes": opened.tensor_bytes,
+        "num_tensors": opened.num_tensors,
         "format": snapshot.VERSION,
-        "written_by": found.header.text("library"),
+        "written_by": opened.header.text("library"),
         "tokens": tokens.integer("count", 1),
         "sequences": tokens.integer("batch", 1),
         "token_sha256": tokens.text("sha256") if tokens.has("sha256") else None,
-        "codec": config_in(found.header).title,
-        "has_profile": found.fields.has("profile"),
+        "codec": config_in(opened.header).title,
+        "has_profile": opened.fields.has("profile"),
         "model": model.get("model"),
         "dtype": model.get("dtype"),
         "embedding_sha256": model.get("embedding"),

@@ -1,4 +1,4 @@
-"""How fast the singular values of a model's keys and values fall off: what ranks are chosen by."""
+"""Singular values of a model's keys and values, to choose ranks by."""
 
 from dataclasses import asdict, dataclass
 from itertools import accumulate, zip_longest
@@ -118,8 +118,8 @@ def measure_spectrum(
 ) -> SpectrumReport:
     """Singular values of the keys and values that ``model`` caches for ``input_ids [1, n]``, by layer and head.
 
-    Measured is what the rank codec truncates: each block of ``block_size`` tokens after the sinks on its own, keys
-    rotated and nothing centred. Squared spectra are averaged over the blocks, so the share that their first ``rank``
+    Each block of ``block_size`` tokens after the sinks is factorized on its own, as the rank codec does it: keys are
+    rotated, nothing is centred. Squared spectra are averaged over the blocks, so the share that their first ``rank``
     entries keep is exactly the share that truncating every block keeps. A last block that is not full is left out,
     unless it is the only one. Layers that keep a window or a state instead of all tokens are left out.
 
@@ -213,7 +213,7 @@ def _mean_squares(states: Tensor, block_size: int) -> Tensor:
 
 
 def _kept_by_rank(squares: list[float]) -> list[float]:
-    """Share of the variance kept at rank 0, 1, ... to the full one; nothing is lost where there is no variance."""
+    """Share of the variance kept at ranks 0, 1, ... up to the full rank; 1 where there is no variance."""
     total = sum(squares)
     return [kept / total if total > 0 else 1.0 for kept in accumulate(squares, initial=0.0)]
 

@@ -1,4 +1,4 @@
-// Attention of a few queries over a layer's cache, read as it is stored (DESIGN section 4).
+// Attention of a few queries over a layer's cache, read as it is stored.
 //
 // One pass per key-value head and run of tokens: scores from the packed codes for all query rows of the head, a running
 // softmax, values summed in code space. Threads take heads and runs; what they find is merged by log-sum-exp. Weights

@@ -1,4 +1,4 @@
-"""Bits by layer: where a method that divides one budget among layers spends it."""
+"""Bits by layer of methods that divide one budget among layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,10 +16,10 @@ _COLORS = {"keys": "#0072b2", "values": "#d55e00"}
 
 
 def allocation_figure(bits: Mapping[str, Mapping[str, Sequence[float]]], *, title: str) -> "Figure":
-    """A panel a method, variants of a method beside it: bits per element of the keys and the values in each layer.
+    """One panel per method, variants of a method side by side: bits per element of keys and values in each layer.
 
     Args:
-        bits: by method, then ``keys`` and ``values``: a number a layer, NaN for one that has none.
+        bits: by method, then ``keys`` and ``values``: one number per layer, NaN where a layer has none.
         title: of the figure.
 
     Raises:
@@ -66,7 +66,7 @@ def allocation_figure(bits: Mapping[str, Mapping[str, Sequence[float]]], *, titl
 
 
 def _rows(methods: Sequence[str]) -> list[list[str]]:
-    """Methods by rows: those whose names begin with another's beside that one, or three in a row where none do."""
+    """Methods in rows: a method beside those whose names begin with its name, or three per row if there are none."""
     groups: dict[str, list[str]] = {}
     for method in methods:
         base = min((other for other in methods if f"{method} ".startswith(f"{other} ")), key=len)

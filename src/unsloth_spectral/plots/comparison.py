@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def comparison_figure(result: dict[str, Any]) -> "Figure":
-    """What ``Comparison.to_dict`` gives, drawn: bytes against context length, and what the answers cost.
+    """Draw a ``Comparison.to_dict``: bytes against context length, and fidelity of each cache.
 
     Args:
-        result: the dictionary, or a results file's.
+        result: the dictionary, or the content of a results file.
 
     Raises:
-        InvalidArgumentError: it holds no caches.
+        InvalidArgumentError: the dictionary holds no caches.
         SpectralError: matplotlib is not installed.
     """
     if not result.get("caches"):
@@ -96,7 +96,7 @@ def _draw_fidelity(axes: "Axes", result: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, (largest or 1.0) * 1.9)
     axes.set_xlabel("KL divergence from the dense cache, nats (0: identical)", fontsize=LABEL)
-    axes.set_title("What it costs: 256 tokens after the context", fontsize=TITLE)
+    axes.set_title("Fidelity on the 256 tokens after the context", fontsize=TITLE)
     tidy(axes)
 
 

@@ -1,4 +1,4 @@
-"""KL along a generation: how far each method wanders from the dense cache."""
+"""KL from the dense cache along a generation."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,10 +31,10 @@ _WINDOWS = 32
 
 
 def drift_figure(rows: Sequence[tuple[str, str, Sequence[float]]], *, title: str) -> "Figure":
-    """A panel a family, its methods in colour and all others behind them in grey, averaged over windows of tokens.
+    """One panel per family: its methods in colour, all others in grey, averaged over windows of tokens.
 
     Args:
-        rows: method, family and KL at each generated token; rows that are empty or nowhere positive are left out.
+        rows: method, family and KL at each generated token; rows without a positive number are left out.
         title: of the figure.
 
     Raises:
@@ -84,7 +84,7 @@ def _add_legend(axes: "Axes", color: str) -> None:
 
 
 def _smooth(kl: Sequence[float]) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
-    """Middles and means of about 32 windows: single tokens differ a thousandfold, and would hide the course."""
+    """Middles and means of about 32 windows: single tokens differ a thousandfold and would hide the trend."""
     values = np.asarray(kl, dtype=np.float64)
     edges = np.unique(np.linspace(0, len(values), min(_WINDOWS, len(values)) + 1).astype(int))
     pairs = list(pairwise(edges))

@@ -1,4 +1,4 @@
-"""Quality against bytes: all methods on one picture."""
+"""Quality against bytes: all methods in one picture."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -40,14 +40,14 @@ def frontier_figure(
     dense: float | None = None,
     dense_bits: int = 16,
 ) -> "Figure":
-    """Cold bits per element against a metric, one line a family, each point with what sets it apart in its family.
+    """Cold bits per element against a metric: one line per family, each point labelled with its setting.
 
     Args:
         points: of ``eval.results.frontier``.
         title: of the figure.
-        metric: the label of the vertical axis. Where less is better and all is positive, that axis is logarithmic.
-        lower_is_better: which end of the axis is good; a corner says so.
-        dense: the dense cache's value, a line across; None where it is no more than a note, as 0 on a logarithmic axis.
+        metric: the label of the vertical axis, which is logarithmic if lower is better and all values are positive.
+        lower_is_better: which end of the axis is good; an arrow in a corner shows it.
+        dense: the dense cache's value, drawn as a line; None draws a note instead, as for 0 on a logarithmic axis.
         dense_bits: bits per element of the dense cache.
 
     Raises:
@@ -67,7 +67,7 @@ def frontier_figure(
     lines = {}
     for family, members in families.items():
         # A logarithmic axis has no 0: such a point lies on its floor.
-        line = np.array([(each.bits, max(each.value, floor) if is_log else each.value) for each in members])
+        line = np.array([(point.bits, max(point.value, floor) if is_log else point.value) for point in members])
         axes.plot(
             *line.T, color=colors[family], marker=markers[family], markersize=7, linewidth=1.8, gid=family, zorder=3
         )
@@ -102,7 +102,7 @@ def _set_scales(axes: "Axes", points: "NDArray[np.float64]", is_log: bool,
 
 
 def _draw_dense(axes: "Axes", dense: float | None, bits: int, lower_is_better: bool) -> None:
-    """The dense cache, as a line across or a note; and which corner is the good one."""
+    """Draw the dense cache as a line or a note, and mark the good corner."""
     low, high = axes.get_ylim()
     text = f"dense, {bits} bits"
     if dense is not None and low <= dense <= high:
@@ -137,14 +137,14 @@ def _labels(
     lines: "dict[str, NDArray[np.float64]]",
     colors: dict[str, str],
 ) -> list[Label]:
-    """The families at the freer ends of their lines, then what sets each point apart."""
+    """Labels: each family at the less crowded end of its line, then the setting of each point."""
     names, settings = [], []
     every = axes.transData.transform(np.concatenate(list(lines.values())))
     for family, members in families.items():
         line, color = lines[family], colors[family]
         alone = len(members) == 1
         ends = axes.transData.transform(line[[0, -1]])
-        # The nearest point is the end itself; how far off the next two are says how crowded it is.
+        # The nearest point is the end itself; the distance of the next two measures how crowded it is.
         room = [np.sort(np.hypot(*(every - end).T))[:3].sum() for end in ends]
         end = line[0] if room[0] > room[1] else line[-1]
         names.append(

@@ -1,4 +1,4 @@
-"""Needle tests: what each method finds, by length of the text and depth of the needle."""
+"""Needle tests: retrieval by length of the text and depth of the needle."""
 
 import math
 import re
@@ -17,16 +17,16 @@ _CASE = re.compile(r"\blength=(\d+)\b.*\bdepth=(\d*\.?\d+)")
 
 
 def place_of(case: str) -> tuple[int, float] | None:
-    """``(2048, 0.3)`` of ``length=2048 depth=0.30``; None of a case with no such name."""
-    found = _CASE.search(case)
-    return (int(found[1]), float(found[2])) if found else None
+    """``(2048, 0.3)`` from ``length=2048 depth=0.30``; None for other names."""
+    match = _CASE.search(case)
+    return (int(match[1]), float(match[2])) if match else None
 
 
-def heatmap_figure(found: Mapping[str, Mapping[str, float]], *, title: str, metric: str) -> "Figure":
-    """A panel a method: pale cells are found, dark red ones lost. Shares from 0 to 1 are assumed.
+def heatmap_figure(shares: Mapping[str, Mapping[str, float]], *, title: str, metric: str) -> "Figure":
+    """One panel per method: pale cells were found, dark red ones lost.
 
     Args:
-        found: by method, then by case; cases not named ``length=... depth=...`` are left out.
+        shares: from 0 to 1, by method, then by case; cases not named ``length=... depth=...`` are left out.
         title: of the figure.
         metric: the label of the colour scale.
 
@@ -35,7 +35,7 @@ def heatmap_figure(found: Mapping[str, Mapping[str, float]], *, title: str, metr
         SpectralError: matplotlib is not installed.
     """
     placed: dict[str, dict[tuple[int, float], list[float]]] = {}
-    for method, by_case in found.items():
+    for method, by_case in shares.items():
         for case, value in by_case.items():
             place = place_of(case)
             if place is not None:

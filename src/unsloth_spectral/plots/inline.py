@@ -1,4 +1,4 @@
-"""A figure as SVG to put into a page, in the page's colours."""
+"""A figure as inline SVG, in the colours of the page around it."""
 
 import io
 import re
@@ -15,14 +15,14 @@ _VARIABLES |= {color: f"series-{index}" for index, color in enumerate(PALETTE)}
 
 
 def inline_svg(figure: "Figure", prefix: str) -> str:
-    """The ``<svg>`` element of a figure, without a fixed size; it needs nothing from outside.
+    """The self-contained ``<svg>`` element of a figure, without a fixed size.
 
     Colours of ``style`` are written ``var(--plot-ink, #1f2328)``, ``--plot-paper``, ``--plot-muted`` and
-    ``--plot-series-0`` to ``-9``: a page may set these, and the figure looks as drawn where it does not.
+    ``--plot-series-0`` to ``-9``: a page may set these; the defaults are the figure's own colours.
 
     Args:
         figure: any of this package's.
-        prefix: of all ids, different for each figure of a page.
+        prefix: of all ids; it must differ between the figures of a page.
     """
     import matplotlib
 
@@ -37,11 +37,11 @@ def inline_svg(figure: "Figure", prefix: str) -> str:
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    # Black is what SVG fills with, so matplotlib does not write it out.
+    # Black is SVG's default fill, so matplotlib does not write it out.
     head += f' style="fill: var(--plot-ink, {INK})"'
-    # Ids that nothing refers to are only weight; the others must differ from those of the page's other figures.
+    # Unused ids are dropped; the others must differ from those of the page's other figures.
     used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', rest))
-    rest = re.sub(r'\sid="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", rest)
+    rest = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", rest)
     rest = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", rest)
     for color, name in _VARIABLES.items():
         rest = re.sub(rf"(?<=: ){color}\b", f"var(--plot-{name}, {color})", rest)

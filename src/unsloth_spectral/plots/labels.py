@@ -1,4 +1,4 @@
-"""Direct labels: each text beside its point, clear of all other texts."""
+"""Direct labels: each text beside its point, without overlaps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ class Label:
 
 
 def place_labels(axes: "Axes", labels: Sequence[Label], lines: "Sequence[NDArray[np.float64]]") -> None:
-    """Write each label near its point, where it covers no other label, no point, and as little of ``lines`` as can be.
+    """Write each label near its point, where it covers no other label, no point, and little of ``lines``.
 
     Args:
-        axes: with its limits set: places are chosen in pixels, for this size of the figure.
-        labels: in order of importance. A text for which no free place is found is left out.
+        axes: its limits must be set: places are chosen in pixels, for this size of the figure.
+        labels: in order of importance. A text without a free place is left out.
         lines: ``[points, 2]`` each, in data coordinates; their points are kept clear.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +87,7 @@ def place_labels(axes: "Axes", labels: Sequence[Label], lines: "Sequence[NDArray
 
 
 def _places(width: float, height: float) -> Iterator[tuple[float, float, float]]:
-    """Corners at which a text of this size may begin, in pixels from its point, and what each costs."""
+    """Candidate corners of a text of this size, in pixels from its point, each with a cost."""
     for distance in (11.0, 17.0, 26.0, 40.0, 58.0, 80.0, 105.0):
         for step in range(16):
             angle = 2 * math.pi * step / 16

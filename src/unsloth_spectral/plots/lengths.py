@@ -1,4 +1,4 @@
-"""How much smaller a cache gets, and what it costs, by the length of the prefix."""
+"""Compression factor and KL by length of the prefix."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,19 @@ _CASE = re.compile(r"^length=(\d+)( start=\d+)?$")
 
 
 def length_of(case: str) -> int | None:
-    """512 of ``length=512`` or ``length=512 start=20000``; None of any other case."""
-    found = _CASE.match(case)
-    return int(found[1]) if found else None
+    """512 from ``length=512`` or ``length=512 start=20000``; None for other names."""
+    match = _CASE.match(case)
+    return int(match[1]) if match else None
 
 
 def lengths_figure(
     curves: Sequence[tuple[str, str, Mapping[int, float], Mapping[int, float]]], *, title: str
 ) -> "Figure":
-    """Two panels with a line a method: the factor by length, and the KL by length.
+    """Two panels with one line per method: the factor by length, and the KL by length.
 
     Args:
-        curves: method, family, factor by length and KL by length. The legend has the methods by their factor at the
-            longest, as their lines end. A KL of 0 is no point of a logarithmic axis, and is left out.
+        curves: method, family, factor by length and KL by length. The legend orders methods by
+            their factor at the longest length. A KL of 0 is left out, since the axis is logarithmic.
         title: of the figure.
 
     Raises:
@@ -57,7 +57,7 @@ def lengths_figure(
     looks = _looks(curves)
     for method, family, factors, kl in sorted(curves, key=lambda curve: -_last(curve[2])):
         line, marker = looks[method]
-        # Dashes above: where methods are equally small, both are seen.
+        # Dashed lines lie on top, so that equal lines are both visible.
         for axes, points in ((left, factors), (right, {length: value for length, value in kl.items() if value > 0})):
             axes.plot(list(points), list(points.values()), color=colors[family], linestyle=line, marker=marker,
                       markersize=5, linewidth=1.7, label=short(method, 36), gid=method,
@@ -82,7 +82,7 @@ def lengths_figure(
 def _looks(
     curves: Sequence[tuple[str, str, Mapping[int, float], Mapping[int, float]]],
 ) -> dict[str, tuple[object, str]]:
-    """Dashes and marker of each method: a family has one colour, so its members differ in these."""
+    """Dashes and marker of each method, which tell the members of a family apart: they share one colour."""
     members: dict[str, list[str]] = {}
     for method, family, _, _ in curves:
         members.setdefault(family, []).append(method)

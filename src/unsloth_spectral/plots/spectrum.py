@@ -20,13 +20,13 @@ _MARKED_RANKS = (16, 32)
 
 
 def spectrum_figure(report: dict[str, Any]) -> "Figure":
-    """What ``SpectrumReport.to_dict`` gives, drawn: variance kept at each rank, and the rank each head needs.
+    """Draw a ``SpectrumReport.to_dict``: the variance kept at each rank, and the rank that each head needs.
 
     Args:
-        report: the dictionary, or a results file's; ``"model"`` in it, if there, goes into the title.
+        report: the dictionary, or the content of a results file; the title has its ``"model"``, if any.
 
     Raises:
-        InvalidArgumentError: it holds no spectra.
+        InvalidArgumentError: the dictionary holds no spectra.
         SpectralError: matplotlib is not installed.
     """
     if not report.get("heads"):
@@ -99,7 +99,7 @@ def _draw_effective_ranks(both: tuple["Axes", "Axes"], report: dict[str, Any]) -
     step = -(-len(layers) // 16)
     for axes, side in zip(both, _COLORS, strict=True):
         ranks = _effective_ranks(report, side)
-        # The whole range for both: a scale fitted to the data would make much of small differences.
+        # Both use the whole range: a scale fitted to the data would exaggerate small differences.
         image = axes.imshow(ranks, cmap="viridis", vmin=0, vmax=largest, aspect="auto")
         axes.set_facecolor("#dddddd")
         axes.set_title(f"{side.capitalize()}: rank that keeps 95% of the variance, by head", fontsize=TITLE)
@@ -114,7 +114,7 @@ def _draw_effective_ranks(both: tuple["Axes", "Axes"], report: dict[str, Any]) -
 
 
 def _kept_variance(report: dict[str, Any], side: str) -> "NDArray[np.float64]":
-    """Share kept at ranks 0 to the largest of all heads, one row a head; smaller heads lose nothing beyond theirs."""
+    """Share kept at ranks 0 to the largest of all heads, one row per head; 1 beyond a smaller head's full rank."""
     lengths = [len(head[name]["singular_values"]) for head in report["heads"] for name in _COLORS]
     curves = np.ones((len(report["heads"]), 1 + max(report["head_dim"], *lengths)))
     for curve, head in zip(curves, report["heads"], strict=True):

@@ -1,4 +1,4 @@
-"""What all figures share: size, colours, type, and writing them. Without pyplot: no display, no global state."""
+"""Size, colours and type of all figures, and writing them. Without pyplot: no display, no global state."""
 
 import os
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ TITLE, LABEL, TICK = 13, 12, 11
 
 
 def check_figure_target(path: str | os.PathLike[str]) -> Path:
-    """The path of a figure to be written, checked before the work whose result it is to show.
+    """The path of a figure, checked before the work that the figure will show.
 
     Raises:
         InvalidArgumentError: the suffix is not .png, .svg or .pdf, or the folder is missing or cannot be written to.
@@ -50,7 +50,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
 
 
 def model_title(report: dict[str, Any]) -> str:
-    """The model's name, or the end of it: names can be long paths."""
+    """The model's name, shortened to its end if it is a long path."""
     name = str(report.get("model", "KV cache"))
     return name if len(name) <= 50 else f"...{name[-47:]}"
 
@@ -78,7 +78,7 @@ def require_matplotlib() -> None:
 
 
 def family_colors(families: Iterable[str]) -> dict[str, str]:
-    """A colour for each family, the dense cache grey; in order, so that equal families get equal colours."""
+    """A colour for each family in order, grey for the dense cache; equal lists get equal colours."""
     others = [family for family in dict.fromkeys(families) if family != "dense"]
     colors = {family: PALETTE[index % len(PALETTE)] for index, family in enumerate(others)}
     return {"dense": GREY, **colors}
@@ -90,18 +90,18 @@ def family_markers(families: Iterable[str]) -> dict[str, str]:
 
 
 def setting_of(method: str, family: str) -> str:
-    """What a method's name says beyond its family: ``16/32`` of ``rank 16/32``, empty where nothing."""
+    """The part of a method's name behind its family: ``16/32`` from ``rank 16/32``, or empty."""
     known = family.split()
     return " ".join(word for word in method.split() if word not in known)
 
 
 def short(name: str, limit: int = 28) -> str:
-    """A name that fits its place: the end of a long one is left out."""
+    """``name``, cut to ``limit`` characters."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def log_values(axes: "Axes", low: float, high: float) -> None:
-    """A logarithmic vertical axis for values from ``low`` to ``high``, with ticks enough."""
+    """A logarithmic vertical axis for values from ``low`` to ``high``, with enough ticks."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")

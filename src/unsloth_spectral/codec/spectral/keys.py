@@ -1,4 +1,4 @@
-"""Keys as codes of their principal components (DESIGN section 3)."""
+"""Keys as codes of their principal components."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Values as codes of their randomly rotated, normalized selves, unbiased token by token (DESIGN section 3)."""
+"""Values as codes of their randomly rotated, normalized selves, unbiased token by token."""
 
 import math
 from dataclasses import dataclass, replace

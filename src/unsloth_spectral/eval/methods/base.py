@@ -1,4 +1,4 @@
-"""What the evaluation asks of a way to keep the cache."""
+"""The interface of a method: a way to store the cache, with its footprint."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,14 +6,17 @@ from typing import Any
 
 from unsloth_spectral.cache.stats import CacheStats
 
+# The name of the reference that every run measures first.
+DENSE = "dense"
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """Bytes of one cache after a prefill, all layers and all metadata.
 
     Attributes:
-        stored_bytes: of the whole cache, exact tiers included. Of a reference implementation that only simulates its
-            storage: what its codes, scales and tables would take, packed.
+        stored_bytes: of the whole cache, exact tiers included. For a reference implementation that only simulates its
+            storage: the bytes that its codes, scales and tables would take when packed.
         dense_bytes: of a dense cache in the model's dtype for the same tokens.
         cold_bits_per_element: stored bits of the compressed tokens alone, metadata included, over the numbers that a
             dense cache keeps for them; None where nothing is compressed.
@@ -25,7 +28,7 @@ class Footprint:
 
     @classmethod
     def counted(cls, cache: Any) -> "Footprint":
-        """Of a cache whose ``stats()`` counts it, as this library's own do and its stand-ins for peers."""
+        """The footprint of a cache that has ``stats()``: this library's own caches and its stand-ins for peers."""
         stats: CacheStats = cache.stats()
         return cls(stats.stored_bytes, stats.dense_bytes, stats.cold_bits_per_element)
 
@@ -35,20 +38,20 @@ class Footprint:
 
 
 def nothing_by_layer(cache: Any) -> dict[str, list[float]]:
-    """Of a cache that divides nothing among its layers."""
+    """``Method.by_layer`` of a method that treats all layers alike."""
     return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to keep the cache, under the name that results carry.
+    """A way to store the cache, under its name in results.
 
     Attributes:
-        name: as a user asks for it and a table shows it, for example ``dense``, ``kivi 2`` or ``spectral balanced``.
-        family: methods that differ only in a setting share it; a picture joins them by a line.
+        name: for the command line and tables, for example ``dense``, ``kivi 2`` or ``spectral balanced``.
+        family: shared by methods that differ only in a setting; a picture joins them by a line.
         make_cache: a fresh transformers ``Cache`` for a model.
         footprint: of a cache that ``make_cache`` made and a prefill filled.
-        by_layer: of such a cache too, rows of a number a layer by name, such as ``bits_keys``; NaN where a layer has
+        by_layer: figures of such a cache by name, such as ``bits_keys``, one number per layer; NaN where a layer has
             none.
     """
 

@@ -30,14 +30,14 @@ class Kivi:
             raise InvalidArgumentError(f"group must be at least 1, got {self.group}")
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Keys and values ``[..., tokens, head_dim]`` as decoding gives them back, and the bits of both."""
+        """Keys and values ``[..., tokens, head_dim]`` as decoding returns them, and the bits of both."""
         keys_hat, key_bits = round_trip(keys, -2, self.group, self.nbits)
         values_hat, value_bits = round_trip(values, -1, self.group, self.nbits)
         return keys_hat, values_hat, key_bits + value_bits
 
 
 def round_trip(x: Tensor, dim: int, group: int, nbits: int) -> tuple[Tensor, int]:
-    """``x`` in groups of ``group`` along ``dim``, quantized and back, and its bits, scales and zeros included."""
+    """Quantize ``x`` in groups of ``group`` along ``dim`` and reconstruct it; also returns the bits, with metadata."""
     work = x.float().movedim(dim, -1)
     length = work.shape[-1]
     # A smaller last group is filled up with its last element, which moves neither minimum nor maximum.

@@ -35,7 +35,7 @@ class LloydMax:
             raise InvalidArgumentError(f"nbits must be from 1 to {_MAX_NBITS}, got {self.nbits}")
 
     def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Keys and values ``[..., tokens, head_dim]`` as decoding gives them back, and the bits of both."""
+        """Keys and values ``[..., tokens, head_dim]`` as decoding returns them, and the bits of both."""
         keys_hat, key_bits = self._round_trip(keys)
         values_hat, value_bits = self._round_trip(values)
         return keys_hat, values_hat, key_bits + value_bits
@@ -57,7 +57,7 @@ class LloydMax:
 @lru_cache(maxsize=16)
 def rotation(head_dim: int, seed: int) -> Tensor:
     """A random orthogonal matrix ``[head_dim, head_dim]`` in float32 on the CPU, the same for equal arguments."""
-    with torch.inference_mode(False):  # it is kept, and later callers may be outside
+    with torch.inference_mode(False):  # cached: later callers may run outside inference mode
         generator = torch.Generator().manual_seed(seed)
         q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
         # Signs as of a positive diagonal make it uniform over all rotations (Mezzadri 2007).

@@ -1,4 +1,4 @@
-"""The competitors, under the names that results carry."""
+"""Peers to compare with, by their names in results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from unsloth_spectral.eval.methods.tiny_turboquant import tiny_turboquant
 
 # Bits offered by the backends of the library's own quantized cache.
 _QUANTIZED = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1)}
-# Of each family that needs one: the module it imports and the package that has it.
+# Families that need a package: the module they import and the package that contains it.
 _NEEDS = {
     "quanto": ("optimum.quanto", "optimum-quanto"),
     "hqq": ("hqq", "hqq"),
@@ -27,7 +27,7 @@ def peers() -> dict[str, Method]:
 
 
 def unavailable() -> dict[str, str]:
-    """The peers that can't run here, by name, each with the reason and the remedy."""
+    """Reasons why peers cannot run here, by name, each with the fix."""
     return {
         method.name: f"needs the package {package}, which is not installed: pip install {package}"
         for method in _all()
@@ -54,7 +54,7 @@ def _all() -> list[Method]:
 
 
 def _missing(family: str) -> str | None:
-    """The package that a family needs and that isn't installed."""
+    """The missing package that a family needs, or None."""
     if family not in _NEEDS:
         return None
     module, package = _NEEDS[family]
@@ -64,12 +64,12 @@ def _missing(family: str) -> str | None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # the package around the module is missing too
         return False
 
 
 def _quantized_cache(backend: str, nbits: int, model: Any) -> Any:
-    # Here and not above: it imports transformers, and asking for names shouldn't.
+    # Imported here: it imports transformers, which listing names should not.
     from unsloth_spectral.integrations.huggingface.quantized import CountedQuantizedCache
 
     return CountedQuantizedCache(model, backend, nbits)

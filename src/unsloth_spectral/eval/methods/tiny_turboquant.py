@@ -20,7 +20,7 @@ def tiny_turboquant() -> list[Method]:
 def _make_cache(preset: str, model: Any) -> Any:
     """The package's own cache, with the newest 64 tokens exact as in the other methods.
 
-    It has no sinks, and even a prefill's own attention sees what was quantized.
+    The cache has no sinks, and even a prefill's own attention sees quantized tokens.
     """
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - {"full_attention"}
     if kinds:
@@ -28,7 +28,7 @@ def _make_cache(preset: str, model: Any) -> Any:
             f"{FAMILY} takes models with full-attention layers only; {type(model).__name__} has layers of type "
             f"{', '.join(sorted(kinds))}"
         )
-    # By its name, as the package has no types and need not be there.
+    # Imported by name: the package has no types and is optional.
     base: Any = import_module("tiny_turboquant").TinyKVCache
 
     class TinyTurboquantCache(base):  # type: ignore[misc]

@@ -1,8 +1,9 @@
-"""What every task does with a model: prefill a context once, then ask questions of copies of its cache."""
+"""Prefill, continue and decode on a cache: the steps that all tasks and `compare` share."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,6 @@ from unsloth_spectral.eval.prompt import chat_frame, row_of, token_ids
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.models import LoadedModel
 
-DENSE = "dense"
-
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
@@ -23,8 +22,8 @@ class Prefilled:
 
     Attributes:
         cache: the transformers ``Cache``, filled.
-        footprint: of it at that moment.
-        by_layer: what the method tells of its layers then.
+        footprint: of the cache right after the prefill.
+        by_layer: the method's figures of each layer right after the prefill.
     """
 
     cache: Any
@@ -35,20 +34,24 @@ class Prefilled:
 def prefill(loaded: LoadedModel, method: Method, context: Tensor, on_progress: OnProgress | None) -> Prefilled:
     """Run ``context [1, n]`` through a fresh cache of ``method``."""
     cache = method.make_cache(loaded.model)
-    with layers_reported(loaded.model, f"{method.name}: prefill", on_progress):
-        _forward(loaded, context, cache, logits_to_keep=1)
+    fill(loaded, cache, context, f"{method.name}: prefill", on_progress)
     return Prefilled(cache, method.footprint(cache), method.by_layer(cache))
 
 
+def fill(loaded: LoadedModel, cache: Any, tokens: Tensor, stage: str, on_progress: OnProgress | None) -> None:
+    """Append ``tokens [1, n]`` to ``cache`` in one forward pass, whose layers are reported as steps of ``stage``."""
+    with layers_reported(loaded.model, stage, on_progress):
+        _forward(loaded, tokens, cache, logits_to_keep=1)
+
+
 def prefill_dense(loaded: LoadedModel, context: Tensor) -> Any:
-    """The cache that the model makes by itself, filled with ``context [1, n]``: the reference where a task is run
-    without the dense cache before."""
+    """The model's own cache, filled with ``context [1, n]``: the reference of a task that ran no dense cache before."""
     model: Any = loaded.model
     return cache_of(model(input_ids=context.to(model.device), use_cache=True, logits_to_keep=1))
 
 
 def continue_on(loaded: LoadedModel, cache: Any, tokens: Tensor) -> Tensor:
-    """Logits ``[n, vocabulary]`` of one forward pass of ``tokens [1, n]`` behind what ``cache`` holds; they join it."""
+    """Logits ``[n, vocabulary]`` of one forward pass that appends ``tokens [1, n]`` to ``cache``."""
     return _forward(loaded, tokens, cache)[0]
 
 
@@ -61,34 +64,40 @@ def decode_on(
     stage: str = "decode",
     on_progress: OnProgress | None = None,
 ) -> str:
-    """What the model writes greedily behind ``tokens [1, n]``, up to its end token; the tokens join ``cache``.
-
-    Not by ``generate``: a checkpoint's own generation settings (repetition penalties ...) would decide with the cache.
-    """
-    ends, found = end_tokens(loaded), []
-    for step in range(max_new_tokens):
-        chosen = int(_forward(loaded, tokens, cache, logits_to_keep=1)[0, -1].argmax())
+    """The text that the model writes greedily behind ``tokens [1, n]``, up to its end token. ``cache`` grows."""
+    ends, written = end_tokens(loaded), []
+    for step, chosen in enumerate(islice(greedy_tokens(loaded, cache, tokens), max_new_tokens), start=1):
         if on_progress is not None:
-            on_progress(stage, step + 1, max_new_tokens)
+            on_progress(stage, step, max_new_tokens)
         if chosen in ends:
             break
-        found.append(chosen)
+        written.append(chosen)
+    return str(loaded.tokenizer.decode(written, skip_special_tokens=True))
+
+
+def greedy_tokens(loaded: LoadedModel, cache: Any, tokens: Tensor) -> Iterator[int]:
+    """Tokens that the model chooses greedily behind ``tokens [1, n]``, without end. ``cache`` grows.
+
+    ``generate`` is not used: a checkpoint's generation settings (repetition penalties ...) would change the outcome.
+    """
+    while True:
+        chosen = int(_forward(loaded, tokens, cache, logits_to_keep=1)[0, -1].argmax())
+        yield chosen
         tokens = row_of([chosen])
-    return str(loaded.tokenizer.decode(found, skip_special_tokens=True))
 
 
 def ask(loaded: LoadedModel, cache: Any, question: str, answer: str, max_new_tokens: int) -> str:
-    """The model's greedy answer to ``question``, whose first words are given, on a copy of ``cache``.
+    """The model's greedy answer to ``question`` on a copy of ``cache``; ``answer`` is its given beginning.
 
-    The given words tell a small model what is wanted, and in which form, as the answer prefixes of RULER do
-    (Hsieh et al. 2024).
+    The given words show a small model what to answer and in which form, as the answer prefixes of RULER do (Hsieh et
+    al. 2024).
     """
     closing = closing_ids(loaded, question, answer)
     return decode_on(loaded, copy.deepcopy(cache), closing, max_new_tokens)
 
 
 def opening_ids(loaded: LoadedModel) -> Tensor:
-    """The chat format's tokens ``[1, n]`` before a context; of a model without one its first token, or none."""
+    """The chat format's tokens ``[1, n]`` before a context; without a chat format, the first token of texts, if any."""
     return ids_of(loaded, chat_frame(loaded.tokenizer, "")[0])
 
 
@@ -113,16 +122,16 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
 
 
 def positions_of(loaded: LoadedModel) -> int | None:
-    """How many positions the model was made for; None where it does not say."""
+    """The model's number of positions, or None if its configuration does not tell."""
     limit: int | None = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit
 
 
 def check_positions(loaded: LoadedModel, needed: int, *, option: str = "context_length") -> None:
-    """Refuse a model that was made for fewer than ``needed`` positions.
+    """Refuse a model with fewer than ``needed`` positions.
 
     Raises:
-        InvalidArgumentError: it was; the message names the task's ``option`` to lower.
+        InvalidArgumentError: the model has fewer; the message names the task's ``option`` to lower.
     """
     limit = positions_of(loaded)
     if limit is not None and needed > limit:
@@ -132,10 +141,10 @@ def check_positions(loaded: LoadedModel, needed: int, *, option: str = "context_
 
 
 def check_case(case: str, cases: Sequence[str]) -> int:
-    """The place of ``case`` among ``cases``.
+    """The index of ``case`` in ``cases``.
 
     Raises:
-        InvalidArgumentError: it is none of them.
+        InvalidArgumentError: ``case`` is not one of them.
     """
     if case not in cases:
         raise InvalidArgumentError(f"case must be one of {', '.join(cases)}, got {case!r}")
@@ -143,10 +152,10 @@ def check_case(case: str, cases: Sequence[str]) -> int:
 
 
 def at_least(least: int, **options: int) -> None:
-    """Check integer options of a task.
+    """Check that a task's options are integers of at least ``least``.
 
     Raises:
-        InvalidArgumentError: one is below ``least``, or no integer.
+        InvalidArgumentError: an option is not.
     """
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

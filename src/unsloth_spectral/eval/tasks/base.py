@@ -1,4 +1,4 @@
-"""What the evaluation asks of a task."""
+"""The interface of a task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from unsloth_spectral.integrations.models import LoadedModel
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One method on one case of one task.
+    """The result of one method on one case of one task.
 
     Attributes:
-        metrics: figures by name; a report takes their means over cases.
+        metrics: figures by name; a report shows their means over cases.
         footprint: of the cache after the prefill.
-        predictions: what the model wrote and what was wanted, for people to read; each ready for JSON.
-        series: longer rows of numbers by name, for pictures (KL along a generation ...).
+        predictions: the model's texts and the right answers, for people to read; each ready for JSON.
+        series: rows of numbers by name, for pictures (KL along a generation ...).
     """
 
     metrics: dict[str, float]
@@ -27,16 +27,19 @@ class Outcome:
 
 
 class Task(Protocol):
-    """A task is a number of cases, each run with every method. The runner runs all methods on a case before the next,
-    the dense cache first, so a task may keep what the dense cache did on the case at hand."""
+    """A list of cases, each of which runs with every method.
+
+    The runner runs all methods on one case before the next case, the dense cache first. So a task may cache the dense
+    cache's results on the current case.
+    """
 
     @property
     def name(self) -> str: ...
 
     def cases(self, loaded: LoadedModel) -> Sequence[str]:
-        """Names of the cases, in order; equal for equal settings and models, so that a killed run can go on."""
+        """Names of the cases in order. Equal settings and models give equal names, so a killed run can continue."""
         ...
 
     def run(self, loaded: LoadedModel, method: Method, case: str, on_progress: OnProgress | None = None) -> Outcome:
-        """One method on one case, under ``torch.inference_mode``."""
+        """Run one method on one case, under ``torch.inference_mode``."""
         ...

@@ -1,4 +1,4 @@
-"""How far a long greedy generation stays that of the dense cache."""
+"""Drift: how far a long greedy generation stays equal to the dense cache's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unsloth_spectral.eval.fidelity import compare_logits
-from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.agreement import compare_logits
+from unsloth_spectral.eval.methods.base import DENSE, Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.prompt import row_of
 from unsloth_spectral.eval.tasks.asking import (
-    DENSE,
     at_least,
     check_case,
     check_positions,
@@ -22,14 +21,14 @@ from unsloth_spectral.eval.tasks.asking import (
     prefill_dense,
 )
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 from unsloth_spectral.eval.tasks.forced import check_starts, slice_of
-from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
 class _Generated:
-    """What the dense cache generated: tokens and the logits ``[num_tokens, vocabulary]`` they were chosen from."""
+    """The dense cache's generation: tokens and the logits ``[num_tokens, vocabulary]`` that chose them."""
 
     tokens: list[int]
     logits: Tensor
@@ -39,18 +38,18 @@ class _Generated:
 class Drift:
     """``num_tokens`` tokens generated greedily after a prefix of a document and a request.
 
-    The dense cache's tokens are then fed to a cache one at a time, so that it seals while decoding as in use. Metrics:
-    ``first_difference``, the place of the first token at which this cache prefers another one (``num_tokens`` where
-    there is none): up to there its own greedy generation is the dense one, word for word, so it need not be run; and
-    ``kl``, the mean Kullback-Leibler divergence from the dense cache's distribution in nats. Series: ``kl``, of each
-    token. End tokens are never chosen, so that all caches go the same way.
+    The dense cache's tokens are then fed to each cache one at a time, so that it seals while decoding, as in use.
+    Metrics: ``first_difference``, the index of the first token at which this cache prefers another token
+    (``num_tokens`` if there is none); up to there its own greedy generation equals the dense one, so it need not be
+    run. ``kl``, the mean Kullback-Leibler divergence from the dense cache's distribution, in nats. Series: ``kl`` of
+    each token. End tokens are never chosen, so that all caches read the same tokens.
 
     Args:
         document: the text; None is the default document.
-        starts: the document's tokens where the prefixes begin.
+        starts: tokens of the document where the prefixes begin.
         context_length: tokens prefilled.
         num_tokens: tokens generated.
-        request: what is asked behind the prefix.
+        request: the request behind the prefix.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
@@ -61,7 +60,9 @@ class Drift:
     context_length: int = 4096
     num_tokens: int = 512
     request: str = "Explain the text above in detail."
-    _kept: Kept[_Generated] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _reference: DenseReference[_Generated] = field(
+        default_factory=DenseReference, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         at_least(1, starts=len(self.starts), context_length=self.context_length, num_tokens=self.num_tokens)
@@ -94,13 +95,13 @@ class Drift:
             cache = filled.cache if is_dense else prefill_dense(loaded, prompt.context)
             return self._generate(loaded, cache, prompt.question, on_progress)
 
-        kept, ends = self._kept.get(loaded, case, generate, anew=is_dense), _end_ids(loaded)
+        dense, ends = self._reference.get(loaded, case, generate, anew=is_dense), _end_ids(loaded)
         divergence: list[float] = []
         first = self.num_tokens
         step_ids = prompt.question
-        for step, token in enumerate(kept.tokens):
-            dense_row = kept.logits[step : step + 1]
-            # Of the dense cache the rows are the very ones it has just generated from.
+        for step, token in enumerate(dense.tokens):
+            dense_row = dense.logits[step : step + 1]
+            # The dense cache has just generated from these very rows.
             row = dense_row if is_dense else _next(loaded, filled.cache, step_ids, ends)
             target = row_of([token])[0].to(row.device)
             divergence.append(compare_logits(dense_row, row, target).kl)
@@ -110,8 +111,8 @@ class Drift:
             if on_progress is not None:
                 on_progress(f"{method.name}: decode", step + 1, self.num_tokens)
         metrics = {"first_difference": float(first), "kl": sum(divergence) / len(divergence)}
-        same = str(loaded.tokenizer.decode(kept.tokens[:first]))
-        prediction = {"dense": str(loaded.tokenizer.decode(kept.tokens)), "same": same}
+        same = str(loaded.tokenizer.decode(dense.tokens[:first]))
+        prediction = {"dense": str(loaded.tokenizer.decode(dense.tokens)), "same": same}
         return Outcome(metrics, filled.footprint, [prediction], {"kl": divergence})
 
     def _generate(
@@ -133,7 +134,7 @@ def _end_ids(loaded: LoadedModel) -> Tensor:
 
 
 def _next(loaded: LoadedModel, cache: Any, tokens: Tensor, ends: Tensor) -> Tensor:
-    """Logits ``[1, vocabulary]`` of what follows ``tokens [1, n]``, end tokens ruled out."""
+    """Logits ``[1, vocabulary]`` of the token after ``tokens [1, n]``, with end tokens ruled out."""
     row = continue_on(loaded, cache, tokens)[-1:].clone()
     row[:, ends] = -torch.inf
     return row

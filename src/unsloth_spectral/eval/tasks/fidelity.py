@@ -1,4 +1,4 @@
-"""How close the model stays to itself on real text it is forced to read."""
+"""Fidelity: agreement with the dense cache on real text, under teacher forcing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.tasks.asking import at_least, check_case, check_positions
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 from unsloth_spectral.eval.tasks.forced import check_starts, read_on, slice_of
-from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -20,15 +20,16 @@ class Fidelity:
     """Teacher-forced agreement with the dense cache: each case is a slice of a document.
 
     ``context_length`` tokens are prefilled, the chat format's opening included, and the next ``continuation_length``
-    follow in one forward pass, each seeing the true ones before it. Metrics, over those positions: ``kl`` (mean
+    follow in one forward pass, each seeing the true tokens before it. Metrics, over those positions: ``kl`` (mean
     Kullback-Leibler divergence from the dense cache's distribution, nats), ``top1_agreement`` (share of positions
-    where both prefer the same token), ``perplexity`` of the true next tokens, ``perplexity_change`` (less the dense
-    cache's). Series: what the method tells of each layer, such as ``bits_keys``.
+    where both prefer the same token), ``perplexity`` of the true next tokens, ``perplexity_change`` (from the dense
+    cache's). Series: the method's figures of each layer, such as ``bits_keys``.
 
     Args:
         document: the text; None is the default document.
-        starts: the document's tokens where the slices begin.
-        context_length, continuation_length: tokens.
+        starts: tokens of the document where the slices begin.
+        context_length: tokens prefilled.
+        continuation_length: tokens scored.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
@@ -38,7 +39,7 @@ class Fidelity:
     starts: tuple[int, ...] = (20_000, 50_000, 80_000)
     context_length: int = 4096
     continuation_length: int = 256
-    _kept: Kept[Tensor] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _reference: DenseReference[Tensor] = field(default_factory=DenseReference, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         at_least(1, context_length=self.context_length, continuation_length=self.continuation_length)
@@ -66,5 +67,5 @@ class Fidelity:
             context_length=self.context_length,
             continuation_length=self.continuation_length + 1,
         )
-        filled, found = read_on(loaded, method, case, prompt, self._kept, on_progress)
-        return Outcome(found.to_dict(), filled.footprint, series=filled.by_layer)
+        filled, agreement = read_on(loaded, method, case, prompt, self._reference, on_progress)
+        return Outcome(agreement.to_dict(), filled.footprint, series=filled.by_layer)

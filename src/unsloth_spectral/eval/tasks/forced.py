@@ -1,16 +1,16 @@
-"""Teacher forcing: a model reads a slice of a document, and is compared with itself on the tokens behind the prefix."""
+"""Teacher forcing: read a slice of a document and compare the logits behind the prefix with the dense cache's."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from unsloth_spectral.eval.agreement import Agreement, compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_from
-from unsloth_spectral.eval.fidelity import Fidelity, compare_logits
-from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.methods.base import DENSE, Method
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import Prompt, build_prompt
-from unsloth_spectral.eval.tasks.asking import DENSE, Prefilled, continue_on, prefill, prefill_dense
-from unsloth_spectral.eval.tasks.kept import Kept
+from unsloth_spectral.eval.tasks.asking import Prefilled, continue_on, prefill, prefill_dense
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -18,7 +18,7 @@ def check_starts(loaded: LoadedModel, document: str | None, starts: Sequence[int
     """Refuse a document in which fewer than ``needed`` tokens follow one of ``starts``.
 
     Raises:
-        LoadError: it is such a one.
+        LoadError: the document is too short.
     """
     tokens_from(default_document() if document is None else document, loaded.tokenizer, starts, needed)
 
@@ -32,7 +32,7 @@ def slice_of(
     continuation_length: int,
     request: str = "",
 ) -> Prompt:
-    """``document`` (None: the default one) from token ``start`` on, in the model's chat format.
+    """The slice of ``document`` (None: the default one) from token ``start`` on, in the model's chat format.
 
     Raises:
         InvalidArgumentError: the context has no room for the chat format's opening.
@@ -50,19 +50,24 @@ def slice_of(
 
 
 def read_on(
-    loaded: LoadedModel, method: Method, case: str, prompt: Prompt, kept: Kept[Tensor], on_progress: OnProgress | None
-) -> tuple[Prefilled, Fidelity]:
+    loaded: LoadedModel,
+    method: Method,
+    case: str,
+    prompt: Prompt,
+    reference: DenseReference[Tensor],
+    on_progress: OnProgress | None,
+) -> tuple[Prefilled, Agreement]:
     """Prefill the context, read the continuation in one pass, and compare with the dense cache's logits.
 
-    All tokens of the continuation but the last are read, each seeing the true ones before it; all but the first are
-    what was to be foretold.
+    The model reads all tokens of the continuation but the last, each after the true tokens before it. All but the first
+    are the target tokens.
 
     Args:
         loaded: model and tokenizer.
         method: makes the cache.
-        case: under which ``kept`` holds the dense cache's logits.
+        case: the current case.
         prompt: of ``slice_of``.
-        kept: the dense cache's logits ``[continuation_length - 1, vocabulary]``.
+        reference: caches the dense logits ``[continuation_length - 1, vocabulary]`` of the case.
         on_progress: of the task.
     """
     tokens, is_dense = prompt.continuation[:, :-1], method.name == DENSE
@@ -73,5 +78,5 @@ def read_on(
     def dense_logits() -> Tensor:
         return logits if is_dense else continue_on(loaded, prefill_dense(loaded, prompt.context), tokens)
 
-    dense = kept.get(loaded, case, dense_logits, anew=is_dense)
+    dense = reference.get(loaded, case, dense_logits, anew=is_dense)
     return filled, compare_logits(dense, logits, prompt.continuation[0, 1:].to(logits.device))

@@ -22,10 +22,10 @@ _ONSETS, _VOWELS, _CODAS = "bdfgklmnprstvz", "aeiou", ("", "l", "n", "r", "s")
 
 
 def check_document(loaded: LoadedModel, document: str | None, context_length: int) -> None:
-    """Refuse a document that may not fill a context of ``context_length`` tokens, before any is built.
+    """Refuse a document with fewer than ``context_length`` tokens, before any context is built.
 
     Raises:
-        LoadError: it is too short.
+        LoadError: the document is too short.
     """
     _tokens(loaded, document, context_length)
 
@@ -42,12 +42,12 @@ def hide(
     """A context ``[1, context_length]``: the chat format's opening, then text with a paragraph for each sentence.
 
     Args:
-        loaded: its tokenizer cuts.
-        document: the text; None is the default document. Where in it to begin, ``generator`` draws.
-        sentences: what to hide.
-        depths: where, ascending, from 0 (before all text) to 1 (behind it).
+        loaded: provides the tokenizer.
+        document: the text; None is the default document.
+        sentences: sentences to hide.
+        depths: their depths, ascending, from 0 (before all text) to 1 (behind it).
         context_length: tokens in all.
-        generator: draws the place.
+        generator: draws the token of the document where the text begins.
 
     Raises:
         InvalidArgumentError: the sentences do not fit.
@@ -58,7 +58,9 @@ def hide(
     needed = opening.shape[1] + sum(ids.shape[1] for ids in hidden)
     room = context_length - needed
     if room < 0:
-        raise InvalidArgumentError(f"context_length must be at least {needed} for what is hidden, got {context_length}")
+        raise InvalidArgumentError(
+            f"context_length must be at least {needed} for the hidden sentences, got {context_length}"
+        )
     text = _tokens(loaded, document, room)
     start = generator.randrange(text.shape[1] - room + 1)
     stops = [start, *(start + round(depth * room) for depth in depths), start + room]
@@ -79,7 +81,7 @@ def spread(count: int) -> list[float]:
 
 
 def made_up_words(count: int, generator: random.Random, syllables: int = 2) -> list[str]:
-    """Different words that can be spoken and mean nothing: no model knows them from elsewhere."""
+    """Distinct pronounceable words without meaning, which no model knows from its training."""
     words: dict[str, None] = {}
     while len(words) < count:
         parts = [generator.choice(_ONSETS) + generator.choice(_VOWELS) for _ in range(syllables)]
@@ -88,5 +90,5 @@ def made_up_words(count: int, generator: random.Random, syllables: int = 2) -> l
 
 
 def numbers(count: int, generator: random.Random, digits: int) -> list[str]:
-    """Different numbers of ``digits`` digits, none beginning with 0."""
+    """Distinct numbers of ``digits`` digits, without leading zeros."""
     return [str(number) for number in generator.sample(range(10 ** (digits - 1), 10**digits), count)]

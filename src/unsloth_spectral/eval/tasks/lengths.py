@@ -1,4 +1,4 @@
-"""How much a cache shrinks, and what it costs, by the length of the prefix."""
+"""Lengths: compression factor and fidelity by prefix length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from unsloth_spectral.eval.methods.base import Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.tasks.asking import at_least, check_case, check_positions, positions_of
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 from unsloth_spectral.eval.tasks.forced import check_starts, read_on, slice_of
-from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -26,10 +26,10 @@ class Lengths:
 
     Args:
         document: the text; None is the default document.
-        lengths: tokens prefilled, the chat format's opening included. Those that a model has no positions for are left
+        lengths: tokens prefilled, the chat format's opening included. Lengths beyond the model's positions are left
             out. The longest leaves room for the continuation in SmolLM2's 8,192.
-        starts: the document's tokens where the longest prefixes begin.
-        continuation_length: tokens.
+        starts: tokens of the document where the longest prefixes begin.
+        continuation_length: tokens scored.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
@@ -39,7 +39,7 @@ class Lengths:
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8064)
     starts: tuple[int, ...] = (20_000,)
     continuation_length: int = 128
-    _kept: Kept[Tensor] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _reference: DenseReference[Tensor] = field(default_factory=DenseReference, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         at_least(1, lengths=len(self.lengths), starts=len(self.starts), continuation_length=self.continuation_length)
@@ -70,9 +70,9 @@ class Lengths:
             context_length=length,
             continuation_length=self.continuation_length + 1,
         )
-        filled, found = read_on(loaded, method, case, prompt, self._kept, on_progress)
+        filled, agreement = read_on(loaded, method, case, prompt, self._reference, on_progress)
         footprint = filled.footprint
-        metrics = {"factor": footprint.dense_bytes / footprint.stored_bytes, "kl": found.kl}
+        metrics = {"factor": footprint.dense_bytes / footprint.stored_bytes, "kl": agreement.kl}
         if footprint.cold_bits_per_element is not None:
             metrics["cold_bits_per_element"] = footprint.cold_bits_per_element
         return Outcome(metrics, footprint)

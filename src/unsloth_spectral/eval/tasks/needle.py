@@ -1,5 +1,5 @@
-"""Facts hidden in real text: does the cache still know them? After the needle test of Kamradt (2023), and its version
-with many keys in RULER (Hsieh et al. 2024)."""
+"""Needle: retrieval of facts hidden in real text. After the needle test of Kamradt (2023), and its version with many
+keys in RULER (Hsieh et al. 2024)."""
 
 import random
 import re
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.eval.methods.base import Method
+from unsloth_spectral.eval.methods.base import DENSE, Method
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.tasks.asking import (
-    DENSE,
     ask,
     at_least,
     check_case,
@@ -22,8 +21,8 @@ from unsloth_spectral.eval.tasks.asking import (
     prefill_dense,
 )
 from unsloth_spectral.eval.tasks.base import Outcome
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 from unsloth_spectral.eval.tasks.haystack import CITIES, check_document, hide, numbers, spread
-from unsloth_spectral.eval.tasks.kept import Kept
 from unsloth_spectral.integrations.models import LoadedModel
 
 
@@ -31,8 +30,8 @@ from unsloth_spectral.integrations.models import LoadedModel
 class Fact:
     """A city and its number.
 
-    The city is named again right before the number: so a model of 135M parameters tells sixteen facts apart at 4,096
-    tokens. Of "The secret code of Paris is 4821." it mixes up most.
+    The city is named again right before the number: this way a model of 135M parameters tells sixteen facts apart at
+    4,096 tokens. With "The secret code of Paris is 4821." it confuses most of them.
     """
 
     city: str
@@ -60,15 +59,15 @@ def draw_facts(count: int, digits: int, generator: random.Random) -> list[Fact]:
 
 def is_number(text: str, number: str) -> bool:
     """Whether the first number in ``text`` is ``number``, whole."""
-    found = re.search(r"\d+", text)
-    return found is not None and found.group() == number
+    match = re.search(r"\d+", text)
+    return match is not None and match.group() == number
 
 
 @dataclass(slots=True, kw_only=True)
 class Needles:
-    """Many facts in one context, each asked for separately, of a copy of the same prefilled cache.
+    """Many facts in one context, each asked for separately on a copy of the same prefilled cache.
 
-    A case is a seed, from which the facts and the place in the document are drawn. Metrics: ``retrieved`` (share of
+    A case is a seed that draws the facts and the part of the document. Metrics: ``retrieved`` (share of
     the facts whose number comes back exactly), ``facts_found`` (their count), ``kept`` (share of the facts that the
     dense cache finds which this cache finds too; 1 where the dense cache finds none).
 
@@ -88,7 +87,9 @@ class Needles:
     num_cases: int = 3
     context_length: int = 4096
     digits: int = 4
-    _kept: Kept[frozenset[str]] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _reference: DenseReference[frozenset[str]] = field(
+        default_factory=DenseReference, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         at_least(1, num_facts=self.num_facts, num_cases=self.num_cases, context_length=self.context_length)
@@ -119,19 +120,19 @@ class Needles:
         )
         filled = prefill(loaded, method, context, on_progress)
         predictions = _ask_each(loaded, filled.cache, facts, method.name, on_progress)
-        found = _found(predictions)
+        retrieved = _found(predictions)
         is_dense = method.name == DENSE
 
         def dense_found() -> frozenset[str]:
             if is_dense:
-                return found
+                return retrieved
             return _found(_ask_each(loaded, prefill_dense(loaded, context), facts, DENSE, on_progress))
 
-        reference = self._kept.get(loaded, case, dense_found, anew=is_dense)
+        reference = self._reference.get(loaded, case, dense_found, anew=is_dense)
         metrics = {
-            "retrieved": len(found) / len(facts),
-            "facts_found": float(len(found)),
-            "kept": len(found & reference) / len(reference) if reference else 1.0,
+            "retrieved": len(retrieved) / len(facts),
+            "facts_found": float(len(retrieved)),
+            "kept": len(retrieved & reference) / len(reference) if reference else 1.0,
         }
         return Outcome(metrics, filled.footprint, predictions)
 
@@ -192,10 +193,10 @@ class NeedleDepth:
 def _ask_each(
     loaded: LoadedModel, cache: Any, facts: Sequence[Fact], name: str, on_progress: OnProgress | None
 ) -> list[dict[str, Any]]:
-    """Question, wanted number, the model's words and whether they are right, for each fact."""
+    """For each fact: the question, the right number, the model's text, and whether the text is right."""
     predictions = []
     for count, fact in enumerate(facts):
-        # A space, a token a digit at most, and one more that shows where the number ends.
+        # A space, at most one token per digit, and one more that shows where the number ends.
         text = ask(loaded, cache, fact.question, fact.answer, len(fact.number) + 2)
         predictions.append(
             {"question": fact.question, "wanted": fact.number, "text": text, "found": is_number(text, fact.number)}

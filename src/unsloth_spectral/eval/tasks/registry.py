@@ -1,4 +1,4 @@
-"""The tasks by the names that the command line takes."""
+"""Tasks by their names on the command line."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from unsloth_spectral.eval.tasks.lengths import Lengths
 from unsloth_spectral.eval.tasks.needle import NeedleDepth, Needles
 from unsloth_spectral.eval.tasks.ruler import Ruler
 
-# Factories, as a task keeps what the dense cache did: every run has its own.
+# Factories: a task caches the dense cache's results, so every run needs its own.
 TASKS: dict[str, Callable[..., Task]] = {
     "fidelity": Fidelity,
     "needle": Needles,

@@ -1,4 +1,4 @@
-"""The tasks of ``ruler_kinds``, put to a model."""
+"""RULER-style problems of ``ruler_kinds``, asked of a model."""
 
 import random
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ _NEW_TOKENS = 64
 class Ruler:
     """Retrieval, tracing and counting over a long context (RULER, Hsieh et al. 2024): metric ``score``.
 
-    The score of a case is the share of the wanted strings that the answer holds, whatever their case and order. The
-    context is prefilled before the question is known, as a cache that is compressed once and asked later has it.
+    The score of a case is the share of the wanted strings in the answer, in any case and order. The context is
+    prefilled before the question is known, as in use: a cache is compressed once and asked later.
 
     Args:
         document: the text to hide sentences in; None is the default document.
@@ -76,14 +76,14 @@ class Ruler:
         context = self._context(loaded, problem, generator)
         filled = prefill(loaded, method, context, on_progress)
         closing = closing_ids(loaded, problem.question, problem.answer)
-        # Nothing else is asked of this cache: no copy is needed.
+        # This is the only question to this cache, so it needs no copy.
         stage = f"{method.name}: decode"
         text = decode_on(loaded, filled.cache, closing, _NEW_TOKENS, stage=stage, on_progress=on_progress)
         prediction = {"question": problem.question, "wanted": list(problem.wanted), "text": text}
         return Outcome({"score": score(text, problem.wanted)}, filled.footprint, [prediction])
 
     def _context(self, loaded: LoadedModel, problem: Problem, generator: random.Random) -> Tensor:
-        """At most ``context_length`` tokens ``[1, n]``; hidden sentences fill it up with text."""
+        """The context, at most ``context_length`` tokens ``[1, n]``; text fills it up around hidden sentences."""
         if problem.is_text:
             return hide(
                 loaded,
@@ -94,10 +94,10 @@ class Ruler:
                 generator=generator,
             )
         context = torch.cat([opening_ids(loaded), ids_of(loaded, " ".join(problem.sentences))], dim=1)
-        # What is cut off is the end of a list in drawn order: the wanted words stay the most frequent ones.
+        # This cuts off the end of a shuffled list, so the wanted words stay the most frequent ones.
         return context[:, : self.context_length]
 
 
 def score(text: str, wanted: Sequence[str]) -> float:
-    """The share of ``wanted`` that ``text`` holds, whatever the case."""
+    """The share of ``wanted`` strings in ``text``, ignoring case."""
     return sum(string.lower() in text.lower() for string in wanted) / len(wanted)

@@ -1,7 +1,7 @@
 """Synthetic tasks after RULER (Hsieh et al. 2024, https://arxiv.org/abs/2404.06654), written from its description.
 
-Each function draws one problem from a generator: what is hidden in real text, or a list of words that is the whole
-context, then a question and the strings that a right answer holds.
+Each function draws one problem from a generator: sentences to hide in real text, or a list of words that is the whole
+context, then a question and the strings that a right answer contains.
 """
 
 import random
@@ -17,8 +17,9 @@ class Problem:
 
     Attributes:
         sentences: to hide in real text, or, where ``is_text`` is false, words that follow each other as the context.
-        question, answer: what is asked, and the answer's given first words.
-        wanted: the strings a right answer holds.
+        question: the question.
+        answer: the given beginning of the answer.
+        wanted: the strings that a right answer contains.
         is_text: whether ``sentences`` are hidden in text.
     """
 
@@ -64,7 +65,7 @@ def variable_tracking(generator: random.Random, room: int) -> Problem:
     names = [name.upper() for name in made_up_words(10, generator)]
     first, second = numbers(2, generator, digits=5)
     chains = (_chain(names[:5], first), _chain(names[5:], second))
-    # Each chain stays in order; which of the two comes next is drawn.
+    # Each chain stays in order; a draw decides which of the two comes next.
     turns = [0] * 5 + [1] * 5
     generator.shuffle(turns)
     steps = [iter(chain) for chain in chains]

@@ -1,10 +1,10 @@
-"""What is kept of the dense run serves its own model and case, and no other."""
+"""The dense run's result serves its own model and case, and no other."""
 
 from typing import Any
 
 import pytest
 
-from unsloth_spectral.eval.tasks.kept import Kept
+from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 
 
 class Maker:
@@ -19,12 +19,12 @@ class Maker:
 
 
 def test_made_once_for_each_model_and_case() -> None:
-    kept: Kept[int] = Kept()
+    reference: DenseReference[int] = DenseReference()
     first: Any = object()
     second: Any = object()
     make = Maker()
     found = [
-        kept.get(loaded, case, make, anew=anew)
+        reference.get(loaded, case, make, anew=anew)
         for loaded, case, anew in [
             (first, "a", False), (first, "a", False), (first, "a", True), (first, "a", False), (first, "b", False),
             (first, "a", False), (second, "a", False), (second, "a", False),
@@ -34,13 +34,13 @@ def test_made_once_for_each_model_and_case() -> None:
 
 
 def test_a_failure_leaves_nothing() -> None:
-    kept: Kept[int] = Kept()
+    reference: DenseReference[int] = DenseReference()
     loaded: Any = object()
-    kept.get(loaded, "a", lambda: 1, anew=False)
+    reference.get(loaded, "a", lambda: 1, anew=False)
 
     def fail() -> int:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        kept.get(loaded, "a", fail, anew=True)
-    assert kept.get(loaded, "a", lambda: 2, anew=False) == 2
+        reference.get(loaded, "a", fail, anew=True)
+    assert reference.get(loaded, "a", lambda: 2, anew=False) == 2

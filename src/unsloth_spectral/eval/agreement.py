@@ -1,4 +1,4 @@
-"""How close a model stays to itself when its cache is compressed."""
+"""Agreement of two caches: how close one's logits are to the other's."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ _ROWS = 32  # positions at a time: a row of logits is as wide as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
-class Fidelity:
+class Agreement:
     """Teacher-forced agreement with the dense cache, over all positions.
 
     Attributes:
@@ -32,7 +32,7 @@ class Fidelity:
         return asdict(self)
 
 
-def compare_logits(dense_logits: Tensor, logits: Tensor, targets: Tensor) -> Fidelity:
+def compare_logits(dense_logits: Tensor, logits: Tensor, targets: Tensor) -> Agreement:
     """Compare two sets of logits ``[positions, vocabulary]`` against each other and ``targets [positions]``.
 
     Raises:
@@ -48,7 +48,7 @@ def compare_logits(dense_logits: Tensor, logits: Tensor, targets: Tensor) -> Fid
         dense_logits.split(_ROWS), logits.split(_ROWS), targets.split(_ROWS), strict=True
     ):
         expected, actual = dense_rows.double().log_softmax(-1), rows.double().log_softmax(-1)
-        # A token the dense cache gives probability 0 adds nothing, whatever the other gives it.
+        # A token to which the dense cache gives probability 0 adds nothing to the divergence.
         terms = torch.where(expected == -math.inf, 0.0, expected.exp() * (expected - actual))
         divergence += terms.sum().item()
         agreed += int((expected.argmax(-1) == actual.argmax(-1)).sum())
@@ -56,4 +56,4 @@ def compare_logits(dense_logits: Tensor, logits: Tensor, targets: Tensor) -> Fid
         loss -= actual.gather(-1, target[:, None]).sum().item()
     count = len(targets)
     perplexity, dense_perplexity = math.exp(loss / count), math.exp(dense_loss / count)
-    return Fidelity(divergence / count, agreed / count, perplexity, perplexity - dense_perplexity)
+    return Agreement(divergence / count, agreed / count, perplexity, perplexity - dense_perplexity)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unsloth_spectral.errors import InvalidArgumentError
-from unsloth_spectral.eval.fidelity import compare_logits
+from unsloth_spectral.eval.agreement import compare_logits
 
 
 def logits(positions: int, vocabulary: int = 50, seed: int = 0) -> torch.Tensor:
