@@ -1,11 +1,10 @@
 """A transformers ``Cache`` whose full-attention layers are spectral."""
 
-import logging
 import os
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, SupportsIndex
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -33,9 +32,7 @@ from unsloth_spectral.integrations.huggingface.layers import (
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped, why_materialised
 from unsloth_spectral.integrations.huggingface.switch import hold
 from unsloth_spectral.integrations.options import config_of
-
-logger = logging.getLogger("unsloth_spectral")
-_told: WeakSet[PreTrainedModel] = WeakSet()
+from unsloth_spectral.log import warn_once
 
 
 class _ModelReference(ref[PreTrainedModel]):
@@ -99,7 +96,7 @@ class SpectralCache(Cache):
         sealers = iter(make_sealers(config, _num_spectral(model), profile))
         reason = why_materialised(model)
         if reason is not None:
-            _tell_once(model, reason)
+            _warn_that_it_is_rebuilt(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
             kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native() for plan in plans
@@ -235,7 +232,7 @@ class SpectralCache(Cache):
         if not self._shortest:
             raise InvalidArgumentError("an empty cache has nothing to save: give it to the model with a prompt first")
         self._take_back()
-        batch = self._spectral[0].spectral.blocks[0].reconstruct()[0].shape[0]
+        batch = self._spectral[0].spectral.batch_size
         header = make_header(model, self.config, batch, self._shortest, input_ids, model_inputs)
         snapshot.write(target, header, self._to_fields())
 
@@ -319,15 +316,14 @@ def _depth(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _tell_once(model: PreTrainedModel, reason: str) -> None:
-    if model not in _told:
-        _told.add(model)
-        logger.warning(
-            "%s %s: its keys and values are stored compressed and rebuilt at every step, so memory falls but decoding "
-            "gets slower, not faster",
-            type(model).__name__,
-            reason,
-        )
+def _warn_that_it_is_rebuilt(model: PreTrainedModel, reason: str) -> None:
+    warn_once(
+        "%s %s: its keys and values are stored compressed and rebuilt at every step, so memory falls but decoding "
+        "gets slower, not faster",
+        type(model).__name__,
+        reason,
+        about=model,
+    )
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:

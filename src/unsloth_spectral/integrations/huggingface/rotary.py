@@ -5,7 +5,6 @@ with length, and padding gives each row its own positions. So a hook notes the t
 with. Another notes the positions that the tables were made for, which store them in a few bytes per token.
 """
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from unsloth_spectral.log import logger
 from unsloth_spectral.rope import Claim, Dims, Rotation, interned
 
-logger = logging.getLogger("unsloth_spectral")
 _FUNCTION = "apply_rotary_pos_emb"
 _FREQUENCIES, _SCALING = "inv_freq", "attention_scaling"
 _MOST_CALLS = 4

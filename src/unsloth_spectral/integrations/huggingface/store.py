@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -25,9 +24,8 @@ from unsloth_spectral.integrations.huggingface.media import placeholders_in
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
 from unsloth_spectral.integrations.options import config_of
-from unsloth_spectral.log import warn_once
+from unsloth_spectral.log import logger, warn_once
 
-logger = logging.getLogger("unsloth_spectral")
 _LOCK = ".lock"
 # Whoever waits longer for others to finish writing goes on without keeping its cache.
 _LOCK_SECONDS = 60.0
