@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
+from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
@@ -219,7 +220,7 @@ def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool
 
 
 _METHODS: dict[str, Replacement] = {
-    "_prepare_cache_for_generation": _prepare_cache,
+    private_api.PREPARE_CACHE: _prepare_cache,
     "generate": _generate,
     "generate_batch": _generate_batch,
     # Unsloth's, which does not pass through the others.

@@ -19,6 +19,7 @@ from unsloth_spectral.codec.sealer import make_sealers
 from unsloth_spectral.codec.spectral.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer, layers_of
@@ -99,7 +100,10 @@ class SpectralCache(Cache):
             _warn_that_it_is_rebuilt(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, next(sealers)) if plan.layer_type == "full_attention" else plan.native() for plan in plans
+            kind(config, next(sealers), self._model)
+            if plan.layer_type == "full_attention"
+            else plan.transformers_layer()
+            for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
@@ -142,6 +146,12 @@ class SpectralCache(Cache):
         if depth != self._depth:
             raise self._made_for_another(depth)
         self._num_before = self._shortest
+
+    def note_call(self, layer_idx: int, call: AttentionCall) -> None:
+        """The attention module of layer ``layer_idx`` is about to run with this cache."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, SpectralCacheLayer):
+            layer.call = call
 
     @property
     def received_nothing(self) -> bool:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicLayer
+
+from unsloth_spectral.integrations.huggingface import private_api
 
 _CROSS_ATTENTION = "cross_attention"
 
@@ -49,23 +51,20 @@ class LayerPlan:
     @property
     def is_known(self) -> bool:
         """Whether there is a cache layer for it."""
-        return self.layer_type == _CROSS_ATTENTION or self.layer_type in DYNAMIC_LAYER_TYPE_MAPPING
+        return self.layer_type == _CROSS_ATTENTION or private_api.has_layer_class(self.layer_type)
 
-    def native(self) -> Any:
+    def transformers_layer(self) -> Any:
         """The cache layer that a model has for it without this library."""
         if self.layer_type == _CROSS_ATTENTION:
             return CrossAttentionLayer()
-        return DYNAMIC_LAYER_TYPE_MAPPING[self.layer_type](**self.options)
+        return private_api.make_layer(self.layer_type, self.options)
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     """The layers of a model with this (text) ``config``, in order."""
-    found: Any = get_layer_types_and_kwargs(config)
-    types, options = found
-    if isinstance(options, dict):  # the same for all layers, in the first releases of the supported range
-        options = [options] * len(types)
-    # transformers takes them for layers that attend to the text.
+    types, options = private_api.layer_types(config)
+    # transformers counts the layers that attend to an image among those that attend to the text.
     crossing = getattr(config, "cross_attention_layers", None) or ()
     types = [_CROSS_ATTENTION if number in crossing else kind for number, kind in enumerate(types)]
-    # An early exit makes a model of the first layers; its list of types may go on.
-    return [LayerPlan(*plan) for plan in zip(types, options, config.per_layer_config, strict=False)]
+    # An early exit makes a model of the first layers, whose list of types may be longer.
+    return [LayerPlan(*plan) for plan in zip(types, options, private_api.layer_configs(config), strict=False)]

@@ -14,21 +14,33 @@ from unsloth_spectral.codec.sealer import Sealer
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface import transformers_layers
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
+from unsloth_spectral.integrations.huggingface.handle import CompressedStates, ModelReference
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer
-from unsloth_spectral.integrations.huggingface.transformers_layers import native_to_fields, restore_native
 
 
 class SpectralCacheLayer(CacheLayerMixin):
-    """A ``SpectralLayer`` in the shape transformers expects of a layer."""
+    """A ``SpectralLayer`` in the shape transformers expects of a layer.
+
+    Args:
+        config: how to compress.
+        sealer: what seals this layer's tokens.
+        model: the model that the cache is made for, which error messages name; None for a layer without a model.
+
+    Attributes:
+        call: the call of the attention module that will give the next tokens, from its pre-hook to ``update``.
+    """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, config: SpectralConfig, sealer: Sealer) -> None:
+    def __init__(self, config: SpectralConfig, sealer: Sealer, model: ModelReference | None = None) -> None:
         super().__init__()
         self.spectral = SpectralLayer(config, sealer)
+        self.model = model
+        self.call: AttentionCall | None = None
         self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -36,7 +48,7 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.is_initialized = dtype, device, True
-        # Whoever reads them without attention is told why there are none.
+        # Code that reads them without attention gets an error that says why there are none.
         self.keys: Any = CompressedStates(self.spectral, seal_after=False)
         self.values: Any = self.keys
 
@@ -45,7 +57,8 @@ class SpectralCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.spectral.append(key_states, value_states)
-        handle = CompressedStates(self.spectral, seal_after=not self.record_past)
+        handle = CompressedStates(self.spectral, not self.record_past, self.model, self.call)
+        self.call = None
         return handle, handle
 
     def get_seq_length(self) -> int:
@@ -59,7 +72,7 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.spectral.reset()
-        self.is_initialized = False
+        self.is_initialized, self.call = False, None
 
     def activate_past_recording(self) -> None:
         """Assisted decoding takes tokens back after each step: sealing waits until ``crop`` has said which."""
@@ -143,7 +156,7 @@ def layer_to_fields(layer: Any) -> dict[str, Field]:
     Raises:
         SpectralError: a native one holds something of which there is no stored form.
     """
-    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else native_to_fields(layer)
+    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layers.layer_to_fields(layer)
     return {"kind": type(layer).__name__, "held": held}
 
 
@@ -161,4 +174,4 @@ def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
     if isinstance(layer, SpectralCacheLayer):
         layer.restore(held, device)
     else:
-        restore_native(layer, held, device)
+        transformers_layers.restore_layer(layer, held, device)

@@ -13,12 +13,12 @@ from transformers.cache_utils import (
     QuantizedCache,
     QuantizedLayer,
     QuantoQuantizedLayer,
-    get_layer_types_and_kwargs,
 )
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface import private_api
 
 GROUP_SIZE = 64
 RESIDUAL_LENGTH = 64
@@ -77,8 +77,9 @@ class CountedLayer(QuantizedLayer):
 
     def stats(self) -> LayerStats:
         """Bytes of the tensors held, metadata and filling included."""
-        keys: Stored | None = self._quantized_keys
-        values: Stored | None = self._quantized_values
+        keys: Stored | None
+        values: Stored | None
+        keys, values = private_api.quantized_states(self)
         if keys is None or values is None:
             return LayerStats(kind=self.backend, num_tokens=0)
         residual = [tensor for tensor in (self.keys, self.values) if tensor is not None]
@@ -110,7 +111,7 @@ class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         half = filled.half() if filled.dtype == torch.float32 else filled
-        payload = QuantoQuantizedLayer._quantize(self, half, axis)
+        payload = private_api.quantize_by_quanto(self, half, axis)
         return payload, (payload._data._data, payload._scale, payload._shift)
 
     def _decode(self, payload: Any) -> Tensor:
@@ -143,12 +144,12 @@ class HQQLayer(CountedLayer, HQQQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         # As a matrix: of four dimensions hqq forgets all but two when it unpacks 3 bits.
-        codes, meta = HQQQuantizedLayer._quantize(self, filled.flatten(0, -2), axis)
+        codes, meta = private_api.quantize_by_hqq(self, filled.flatten(0, -2), axis)
         meta |= {name: meta[name].half() for name in ("scale", "zero") if meta[name].dtype == torch.float32}
         return (codes, meta), (codes, meta["scale"], meta["zero"])
 
     def _decode(self, payload: Any) -> Tensor:
-        return HQQQuantizedLayer._dequantize(self, payload)
+        return private_api.dequantize_by_hqq(self, payload)
 
 
 class CountedQuantizedCache(QuantizedCache):
@@ -171,7 +172,7 @@ class CountedQuantizedCache(QuantizedCache):
     def __init__(self, model: PreTrainedModel, backend: str, nbits: int) -> None:
         if nbits not in NBITS.get(backend, ()):
             raise InvalidArgumentError(f"backend and nbits must be among {NBITS}, got {backend!r} and {nbits}")
-        layer_types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        layer_types, _ = private_api.layer_types(model.config.get_text_config(decoder=True))
         others = sorted(set(layer_types) - {"full_attention"})
         if others:
             raise UnsupportedModelError(

@@ -155,7 +155,7 @@ class RoundTripCache(Cache):
         layers = [
             RoundTripLayer(codec, num_sink_tokens, residual_length, group)
             if plan.layer_type == "full_attention"
-            else plan.native()
+            else plan.transformers_layer()
             for plan in layers_of(model.config.get_text_config(decoder=True))
         ]
         super().__init__(layers=layers)

@@ -8,6 +8,7 @@ from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.forward_check import after_pass, before_pass
+from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
@@ -58,7 +59,7 @@ class _Switched:
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether the model's language part uses the spectral attention function now."""
-    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+    return private_api.attention_of(model.config.get_text_config(decoder=True)) == ATTENTION_NAME
 
 
 def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
@@ -111,7 +112,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
         return
     _register()
     text_config = model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation():
+    if not private_api.can_set_attention(type(model)):
         _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
         return
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
@@ -136,12 +137,12 @@ def _register() -> None:
 
 def _implementations(model: PreTrainedModel) -> _Implementations:
     configs = {id(config): config for config in _configs(model)}
-    return tuple((config, config._attn_implementation_internal) for config in configs.values())
+    return tuple((config, private_api.stored_attention(config)) for config in configs.values())
 
 
 def _assign(implementations: _Implementations) -> None:
     for config, implementation in implementations:
-        config._attn_implementation_internal = implementation
+        private_api.store_attention(config, implementation)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
