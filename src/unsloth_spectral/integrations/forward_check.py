@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
 from unsloth_spectral.integrations.huggingface.owners import Owner, innermost
+from unsloth_spectral.integrations.huggingface.private_api import PREPARE_CACHE
 from unsloth_spectral.log import warn_once
 
 SUPPORTED = "Unsloth 2026.10.8, 2026.10.9 and newer ones of that build"
@@ -48,7 +48,7 @@ def check_reached(call: Call, model: PreTrainedModel, method: Callable[..., Any]
         CacheBypassedError: it did not; the message names it, and says what to do.
     """
     if not call.is_prepared:
-        raise CacheBypassedError(_explain(model, method, f"made no cache by transformers' {private_api.PREPARE_CACHE}"))
+        raise CacheBypassedError(_explain(model, method, f"made no cache by transformers' {PREPARE_CACHE}"))
     if call.cache is not None and call.cache.get_seq_length() == 0:
         raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 

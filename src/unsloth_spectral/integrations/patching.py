@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
-from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, entered, innermost, lock
+from unsloth_spectral.integrations.huggingface.private_api import PREPARE_CACHE
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import CACHES, PATCH, hold, release
 from unsloth_spectral.log import warn_once
@@ -28,12 +28,12 @@ class _Patch:
     """What has a model's ``generate`` replaced.
 
     Attributes:
-        methods: the methods the instance had of its own.
+        methods: the methods put on the model.
         config: the options of the last patch; None where there are scopes and calls alone.
         owners: scopes and calls that have not ended, of all threads.
     """
 
-    methods: dict[str, Any]
+    methods: dict[str, Method] = field(default_factory=dict)
     config: SpectralConfig | None = None
     owners: list[Owner] = field(default_factory=list)
 
@@ -134,15 +134,15 @@ def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
 
 def _attach(model: PreTrainedModel) -> _Patch:
     if _STATE not in vars(model):
-        setattr(model, _STATE, _Patch(own_methods(model, _METHODS)))
-        replace(model, _METHODS)
+        setattr(model, _STATE, _Patch())
+        replace(model, _METHODS, vars(model)[_STATE].methods)
     patch: _Patch = vars(model)[_STATE]
     return patch
 
 
 def _detach_if_unused(model: PreTrainedModel, patch: _Patch) -> None:
     if patch.config is None and not patch.owners:
-        give_back(model, _METHODS, patch.methods)
+        give_back(patch.methods)
         delattr(model, _STATE)
 
 
@@ -220,7 +220,7 @@ def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool
 
 
 _METHODS: dict[str, Replacement] = {
-    private_api.PREPARE_CACHE: _prepare_cache,
+    PREPARE_CACHE: _prepare_cache,
     "generate": _generate,
     "generate_batch": _generate_batch,
     # Unsloth's, which does not pass through the others.

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import SpectralError
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
+from unsloth_spectral.integrations.huggingface.private_api import attention_of
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, rebuild_from_now_on
 
 # A weak reference to a model: it returns None once the model is gone.
@@ -137,7 +137,7 @@ def _computes_with_keys(model: PreTrainedModel, call: AttentionCall) -> bool:
 def _attention(model: PreTrainedModel, call: AttentionCall) -> str | None:
     """The attention implementation of the module of ``call``; ``model``'s where the module does not say."""
     config = getattr(call.module, "config", None)
-    return private_api.attention_of(config) or private_api.attention_of(model.config.get_text_config(decoder=True))
+    return attention_of(config) or attention_of(model.config.get_text_config(decoder=True))
 
 
 def _reader(model: PreTrainedModel, call: AttentionCall | None) -> str:

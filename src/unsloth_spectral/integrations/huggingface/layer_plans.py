@@ -6,7 +6,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from unsloth_spectral.integrations.huggingface import private_api
+from unsloth_spectral.integrations.huggingface.private_api import (
+    has_layer_class,
+    layer_configs,
+    layer_types,
+    make_layer,
+)
 
 _CROSS_ATTENTION = "cross_attention"
 
@@ -51,20 +56,20 @@ class LayerPlan:
     @property
     def is_known(self) -> bool:
         """Whether there is a cache layer for it."""
-        return self.layer_type == _CROSS_ATTENTION or private_api.has_layer_class(self.layer_type)
+        return self.layer_type == _CROSS_ATTENTION or has_layer_class(self.layer_type)
 
     def transformers_layer(self) -> Any:
         """The cache layer that a model has for it without this library."""
         if self.layer_type == _CROSS_ATTENTION:
             return CrossAttentionLayer()
-        return private_api.make_layer(self.layer_type, self.options)
+        return make_layer(self.layer_type, self.options)
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     """The layers of a model with this (text) ``config``, in order."""
-    types, options = private_api.layer_types(config)
+    types, options = layer_types(config)
     # transformers counts the layers that attend to an image among those that attend to the text.
     crossing = getattr(config, "cross_attention_layers", None) or ()
     types = [_CROSS_ATTENTION if number in crossing else kind for number, kind in enumerate(types)]
     # An early exit makes a model of the first layers, whose list of types may be longer.
-    return [LayerPlan(*plan) for plan in zip(types, options, private_api.layer_configs(config), strict=False)]
+    return [LayerPlan(*plan) for plan in zip(types, options, layer_configs(config), strict=False)]

@@ -14,10 +14,13 @@ from unsloth_spectral.codec.sealer import Sealer
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.integrations.huggingface import transformers_layers
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates, ModelReference
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer
+from unsloth_spectral.integrations.huggingface.transformers_layers import (
+    restore_transformers_layer,
+    transformers_layer_to_fields,
+)
 
 
 class SpectralCacheLayer(CacheLayerMixin):
@@ -156,7 +159,7 @@ def layer_to_fields(layer: Any) -> dict[str, Field]:
     Raises:
         SpectralError: a native one holds something of which there is no stored form.
     """
-    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layers.layer_to_fields(layer)
+    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layer_to_fields(layer)
     return {"kind": type(layer).__name__, "held": held}
 
 
@@ -174,4 +177,4 @@ def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
     if isinstance(layer, SpectralCacheLayer):
         layer.restore(held, device)
     else:
-        transformers_layers.restore_layer(layer, held, device)
+        restore_transformers_layer(layer, held, device)

@@ -18,7 +18,13 @@ from transformers.cache_utils import (
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
-from unsloth_spectral.integrations.huggingface import private_api
+from unsloth_spectral.integrations.huggingface.private_api import (
+    dequantize_by_hqq,
+    layer_types,
+    quantize_by_hqq,
+    quantize_by_quanto,
+    quantized_states,
+)
 
 GROUP_SIZE = 64
 RESIDUAL_LENGTH = 64
@@ -79,7 +85,7 @@ class CountedLayer(QuantizedLayer):
         """Bytes of the tensors held, metadata and filling included."""
         keys: Stored | None
         values: Stored | None
-        keys, values = private_api.quantized_states(self)
+        keys, values = quantized_states(self)
         if keys is None or values is None:
             return LayerStats(kind=self.backend, num_tokens=0)
         residual = [tensor for tensor in (self.keys, self.values) if tensor is not None]
@@ -111,7 +117,7 @@ class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         half = filled.half() if filled.dtype == torch.float32 else filled
-        payload = private_api.quantize_by_quanto(self, half, axis)
+        payload = quantize_by_quanto(self, half, axis)
         return payload, (payload._data._data, payload._scale, payload._shift)
 
     def _decode(self, payload: Any) -> Tensor:
@@ -144,12 +150,12 @@ class HQQLayer(CountedLayer, HQQQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         # As a matrix: of four dimensions hqq forgets all but two when it unpacks 3 bits.
-        codes, meta = private_api.quantize_by_hqq(self, filled.flatten(0, -2), axis)
+        codes, meta = quantize_by_hqq(self, filled.flatten(0, -2), axis)
         meta |= {name: meta[name].half() for name in ("scale", "zero") if meta[name].dtype == torch.float32}
         return (codes, meta), (codes, meta["scale"], meta["zero"])
 
     def _decode(self, payload: Any) -> Tensor:
-        return private_api.dequantize_by_hqq(self, payload)
+        return dequantize_by_hqq(self, payload)
 
 
 class CountedQuantizedCache(QuantizedCache):
@@ -172,15 +178,15 @@ class CountedQuantizedCache(QuantizedCache):
     def __init__(self, model: PreTrainedModel, backend: str, nbits: int) -> None:
         if nbits not in NBITS.get(backend, ()):
             raise InvalidArgumentError(f"backend and nbits must be among {NBITS}, got {backend!r} and {nbits}")
-        layer_types, _ = private_api.layer_types(model.config.get_text_config(decoder=True))
-        others = sorted(set(layer_types) - {"full_attention"})
+        types, _ = layer_types(model.config.get_text_config(decoder=True))
+        others = sorted(set(types) - {"full_attention"})
         if others:
             raise UnsupportedModelError(
                 f"transformers' quantized cache takes models with full-attention layers only; {type(model).__name__} "
                 f"has layers of type {', '.join(others)}"
             )
         layer_class = QuantoLayer if backend == "quanto" else HQQLayer
-        Cache.__init__(self, layers=[layer_class(nbits) for _ in layer_types])
+        Cache.__init__(self, layers=[layer_class(nbits) for _ in types])
 
     def stats(self) -> CacheStats:
         """Bytes held and bytes of a dense cache, per layer and in all."""

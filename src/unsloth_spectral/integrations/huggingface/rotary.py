@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall, note_call
+from unsloth_spectral.integrations.huggingface.private_api import FREQUENCIES, ROTATION_FUNCTION, SCALING
 from unsloth_spectral.log import logger
 from unsloth_spectral.rope import Claim, Dims, Rotation, interned
 
@@ -49,7 +49,7 @@ def note_rotations(model: nn.Module) -> tuple[Any, ...]:
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             handles.append(module.register_forward_pre_hook(note_call, with_kwargs=True))
-        elif any(name.endswith(private_api.FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
+        elif any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
             handles.append(module.register_forward_hook(_note_origin, with_kwargs=True))
     return tuple(handles)
 
@@ -110,8 +110,8 @@ def _claims(table: Tensor, origin: _Origin) -> Iterator[Claim]:
         return
     numbers = axes.detach().cpu().long().transpose(0, 1)
     for name, frequencies in module.named_buffers(recurse=False):
-        if name.endswith(private_api.FREQUENCIES) and frequencies.shape == table.shape[2:]:
-            scaling = getattr(module, name.removesuffix(private_api.FREQUENCIES) + private_api.SCALING, 1.0)
+        if name.endswith(FREQUENCIES) and frequencies.shape == table.shape[2:]:
+            scaling = getattr(module, name.removesuffix(FREQUENCIES) + SCALING, 1.0)
             unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64, device="cpu")
             device = table.device
             yield Claim(numbers, interned(unit, device), interned(frequencies.double(), device))
@@ -171,7 +171,7 @@ def _turn(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def _function(kind: type) -> Callable[..., Any] | None:
-    return getattr(sys.modules.get(kind.__module__), private_api.ROTATION_FUNCTION, None)
+    return getattr(sys.modules.get(kind.__module__), ROTATION_FUNCTION, None)
 
 
 def _evenly(dims: tuple[int, ...], device: torch.device) -> Dims:

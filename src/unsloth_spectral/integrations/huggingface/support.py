@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.integrations.fast_path import copied_class
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
+from unsloth_spectral.integrations.huggingface.private_api import can_set_attention, supports_cache
 from unsloth_spectral.integrations.huggingface.versions import warn_if_untested
 
 SUPPORTED = (
@@ -62,7 +62,7 @@ def why_materialised(model: PreTrainedModel) -> str | None:
     """What keeps ``model`` from the spectral attention function, so that its keys and values are rebuilt for it, as the
     end of a sentence; None where that function serves."""
     # A copy by Unsloth's compiler has an attention of its own, which is left while the model generates.
-    if not private_api.can_set_attention(copied_class(type(model))):
+    if not can_set_attention(copied_class(type(model))):
         return "does not use transformers' AttentionInterface"
     if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
         return "uses multi-head latent attention, which expands what it caches"
@@ -90,7 +90,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     if not model.can_generate():
         return "cannot generate (it has no language-model head)"
     forward = inspect.signature(type(model).forward)
-    if CACHE_NAME not in forward.parameters or not private_api.supports_cache(type(model)):
+    if CACHE_NAME not in forward.parameters or not supports_cache(type(model)):
         return "takes no transformers Cache"
     config = model.config.get_text_config(decoder=True)
     if any((getattr(config, name, None) or 1) > 1 for name in _LOOPS):

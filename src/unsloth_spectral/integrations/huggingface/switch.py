@@ -8,11 +8,16 @@ from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.forward_check import after_pass, before_pass
-from unsloth_spectral.integrations.huggingface import private_api
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
-from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
+from unsloth_spectral.integrations.huggingface.private_api import (
+    attention_of,
+    can_set_attention,
+    store_attention,
+    stored_attention,
+)
 from unsloth_spectral.integrations.huggingface.rotary import note_rotations
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 
@@ -34,15 +39,15 @@ class _Switched:
 
     Attributes:
         implementations: every configuration object with the attention implementation it had before the first owner.
-        methods: the methods the instance had of its own.
-        hooks: those put on.
+        methods: the methods put on the model.
+        hooks: the hooks put on its modules.
         owners: ``PATCH``, ``CACHES``, scopes and calls that have not ended.
         beneath: the implementations as they were set when the first of the open scopes began, or by a patch or cache
             since.
     """
 
     implementations: _Implementations
-    methods: dict[str, Any]
+    methods: dict[str, Method] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     owners: list[Owner | str] = field(default_factory=list)
     beneath: _Implementations | None = None
@@ -59,7 +64,7 @@ class _Switched:
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether the model's language part uses the spectral attention function now."""
-    return private_api.attention_of(model.config.get_text_config(decoder=True)) == ATTENTION_NAME
+    return attention_of(model.config.get_text_config(decoder=True)) == ATTENTION_NAME
 
 
 def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
@@ -72,7 +77,7 @@ def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
         owner = owner or innermost(model, Owner) or CACHES
         switched: _Switched | None = vars(model).get(_STATE)
         if switched is None:
-            switched = _Switched(_implementations(model), own_methods(model, _METHODS), owners=[owner])
+            switched = _Switched(_implementations(model), owners=[owner])
             setattr(model, _STATE, switched)
         if isinstance(owner, Scope) and switched.beneath is None:
             switched.beneath = _implementations(model)
@@ -102,7 +107,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     if is_direct:
         # Again where the function is on already: adding an adapter puts a model back on its fast path.
         fast_path.leave(model)
-    replace(model, _METHODS)
+    replace(model, _METHODS, switched.methods)
     if not switched.hooks:
         switched.hooks.append(model.register_forward_pre_hook(before_pass, with_kwargs=True))
         switched.hooks.append(model.register_forward_hook(after_pass, with_kwargs=True))
@@ -112,7 +117,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
         return
     _register()
     text_config = model.config.get_text_config(decoder=True)
-    if not private_api.can_set_attention(type(model)):
+    if not can_set_attention(type(model)):
         _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
         return
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
@@ -120,9 +125,8 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
 
 
 def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
-    give_back(model, _METHODS, {})
+    give_back(switched.methods)
     fast_path.take(model)
-    give_back(model, (), switched.methods)
     _assign(switched.implementations)
     for handle in switched.hooks:
         handle.remove()
@@ -137,12 +141,12 @@ def _register() -> None:
 
 def _implementations(model: PreTrainedModel) -> _Implementations:
     configs = {id(config): config for config in _configs(model)}
-    return tuple((config, private_api.stored_attention(config)) for config in configs.values())
+    return tuple((config, stored_attention(config)) for config in configs.values())
 
 
 def _assign(implementations: _Implementations) -> None:
     for config, implementation in implementations:
-        private_api.store_attention(config, implementation)
+        store_attention(config, implementation)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

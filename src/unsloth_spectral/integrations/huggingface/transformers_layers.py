@@ -9,7 +9,7 @@ from unsloth_spectral.errors import SpectralError
 from unsloth_spectral.fields import Field, Fields
 
 
-def layer_to_fields(layer: Any) -> dict[str, Field]:
+def transformers_layer_to_fields(layer: Any) -> dict[str, Field]:
     """All attributes of ``layer``.
 
     Raises:
@@ -18,7 +18,7 @@ def layer_to_fields(layer: Any) -> dict[str, Field]:
     return {name: _field(layer, name, value) for name, value in vars(layer).items()}
 
 
-def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
+def restore_transformers_layer(layer: Any, fields: Fields, device: torch.device) -> None:
     """Give a fresh ``layer`` of the same kind the attributes of the one whose fields these are, tensors on ``device``.
 
     Raises:
