@@ -120,7 +120,7 @@ NOT_OF_TRANSFORMERS = {"_C", "_DisableTorchDispatch", "_orig_mod", "_version", "
 
 
 def private_names_of_others(tree: ast.AST) -> set[str]:
-    """Attributes with a leading underscore that are read or written on anything, and that the module does not define."""
+    """Attributes with a leading underscore that ``tree`` uses and does not define."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")}
     own |= {

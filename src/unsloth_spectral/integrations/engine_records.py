@@ -1,7 +1,7 @@
 """Chunks that a serving engine hands over, as records, and a count of those that were stored raw.
 
-A chunk is one tensor for each group of like layers. A group that the codec cannot take is stored raw, which is counted
-and logged with its reason.
+A chunk is one tensor per group of equal layers. A group that the codec cannot encode is stored raw, which is
+counted and logged with its reason.
 """
 
 import threading

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.errors import CacheBypassedError
-from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
+from unsloth_spectral.integrations.forward_check import Call, check_cache_was_used, expect
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
@@ -25,7 +25,7 @@ _STATE = "_unsloth_spectral_patch"
 
 @dataclass
 class _Patch:
-    """What has a model's ``generate`` replaced.
+    """The reasons why a model's ``generate`` is replaced.
 
     Attributes:
         methods: the methods put on the model.
@@ -38,11 +38,11 @@ class _Patch:
     owners: list[Owner] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no scope that would end: it is patched as the scope has it.
+        # No scope of a copy will end: the copy is patched with the options of the innermost scope.
         return {**vars(self), "config": self.newest(), "owners": []}
 
     def newest(self) -> SpectralConfig | None:
-        """The options of the scope opened last, whoever's it is, or those of the patch."""
+        """The options of the scope opened last, in any thread, or those of the patch."""
         scopes = [owner for owner in self.owners if isinstance(owner, Scope) and owner.config is not None]
         return scopes[-1].config if scopes else self.config
 
@@ -50,8 +50,8 @@ class _Patch:
 def patched(model: PreTrainedModel) -> SpectralConfig | None:
     """The options of the cache that ``generate`` would make for ``model`` here; None where it would make none.
 
-    Scopes of this context come first. A thread started within a scope does not know it: so where it has none of its
-    own, the scope opened last counts, and after scopes the patch.
+    Scopes of this context come first. A thread started within a scope does not inherit it, so a thread without a scope
+    of its own follows the scope opened last, and then the patch.
     """
     patch: _Patch | None = vars(model).get(_STATE)
     if patch is None:
@@ -107,19 +107,19 @@ def scoped(model: PreTrainedModel, config: SpectralConfig) -> Iterator[None]:
 
 
 def _attend(model: PreTrainedModel, owner: Owner | str) -> None:
-    # Unsloth's trains on code of its own in between: it is switched while it generates only.
+    # Unsloth's models train on Unsloth's own code between calls: they are switched only while they generate.
     if not _trains_in_between(model):
         hold(model, owner)
 
 
 def _trains_in_between(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is Unsloth's."""
+    """Whether ``model`` is Unsloth's, which trains on its own code between calls of ``generate``."""
     return hasattr(model, "for_training")
 
 
 @contextmanager
 def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
-    """Keep the methods of ``model`` replaced for ``owner``, and take back afterwards what was switched for it."""
+    """Keep the methods of ``model`` replaced for ``owner``, and undo afterwards what was switched for it."""
     with lock:
         patch = _attach(model)
         patch.owners.append(owner)
@@ -154,7 +154,7 @@ def _generate(model: PreTrainedModel, original: Callable[..., Any], *args: Any, 
     with entered(call), _owned(model, call):
         hold(model, call)
         result = original(*args, **kwargs)
-    check_reached(call, model, original)
+    check_cache_was_used(call, model, original)
     return result
 
 
@@ -204,7 +204,7 @@ def _prepare_cache(
 
 
 def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool:
-    """Whether a call asks for a cache of transformers by name; said once where the model's own settings do."""
+    """Whether a call asks for a cache of transformers by name; the model's settings do not count, with one warning."""
     name = generation_config.cache_implementation
     if name is None or _trains_in_between(model):
         return False

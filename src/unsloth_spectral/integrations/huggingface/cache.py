@@ -55,9 +55,9 @@ class _ModelReference(ref[PreTrainedModel]):
 class SpectralCache(Cache):
     """A KV cache that stores old tokens as spectral factors, for ``model.generate(cache=cache)``.
 
-    Full-attention layers are spectral; sliding, chunked, linear and state layers keep their native cache. Making one
-    also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it back);
-    that function treats every other cache as before.
+    Full-attention layers are spectral; sliding, chunked, linear and state layers keep transformers' own. Making
+    a cache also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it
+    back); that function treats every other cache as before.
 
     A model that computes with its keys and values itself, outside transformers' AttentionInterface or before it
     (multi-head latent attention, DiffLlama, Falcon, BLOOM, MPT, and GPT-J before transformers 5.24), gets them rebuilt
@@ -108,7 +108,7 @@ class SpectralCache(Cache):
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
         self._crossing = [layer for layer in layers if isinstance(layer, CrossAttentionLayer)]
-        # A dummy holds no tokens: its model takes them from another layer.
+        # A dummy layer holds no tokens: its model reads those of another layer.
         self._others = [
             layer
             for layer, plan in zip(layers, plans, strict=True)
@@ -121,7 +121,7 @@ class SpectralCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Take a layer's new tokens; the first spectral layer's begin a forward pass.
+        """Take a layer's new tokens; those of the first spectral layer begin a forward pass.
 
         Raises:
             SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back; or the
@@ -140,7 +140,7 @@ class SpectralCache(Cache):
         """``model`` is about to run with this cache.
 
         Raises:
-            SpectralError: it has another number of layers: those left empty would pass for an interrupted pass.
+            SpectralError: it has another number of layers; layers left empty would look like an interrupted pass.
         """
         depth = _depth(model)
         if depth != self._depth:
@@ -165,9 +165,9 @@ class SpectralCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count.
+        """Tokens that all spectral layers hold; what an interrupted pass left in some of them does not count.
 
-        A layer that attends to an image has that one's.
+        For a layer that attends to an image, the image's tokens.
         """
         num_tokens = super().get_seq_length(layer_idx)
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CrossAttentionLayer):
@@ -186,7 +186,7 @@ class SpectralCache(Cache):
         return min(layer.spectral.num_tokens for layer in self._spectral)
 
     def _take_back(self) -> None:
-        """Cut all layers to one length: a forward pass that was interrupted left its tokens in the first ones alone."""
+        """Cut all layers to one length: an interrupted forward pass left its tokens in the first layers only."""
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
@@ -206,7 +206,7 @@ class SpectralCache(Cache):
         super().reset()
         for layer in self._others:
             if isinstance(layer, CacheLayerMixin):
-                # In the first supported releases a layer with a window zeroes what it holds, but goes on holding it.
+                # In the first supported releases a layer with a window zeroes its tensors but keeps them.
                 layer.is_initialized = False
 
     def save(
@@ -215,30 +215,27 @@ class SpectralCache(Cache):
         input_ids: Tensor | None = None,
         model_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write all of this cache to one file, whole or not at all.
+        """Write this cache to one file; a failure leaves no partial file.
 
-        ``load`` makes a cache of it that goes on as this one would, token for token.
+        The cache that ``load`` makes of it continues as this one would, token for token.
 
         Args:
-            path: ends in ``.safetensors``; a file that is there is replaced.
-            input_ids: ``[B, n]``, what was fed to the model, or more: a hash of the tokens held is written, by which
-                ``load`` can tell whether a prompt begins with them. The cache itself has seen no tokens.
-            model_inputs: what the processor returned for ``input_ids``, where they hold images, video or audio: the
-                tokens that stand for these are the same for any image, so hashes of the inputs are written too.
+            path: ends in ``.safetensors``; an existing file is replaced.
+            input_ids: ``[B, n]``, the tokens fed to the model, or more. Their hash is written, by which ``load`` checks
+                that a prompt begins with them; the cache itself never sees tokens.
+            model_inputs: what the processor returned for ``input_ids``, where they hold images, video or audio. Hashes
+                of these inputs are written too, because the tokens that stand for an image are the same for any image.
 
         Raises:
             InvalidArgumentError: the path cannot be written, the cache is empty, ``input_ids`` are too few or no
                 tokens, or they hold tokens that stand for images and ``model_inputs`` are missing.
-            SpectralError: a layer that the model keeps natively holds something of which there is no stored form; or
-                the model is gone.
-            UnsupportedModelError: the model's weights cannot be read, so that it could not be known again.
+            SpectralError: a layer of transformers' own holds something that has no stored form; or the model is gone.
+            UnsupportedModelError: the model's weights cannot be read, so that ``load`` could not recognise the model.
             OSError: the disk is full or the like.
         """
         target, model = snapshot.check_path(path), self._model()
         if model is None:
-            raise SpectralError(
-                "the model of this cache is gone, and a snapshot says which one it is of: keep the model"
-            )
+            raise SpectralError("the model of this cache is gone, and a snapshot names its model: keep the model")
         if not self._shortest:
             raise InvalidArgumentError("an empty cache has nothing to save: give it to the model with a prompt first")
         self._take_back()
@@ -256,13 +253,13 @@ class SpectralCache(Cache):
     ) -> "SpectralCache":
         """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
 
-        Then call ``model.generate(prompt, cache=cache)``, with a prompt that begins with the tokens held and
-        has at least one more.
+        Then call ``model.generate(prompt, cache=cache)`` with a prompt that begins with the cache's tokens and has at
+        least one more.
 
         Args:
-            path: the file; it may be replaced or deleted while the cache lives, but not written into.
-            model: the model that made it, or an equal one, of the same dtype.
-            input_ids: ``[B, n]``, a prompt that must begin with the tokens held.
+            path: the file. While the cache lives it may be replaced or deleted, but not modified.
+            model: the model that made the cache, or an equal one, of the same dtype.
+            input_ids: ``[B, n]``, a prompt that must begin with the cache's tokens.
             model_inputs: what the processor returned for that prompt, which must begin with the same images, video and
                 audio; those of a batch must be the same as a whole.
 
@@ -272,11 +269,11 @@ class SpectralCache(Cache):
             InvalidArgumentError: ``input_ids`` are no tokens, or ``model_inputs`` are missing.
             UnsupportedModelError: the model cannot carry a spectral cache, or its weights cannot be read.
         """
-        found, model = snapshot.read(path), unwrapped(model)
-        config = config_in(found.header)
+        document, model = snapshot.read(path), unwrapped(model)
+        config = config_in(document.header)
         check_model(model, config)
-        check_header(found.header, model, input_ids, model_inputs)
-        cache, fields = cls.__new__(cls), found.fields
+        check_header(document.header, model, input_ids, model_inputs)
+        cache, fields = cls.__new__(cls), document.fields
         profile = None
         if fields.has("profile"):
             profile = ModelProfile.from_fields(fields.sub("profile"), _num_spectral(model))
@@ -287,9 +284,9 @@ class SpectralCache(Cache):
             restore_layer(layer, stored, devices.get(number, model.device))
         shared = fields.sub("shared").on(devices.get(cache._first, model.device))
         cache._spectral[0].spectral.sealer.restore_shared(shared)
-        held = {layer.spectral.num_tokens for layer in cache._spectral}
-        count = found.header.sub("tokens").integer("count", 1)
-        fields.require(held == {count}, f"{count} tokens in every layer")
+        lengths = {layer.spectral.num_tokens for layer in cache._spectral}
+        count = document.header.sub("tokens").integer("count", 1)
+        fields.require(lengths == {count}, f"{count} tokens in every layer")
         return cache
 
     def _to_fields(self) -> Field:
@@ -312,14 +309,14 @@ def _num_spectral(model: PreTrainedModel) -> int:
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Where each layer's keys will come from."""
-    found: dict[int, torch.device] = {}
+    """The device that each layer's keys will come from."""
+    devices: dict[int, torch.device] = {}
     for module in model.modules():
-        # Packed layers may have buffers alone.
+        # Quantized modules may have buffers and no parameter.
         number, weight = getattr(module, "layer_idx", None), next(chain(module.parameters(), module.buffers()), None)
         if isinstance(number, int) and weight is not None and not weight.is_meta:
-            found.setdefault(number, weight.device)
-    return found
+            devices.setdefault(number, weight.device)
+    return devices
 
 
 def _depth(model: PreTrainedModel) -> int:
@@ -337,5 +334,5 @@ def _warn_that_it_is_rebuilt(model: PreTrainedModel, reason: str) -> None:
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:
-    """The library's own cache, to compare with."""
+    """transformers' own cache, to compare with."""
     return DynamicCache(config=model.config)

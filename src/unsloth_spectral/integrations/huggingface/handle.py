@@ -95,8 +95,10 @@ def _handles_in(arguments: tuple[Any, ...]) -> tuple[CompressedStates, ...]:
     return tuple(item for item in flat if isinstance(item, CompressedStates))
 
 
-def _refuse(handles: tuple[CompressedStates, ...], deed: str) -> NoReturn:
-    """Say why the first of the ``handles`` is no tensor for ``deed``, with the line that fixes it.
+def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
+    """Say that the keys and values are compressed and ``problem``, why, and the line that fixes it.
+
+    The first of the ``handles`` knows the model and the call.
 
     Where an attention module of the cache's own model computes with its keys and values, that model is marked: the next
     cache made for it hands them out rebuilt.
@@ -111,7 +113,7 @@ def _refuse(handles: tuple[CompressedStates, ...], deed: str) -> NoReturn:
     if model is not None and computes:
         rebuild_from_now_on(model)
     raise SpectralError(
-        f"the keys and values in a spectral cache are compressed and {deed}: {_fix(model, call, computes)}"
+        f"the keys and values in a spectral cache are compressed and {problem}: {_fix(model, call, computes)}"
     )
 
 

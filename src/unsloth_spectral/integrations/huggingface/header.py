@@ -1,4 +1,4 @@
-"""What a snapshot is of: the model, the tokens, the codec; and whether it fits a model and a prompt."""
+"""The header of a snapshot (model, tokens, codec), and the check that it fits a model and a prompt."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

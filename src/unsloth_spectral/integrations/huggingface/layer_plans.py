@@ -1,4 +1,4 @@
-"""The cache layers that a model's configuration asks for: transformers' own, and one for an image."""
+"""The cache layers that a model's configuration asks for."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,9 @@ _CROSS_ATTENTION = "cross_attention"
 
 
 class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of an image, which layers in between attend to (Mllama's); empty where there was none.
+    """Keys and values of an image, for the layers that attend to it (Mllama's); empty where there is no image.
 
-    It holds no tokens of the text: ``crop`` leaves it as it is.
+    It holds no tokens of the text, so ``crop`` leaves it as it is.
     """
 
     def __init__(self) -> None:
@@ -27,18 +27,18 @@ class CrossAttentionLayer(DynamicLayer):
         self.num_before = 0
 
     def begin_pass(self) -> None:
-        """Remember where to go back to."""
+        """Remember the length that ``take_back`` returns to."""
         self.num_before = self.get_seq_length()
 
     def take_back(self) -> None:
-        """Forget what a forward pass that was interrupted has added."""
+        """Forget what an interrupted forward pass has added."""
         if self.num_before == 0:
             self.reset()
         elif self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., : self.num_before, :], self.values[..., : self.num_before, :]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: the text has fewer tokens, the image has not."""
+        """Do nothing: the text is cropped, the image is not."""
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -55,11 +55,11 @@ class LayerPlan:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a cache layer for it."""
+        """Whether there is a cache layer for this type."""
         return self.layer_type == _CROSS_ATTENTION or has_layer_class(self.layer_type)
 
     def transformers_layer(self) -> Any:
-        """The cache layer that a model has for it without this library."""
+        """The cache layer that a model uses here without this library."""
         if self.layer_type == _CROSS_ATTENTION:
             return CrossAttentionLayer()
         return make_layer(self.layer_type, self.options)

@@ -104,11 +104,11 @@ class SpectralCacheLayer(CacheLayerMixin):
         self.spectral.map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def to_fields(self) -> Field:
-        """What is stored of it; None of an empty one."""
+        """The stored form of this layer; None where it is empty."""
         return None if self.spectral.is_empty else {"record_past": self.record_past, **self.spectral.to_fields()}
 
     def restore(self, fields: Fields, device: torch.device) -> None:
-        """Hold what was stored, on ``device``.
+        """Fill this layer from its stored form, with tensors on ``device``.
 
         Raises:
             LoadError: a field is missing, or does not fit the others.
@@ -121,8 +121,8 @@ class SpectralCacheLayer(CacheLayerMixin):
 class MaterialisingCacheLayer(SpectralCacheLayer):
     """For models that compute with their keys and values: stored compressed, handed out dense.
 
-    The attention is the model's own, so nothing is known of its mask, queries and positions: padding is taken for
-    tokens like any other, and keys are compressed as they come.
+    The model attends by itself, so its mask, queries and positions are unknown: padding counts as text, and keys are
+    compressed as they come, rotated.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -135,13 +135,15 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
 
 
 def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
-    """Statistics of a spectral or a native layer, without the bytes that are in ``shared`` already."""
+    """Statistics of a spectral layer or of one of transformers' own, without the bytes already in ``shared``."""
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats(shared)
-    # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
-    # An image's keys and values are no tokens of the text.
+    # A layer keeps keys and values as attributes, and convolution and recurrent states in dictionaries.
+    # The keys and values of an image are no tokens of the text.
     holds_text = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CrossAttentionLayer)
-    values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
+    attributes = list(vars(layer).values())
+    states = [list(value.values()) if isinstance(value, dict) else [value] for value in attributes]
+    values = [value for group in states for value in group]
     tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
     nbytes = storage_bytes(*tensors)
     return LayerStats(
@@ -154,27 +156,27 @@ def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
 
 
 def layer_to_fields(layer: Any) -> dict[str, Field]:
-    """A spectral layer, or one that the model keeps natively, as it is stored.
+    """The stored form of a spectral layer or of one of transformers' own.
 
     Raises:
-        SpectralError: a native one holds something of which there is no stored form.
+        SpectralError: a layer of transformers' own holds something that has no stored form.
     """
-    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layer_to_fields(layer)
-    return {"kind": type(layer).__name__, "held": held}
+    contents = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layer_to_fields(layer)
+    return {"kind": type(layer).__name__, "held": contents}
 
 
 def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
-    """Give the fresh ``layer`` what was stored, on ``device``.
+    """Fill the empty ``layer`` from its stored form, with tensors on ``device``.
 
     Raises:
-        LoadError: it is not of a layer of this kind, or a field does not fit the others.
+        LoadError: the stored layer is of another kind, or a field does not fit the others.
     """
     kind = type(layer).__name__
     fields.require(fields.text("kind") == kind, f"a layer of kind {kind}, not {fields.text('kind')}")
     if not fields.has("held"):
         return
-    held = fields.sub("held").on(device)
+    contents = fields.sub("held").on(device)
     if isinstance(layer, SpectralCacheLayer):
-        layer.restore(held, device)
+        layer.restore(contents, device)
     else:
-        restore_transformers_layer(layer, held, device)
+        restore_transformers_layer(layer, contents, device)

@@ -1,4 +1,4 @@
-"""Caches of prompts' beginnings in a folder, found again by their tokens."""
+"""A folder of caches of prompt prefixes, looked up by their tokens."""
 
 import contextlib
 import hashlib
@@ -27,14 +27,14 @@ from unsloth_spectral.integrations.options import config_of
 from unsloth_spectral.log import logger, warn_once
 
 _LOCK = ".lock"
-# Whoever waits longer for others to finish writing goes on without keeping its cache.
+# A process that waits longer for others to finish writing continues without storing its cache.
 _LOCK_SECONDS = 60.0
 _PREFIX = "prefix-"
 _NAME = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-([0-9]+)-([0-9a-f]{{32}})\.safetensors")
 
 
 class PrefixStore:
-    """A folder of snapshots, each of a prompt's beginning, for one process or several at once.
+    """A folder of snapshots, each of a prompt's prefix, for one process or several at once.
 
     A snapshot is found by a hash of its tokens, for the same model, options and profile only. The least recently used
     ones go once all together exceed ``max_bytes``.
@@ -92,9 +92,9 @@ class PrefixStore:
         fresh = SpectralCache(model, config=chosen)
         key, count = _key(model, fresh), input_ids.shape[1] - 1
         cache = self._load_longest(model, input_ids[:, :count], key) or fresh
-        held = cache.get_seq_length()
-        if held < count:
-            feed(model, input_ids[:, held:count], cache)
+        num_stored = cache.get_seq_length()
+        if num_stored < count:
+            feed(model, input_ids[:, num_stored:count], cache)
             self._keep(cache, input_ids, key)
         return cache
 
@@ -114,10 +114,10 @@ class PrefixStore:
         chosen, model = config_of(config, preset=preset), unwrapped(model)
         _check(model, chosen, input_ids)
         key = _key(model, SpectralCache(model, config=chosen))
-        return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
+        return next((count for count, _ in self._stored_prefixes(input_ids[:, :-1], key)), 0)
 
-    def _found(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
-        """Stored beginnings of ``input_ids``, the longest first."""
+    def _stored_prefixes(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
+        """Stored prefixes of ``input_ids``, the longest first."""
         try:
             names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
         except OSError as error:
@@ -131,7 +131,7 @@ class PrefixStore:
                 yield count, self.folder / name
 
     def _load_longest(self, model: PreTrainedModel, input_ids: Tensor, key: str) -> SpectralCache | None:
-        for _, path in self._found(input_ids, key):
+        for _, path in self._stored_prefixes(input_ids, key):
             try:
                 cache = SpectralCache.load(path, model, input_ids)
             except LoadError as error:
@@ -200,7 +200,7 @@ def _check(model: PreTrainedModel, config: SpectralConfig, input_ids: Tensor) ->
 
 
 def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:
-    """Sixteen digits of all that a cache depends on besides its tokens."""
+    """Sixteen digits, a hash of everything that a cache depends on besides its tokens."""
     profile = None if fresh.profile is None else asdict(fresh.profile)
     record = json.dumps([snapshot.VERSION, identify(model), asdict(fresh.config), profile], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()[:16]

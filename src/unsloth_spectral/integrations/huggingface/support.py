@@ -1,4 +1,4 @@
-"""Which models can carry a spectral cache, and which of them need their keys and values rebuilt."""
+"""Which models can carry a spectral cache, and which of them get their keys and values rebuilt."""
 
 import inspect
 from typing import Any
@@ -26,7 +26,7 @@ ATTENTION_NAME = "unsloth_spectral"
 _READ_THEIR_KEYS = frozenset({"diffllama", "doge", "jetmoe"})
 _IS_REBUILT = "_unsloth_spectral_is_rebuilt"  # the mark: an attribute of the model
 
-# How often a configuration runs some of its layers: transformers adds layers to the cache for it as the model runs.
+# Configuration names for how often some layers run: transformers adds cache layers for it while the model runs.
 _LOOPS = ("n_recurrent_loops", "loop_num_passes")
 
 
@@ -54,14 +54,14 @@ def check_model(model: object, config: SpectralConfig) -> None:
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}; {SUPPORTED}")
     for layer in _full_attention_layers(model):
-        if not getattr(layer, "kv_lora_rank", None):  # latents are no heads: the cache checks its first tokens
+        if not getattr(layer, "kv_lora_rank", None):  # latents have no heads: the cache checks its first tokens instead
             config.check_head_dim(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def why_materialised(model: PreTrainedModel) -> str | None:
-    """What keeps ``model`` from the spectral attention function, so that its keys and values are rebuilt for it, as the
-    end of a sentence; None where that function serves."""
-    # A copy by Unsloth's compiler has an attention of its own, which is left while the model generates.
+    """Why ``model`` cannot use the spectral attention function and gets its keys and values rebuilt, as the end of a
+    sentence; None where it can."""
+    # A copy by Unsloth's compiler has its own attention methods, which are replaced while the model generates.
     if not can_set_attention(copied_class(type(model))):
         return "does not use transformers' AttentionInterface"
     if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
@@ -78,7 +78,7 @@ def rebuild_from_now_on(model: PreTrainedModel) -> None:
 
 
 def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The configurations of the layers that are to be spectral: sizes may differ from layer to layer."""
+    """The configurations of the layers that become spectral: sizes may differ from layer to layer."""
     plans = layers_of(model.config.get_text_config(decoder=True))
     return [plan.config for plan in plans if plan.layer_type == "full_attention"]
 

@@ -1,4 +1,4 @@
-"""Giving a model the spectral attention function while anyone needs it, and giving back its own."""
+"""Giving a model the spectral attention function while an owner needs it, and restoring its own afterwards."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ _METHODS: dict[str, Replacement] = {
     "prepare_inputs_for_generation": prepare_inputs,
     "init_continuous_batching": refuse_batching,
 }
-# Owners without an end of their own: they hold a model until it is unpatched.
+# These owners never end by themselves: they hold a model until it is unpatched.
 PATCH, CACHES = "patch", "caches"
 
 # Configuration objects, each with its attention implementation.
@@ -35,7 +35,7 @@ _Implementations: TypeAlias = tuple[tuple[Any, str | None], ...]
 
 @dataclass
 class _Switched:
-    """Who has a model switched, and what it had before.
+    """The owners that keep a model switched, and what the model had before.
 
     Attributes:
         implementations: every configuration object with the attention implementation it had before the first owner.
@@ -53,7 +53,7 @@ class _Switched:
     beneath: _Implementations | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no scope or call that would end: it stays as it is until it is unpatched.
+        # No scope or call of a copy will end: it stays switched until it is unpatched.
         lasting = [owner for owner in self.owners if isinstance(owner, str)]
         return {**vars(self), "owners": lasting or [CACHES], "beneath": None}
 
@@ -70,8 +70,8 @@ def is_enabled(model: PreTrainedModel) -> bool:
 def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
     """Let ``model`` attend through ``attend``, off Unsloth's fast path, until ``owner`` releases it.
 
-    A model that is handed rebuilt keys and values keeps its own attention. Without an ``owner`` it is the call or the
-    scope that this context is in, or else ``CACHES``.
+    A model that gets rebuilt keys and values keeps its own attention. ``owner`` defaults to the call or scope that this
+    context is in, or else to ``CACHES``.
     """
     with lock:
         owner = owner or innermost(model, Owner) or CACHES
@@ -89,7 +89,7 @@ def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
 
 
 def release(model: PreTrainedModel, owner: Owner | str) -> None:
-    """Undo ``hold``; the last owner gives back attention, methods and fast path. Harmless where it holds nothing."""
+    """Undo ``hold``; the last owner restores attention, methods and fast path. Other owners are ignored."""
     with lock:
         switched: _Switched | None = vars(model).get(_STATE)
         if switched is None or owner not in switched.owners:
@@ -105,7 +105,7 @@ def release(model: PreTrainedModel, owner: Owner | str) -> None:
 def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     is_direct = why_materialised(model) is None
     if is_direct:
-        # Again where the function is on already: adding an adapter puts a model back on its fast path.
+        # Repeated even if the model is switched already: adding an adapter puts a model back on its fast path.
         fast_path.leave(model)
     replace(model, _METHODS, switched.methods)
     if not switched.hooks:
@@ -135,7 +135,7 @@ def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
 
 def _register() -> None:
     AttentionInterface.register(ATTENTION_NAME, attend)
-    # Without a mask function of the same name padding would be ignored without a word.
+    # Without a mask function of the same name transformers would silently ignore padding.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
@@ -150,7 +150,7 @@ def _assign(implementations: _Implementations) -> None:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for config in list(found):
-        found.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
-    return found
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in list(configs):
+        configs.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
+    return configs

@@ -1,4 +1,4 @@
-"""Storing the cache layers that a model keeps in the library's own form: sliding windows, states."""
+"""Storing the cache layers that stay transformers' own in a spectral cache: sliding windows, recurrent states."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from unsloth_spectral.fields import Field, Fields
 
 
 def transformers_layer_to_fields(layer: Any) -> dict[str, Field]:
-    """All attributes of ``layer``.
+    """All attributes of ``layer``, as fields.
 
     Raises:
-        SpectralError: one of them is of a kind that is not stored.
+        SpectralError: an attribute is of a kind that has no stored form.
     """
     return {name: _field(layer, name, value) for name, value in vars(layer).items()}
 
 
 def restore_transformers_layer(layer: Any, fields: Fields, device: torch.device) -> None:
-    """Give a fresh ``layer`` of the same kind the attributes of the one whose fields these are, tensors on ``device``.
+    """Set the attributes of an empty ``layer`` from ``fields`` of a layer of the same kind, with tensors on ``device``.
 
     Raises:
-        LoadError: an attribute is not one that a layer of this kind has.
+        LoadError: a field cannot be an attribute of a layer of this kind.
     """
     for name in fields.names():
-        # Data alone: nothing that the class defines is put aside.
+        # Only data is set: nothing that the class defines may be replaced.
         fields.require(name.isidentifier() and not hasattr(type(layer), name), f"no attribute {name!r}")
         setattr(layer, name, _value(fields, name, device))
 
