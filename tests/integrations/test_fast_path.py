@@ -137,7 +137,7 @@ def test_a_step_past_the_cache_is_an_error(model: LlamaForCausalLM) -> None:
 
     model.forward = third_step_past_it
     patch_unsloth_attention(model, **OPTIONS)
-    with pytest.raises(CacheBypassedError, match=r"third_step_past_it.*after 61 tokens.*hand the cache"):
+    with pytest.raises(CacheBypassedError, match=r"third_step_past_it.*after 61 tokens.*pass the cache"):
         generate(model)
     assert len(steps) == 3
 

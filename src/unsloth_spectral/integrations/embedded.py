@@ -225,8 +225,8 @@ def _publish(work: Path, final: Path) -> None:
         else:
             sync(final.parent)
             return
-        # What is in the way is damaged. It goes aside under a work name, which `_remove_stale` knows, in case this
-        # process dies before it is deleted; it may also be gone already, moved by another process.
+        # The folder in the way is damaged. It is moved to a work name, which `_remove_stale` knows, in case this
+        # process dies before deleting it; it may also be gone already, moved by another process.
         aside = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=final.parent))
         with contextlib.suppress(FileNotFoundError):
             os.rename(final, aside / "damaged")

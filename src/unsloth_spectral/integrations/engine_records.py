@@ -20,7 +20,7 @@ class EngineRecords:
     """Codes chunks and decodes records.
 
     Args:
-        codecs: one for each group of layers that a chunk has; None for a group that is to be stored raw.
+        codecs: one for each group of layers that a chunk has; None for a group to store raw.
         size_option: the option that has one number for each group, for messages.
     """
 
@@ -105,7 +105,7 @@ class _RawChunks:
         self._reasons: Counter[str] = Counter()
 
     def count(self, reasons: Sequence[str]) -> None:
-        """One more chunk, of which groups were stored raw for ``reasons``; logs the 1st, 10th, 100th ... of a kind."""
+        """Count a chunk whose groups were stored raw for ``reasons``; logs the 1st, 10th, 100th ... for each reason."""
         with self._lock:
             self._chunks += 1
             self._raw += bool(reasons)

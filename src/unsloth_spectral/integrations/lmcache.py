@@ -53,7 +53,7 @@ class SpectralSerializer(Serializer):  # type: ignore[misc]
 
 
 class SpectralDeserializer(Deserializer):  # type: ignore[misc]
-    """Records to chunks. What it raises LMCache takes as a miss: the engine computes the tokens anew."""
+    """Records to chunks. LMCache treats an exception as a miss: the engine computes the tokens again."""
 
     def __init__(self, records: EngineRecords) -> None:
         self._records = records

@@ -303,7 +303,7 @@ class SpectralCache(Cache):
 
 
 def _num_spectral(model: PreTrainedModel) -> int:
-    """How many layers are to be spectral."""
+    """The number of layers that become spectral."""
     plans = layers_of(model.config.get_text_config(decoder=True))
     return sum(plan.layer_type == "full_attention" for plan in plans)
 

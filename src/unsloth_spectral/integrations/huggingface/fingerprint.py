@@ -54,7 +54,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """All of ``weight``, of which this process may have a share: all processes make their caches at the same time."""
+    """``weight``, gathered where this process has a share of it: all processes make their caches at the same time."""
     if not isinstance(weight, DTensor) or weight.is_meta:
         return weight
     try:
@@ -88,7 +88,7 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
         return None
     except OSError as error:
         warn_once(
-            "caches work without a profile, because none can be read (%s): set %s to a readable folder",
+            "caches work without a profile, because none can be read (%s): set %s to a folder that can be read",
             error,
             CACHE_VARIABLE,
         )
@@ -101,7 +101,7 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
 
 
 def profile_target(model: PreTrainedModel) -> Path:
-    """``profile_path``, checked before the work whose result is to be kept there; its folder is made.
+    """``profile_path``, checked before a profile is measured; its folder is created.
 
     Raises:
         InvalidArgumentError: nothing can be written there; the message says what to set.
@@ -131,7 +131,11 @@ def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str,
 
 
 def _profile(content: bytes, num_layers: int) -> ModelProfile:
-    """The profile in ``content``; raises ValueError, which goes on after "it", where there is none of this version."""
+    """The profile in ``content``.
+
+    Raises:
+        ValueError: there is none of this version; the message continues a sentence after "it".
+    """
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):

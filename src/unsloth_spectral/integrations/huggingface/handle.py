@@ -1,4 +1,4 @@
-"""What a spectral layer hands to the model in place of keys and values."""
+"""The handle that a spectral layer gives a model in place of keys and values."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

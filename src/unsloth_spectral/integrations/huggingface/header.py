@@ -57,7 +57,7 @@ def config_in(header: Fields) -> SpectralConfig:
     """The options of the cache.
 
     Raises:
-        LoadError: they are none of this version's.
+        LoadError: they are not options of this version.
     """
     try:
         return SpectralConfig(**header.data("codec"))

@@ -39,7 +39,7 @@ _WEIGHTS = {
 }
 _SAMPLES = 64  # of each weight
 
-# With what tells that a weight has changed since.
+# Identities, each with the state of the model at that time.
 _known: "WeakKeyDictionary[PreTrainedModel, tuple[Any, Identity]]" = WeakKeyDictionary()
 
 
@@ -76,7 +76,7 @@ def identify(model: PreTrainedModel) -> Identity:
 
 
 def difference(stored: Identity, model: PreTrainedModel) -> str | None:
-    """What sets ``model`` apart from the one that was ``stored``, in a few words; None where nothing does."""
+    """The first difference between ``model`` and the ``stored`` identity, in a few words; None where they are equal."""
     present = identify(model)
     pairs = {**_flat(stored.get("config"), present["config"]), "dtype": (stored.get("dtype"), present["dtype"])}
     changed = sorted(name for name, (there, here) in pairs.items() if there != here)

@@ -35,7 +35,7 @@ def prepare_inputs(
     if isinstance(mask, Tensor):
         is_whole = num_given >= mask.shape[-1]
     if is_whole and _num_read(inputs) < num_given:
-        # The code of Phi-4-multimodal, and of Phi-3 in the first supported releases, goes on with the newest alone.
+        # The code of Phi-4-multimodal, and of Phi-3 in the first supported releases, continues with the newest only.
         inputs = original(input_ids, *args, **{**kwargs, "next_sequence_length": None})
     if not is_whole or _num_read(inputs) < num_given:
         raise CacheBypassedError(

@@ -33,7 +33,7 @@ NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """What a backend keeps for keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to read them.
+    """A backend's stored keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to decode them.
 
     ``shape`` and ``dtype`` are those of the tokens alone, without those that fill up the last groups.
     """

@@ -101,7 +101,7 @@ def _read(
 
 
 def _claims(table: Tensor, origin: _Origin) -> Iterator[Claim]:
-    """What ``table [B or 1, n, P]`` may be, by the positions and the frequencies of its ``origin``."""
+    """Guesses at ``table [B or 1, n, P]``, from the positions and the frequencies of its ``origin``."""
     module, positions = origin.module, origin.positions
     if module is None or positions is None or positions.ndim not in (2, 3) or positions.shape[-1] != table.shape[1]:
         return

@@ -40,7 +40,7 @@ class PrefixStore:
     ones go once all together exceed ``max_bytes``.
 
     Args:
-        folder: made if it is not there, for the user alone: snapshots tell what was in the prompts.
+        folder: made if it is not there, for the user alone: snapshots reveal the prompts.
         max_bytes: what all snapshots may take; one more while it is written.
 
     Raises:
@@ -68,14 +68,14 @@ class PrefixStore:
     ) -> SpectralCache:
         """A cache of all of ``input_ids [1, n]`` but the last token, from which ``generate`` then starts.
 
-        The longest beginning that is stored is loaded, the rest is fed to the model, and what was new is stored. So
-        give it what prompts have in common, such as a document, and generate from that and a question::
+        The longest stored prefix is loaded, the rest is fed to the model, and the whole is stored. So pass what prompts
+        have in common, such as a document, and generate from that and a question::
 
             cache = store.prefill(model, document_ids)
             model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)
 
-        A snapshot that is broken is deleted, and one that cannot be read or written is not: all is logged, and nothing
-        but time is lost.
+        A broken snapshot is deleted; one that cannot be read or written is left alone. Both are logged, and cost only
+        time.
 
         Args:
             model: as for ``SpectralCache``, which has ``preset`` and ``config`` too.
@@ -154,7 +154,7 @@ class PrefixStore:
         try:
             # One writes at a time, so that together they stay within the limit.
             with FileLock(self.folder / _LOCK, timeout=_LOCK_SECONDS):
-                for left in self.folder.glob(f".{_PREFIX}*"):  # by a process that was killed, as nobody writes now
+                for left in self.folder.glob(f".{_PREFIX}*"):  # left by a killed process
                     left.unlink(missing_ok=True)
                 cache.save(path, input_ids)
                 self._evict(path)
@@ -163,7 +163,7 @@ class PrefixStore:
             logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, str(error))
 
     def _evict(self, newest: Path) -> None:
-        """Delete what was used least recently until all is within the limit; ``newest`` alone where it exceeds it."""
+        """Delete the least recently used snapshots until the rest fits the limit; ``newest`` only, if it exceeds it."""
         sizes = {path: path.stat() for path in self.folder.iterdir() if _NAME.fullmatch(path.name)}
         if sizes[newest].st_size > self.max_bytes:
             logger.warning("a snapshot of %d bytes exceeds max_bytes and was not stored", sizes[newest].st_size)

@@ -118,7 +118,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     _register()
     text_config = model.config.get_text_config(decoder=True)
     if not can_set_attention(type(model)):
-        _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
+        _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, unknown to transformers
         return
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})

@@ -40,8 +40,8 @@ def _field(layer: Any, name: str, value: Any) -> Field:
     if isinstance(value, dict) and all(type(key) is int for key in value):
         return {"numbered": {str(key): _field(layer, name, item) for key, item in value.items()}}
     raise SpectralError(
-        f"this cache cannot be saved: its {type(layer).__name__} keeps {name!r} as {type(value).__name__}, of which "
-        "there is no stored form"
+        f"this cache cannot be saved: its {type(layer).__name__} keeps {name!r} as {type(value).__name__}, which "
+        "has no stored form"
     )
 
 

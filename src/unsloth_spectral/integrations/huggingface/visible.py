@@ -18,8 +18,8 @@ _HIDDEN = -1000.0
 class Visible:
     """Attributes:
     first: ``[B]`` int64 on the CPU, the first token of each row that any query sees, ``NEVER`` where none is seen.
-    asking: ``[B, Q]`` bool on the CPU, the queries that see something and whose own token is seen: others are those of
-        padding, whose answers nobody reads; None where all are such.
+    asking: ``[B, Q]`` bool on the CPU, the queries that see a token and whose own token is seen; others are padding.
+        None where all are such queries.
     """
 
     first: Tensor
