@@ -3,9 +3,12 @@
 import logging
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 
+import unsloth_spectral
 from unsloth_spectral.log import warn_once
 
 EVENT = "import logging, unsloth_spectral; {}logging.getLogger('unsloth_spectral').warning('an event')"
@@ -27,3 +30,25 @@ def test_a_warning_is_given_once(caplog: pytest.LogCaptureFixture) -> None:
             warn_once("%d tokens", number)
     assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG"]
     assert caplog.messages == ["0 tokens", "1 tokens", "2 tokens"]
+
+
+class Subject:
+    """Anything that a weak reference can be made to."""
+
+
+def test_a_warning_about_an_object_is_given_once_for_each(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Subject(), Subject()
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        for subject in (first, second, first, None, None):
+            warn_once("%s", "text", about=subject)
+    assert len(caplog.records) == 3
+    remembered = weakref.ref(first)
+    del first, subject
+    assert remembered() is None, "the memory of a warning keeps nothing alive"
+
+
+def test_the_library_has_one_logger() -> None:
+    """The command line alone asks for it by name, to add a handler."""
+    source = Path(unsloth_spectral.__file__).parent
+    asking = {str(path.relative_to(source)) for path in source.rglob("*.py") if "getLogger" in path.read_text()}
+    assert asking <= {"log.py", "cli/app.py"}

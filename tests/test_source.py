@@ -113,3 +113,36 @@ def test_the_checks_themselves_see_breaches() -> None:
     )
     assert names_itself(ast.parse(nested)) == ["line 2: plain"]
     assert not names_itself(ast.parse("def plain(field):\n    return [plain(x) for x in field]"))
+
+
+# Names that belong to torch, to a protocol, or to the objects of this library.
+NOT_OF_TRANSFORMERS = {"_C", "_DisableTorchDispatch", "_orig_mod", "_version", "_data", "_scale", "_shift"}
+
+
+def private_names_of_others(tree: ast.AST) -> set[str]:
+    """Attributes with a leading underscore that ``tree`` uses and does not define."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")}
+    own |= {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    return private - own - NOT_OF_TRANSFORMERS
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SOURCE / "integrations").rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE))
+)
+def test_private_names_of_transformers_are_used_in_one_file(path: Path) -> None:
+    if path.name != "private_api.py":
+        assert private_names_of_others(parsed(path)) == set()
+
+
+def test_the_check_for_private_names_sees_breaches() -> None:
+    assert private_names_of_others(ast.parse("model._can_set_attn_implementation()")) == {
+        "_can_set_attn_implementation"
+    }
+    assert private_names_of_others(ast.parse("def _f(): ...\nself._x = 1\nother._x\nself._f()")) == set()

@@ -4,6 +4,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unsloth_spectral.log import logger as _logger
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -12,8 +14,8 @@ if TYPE_CHECKING:
     from unsloth_spectral.integrations.scope import spectral
     from unsloth_spectral.integrations.unsloth import patch_unsloth_attention, unpatch_unsloth_attention
 
-# Quiet until the application gives the logger a handler.
-logging.getLogger(__name__).addHandler(logging.NullHandler())
+# Nothing is printed until the application gives the logger a handler.
+_logger.addHandler(logging.NullHandler())
 
 __all__ = [
     "PrefixStore",

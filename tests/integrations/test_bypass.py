@@ -157,7 +157,7 @@ def test_the_message_says_what_bypassed_the_cache_and_what_to_do(model: PreTrain
         generate(model)
     message = str(caught.value)
     assert message.startswith("LlamaForCausalLM: test_bypass.unplugged.<locals>.elsewhere took a step after 0 tokens")
-    assert "hand the cache" in message
+    assert "pass the cache" in message
     assert "Unsloth 20" not in message
     assert "\n" not in message
     model.for_training = model.train  # as Unsloth's have

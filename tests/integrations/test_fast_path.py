@@ -1,12 +1,14 @@
 """Leaving a fast path and noticing a bypass, on models dressed as Unsloth's; the real ones are in real_unsloth."""
 
 import importlib
+import pickle
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,10 @@ from unsloth_spectral import (
     unpatch_unsloth_attention,
 )
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.fast_path import TransformersMethod
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
+from unsloth_spectral.integrations.huggingface.methods import Method
 from unsloth_spectral.integrations.huggingface.switch import ATTENTION_NAME
 
 IDS = torch.randint(3, 128, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -133,7 +137,7 @@ def test_a_step_past_the_cache_is_an_error(model: LlamaForCausalLM) -> None:
 
     model.forward = third_step_past_it
     patch_unsloth_attention(model, **OPTIONS)
-    with pytest.raises(CacheBypassedError, match=r"third_step_past_it.*after 61 tokens.*hand the cache"):
+    with pytest.raises(CacheBypassedError, match=r"third_step_past_it.*after 61 tokens.*pass the cache"):
         generate(model)
     assert len(steps) == 3
 
@@ -197,6 +201,46 @@ def test_a_copy_by_unsloths_compiler_is_attended_to_directly(copied: LlamaForCau
     assert copied.model.layers[0].self_attn.forward == forward
     unpatch_unsloth_attention(copied)
     assert torch.equal(generate(copied).sequences, before.sequences)
+
+
+def test_what_replaces_unsloths_methods_can_be_pickled_and_is_given_back(copied: LlamaForCausalLM) -> None:
+    attention = copied.model.layers[0].self_attn
+    theirs: Any = MethodType(type(attention).forward, attention)
+    attention.forward = theirs
+    SpectralCache(copied)
+    SpectralCache(copied)
+    assert isinstance(attention.forward, TransformersMethod)
+    assert attention.forward.__wrapped__.__module__ == "transformers.models.llama.modeling_llama_pristine"
+    expected = generate(copied).sequences
+    for twin in (pickle.loads(pickle.dumps(copied)), deepcopy(copied)):
+        other = twin.model.layers[0].self_attn
+        assert isinstance(other.forward, TransformersMethod)
+        assert other.forward.__wrapped__.__self__ is other
+        assert torch.equal(generate(twin).sequences, expected)
+        unpatch_unsloth_attention(twin)
+        assert "forward" not in vars(twin.model.layers[1].self_attn)
+    unpatch_unsloth_attention(copied)
+    assert attention.forward is theirs
+    assert "forward" not in vars(copied.model.layers[1].self_attn)
+
+
+def test_a_method_replaced_while_the_model_is_switched_is_left_beneath(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Unsloth is imported after a cache was made."""
+    cache = SpectralCache(model)
+
+    def unsloths(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("Unsloth's method is called")
+
+    unsloths.__module__ = "unsloth.models.llama"
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "prepare_inputs_for_generation", unsloths)
+    SpectralCache(model)
+    assert type(model.prepare_inputs_for_generation) is Method
+    assert isinstance(model.prepare_inputs_for_generation.previous, TransformersMethod)
+    assert cache_of(generate(model, **cache_argument(cache))) is cache
+    unpatch_unsloth_attention(model)
+    assert "prepare_inputs_for_generation" not in vars(model)
 
 
 def test_calls_that_use_no_spectral_cache_are_left_alone(model: LlamaForCausalLM) -> None:

@@ -15,9 +15,9 @@ from transformers.models.llama import modeling_llama
 from unsloth_spectral import SpectralCache, patch_unsloth_attention, unpatch_unsloth_attention
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import SpectralError
-from unsloth_spectral.integrations.huggingface import support
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.layers import MaterialisingCacheLayer, SpectralCacheLayer
 
 MEND = r"cache = SpectralCache\(model\)$"
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -52,7 +52,7 @@ def test_a_cache_made_for_another_model_that_was_never_switched() -> None:
     spectral = SpectralCache(build("Llama"), config=LOSSLESS)
     with pytest.raises(SpectralError, match=MEND) as caught:
         build("Qwen2")(token_ids(), **cache_argument(spectral))
-    assert "Qwen2Attention attends with 'sdpa'" in str(caught.value)
+    assert "another model than the cache's LlamaForCausalLM" in str(caught.value)
     assert "for this very model" in str(caught.value)
 
 
@@ -92,7 +92,6 @@ def repeats_keys(module: torch.nn.Module, hidden_states: torch.Tensor, **kwargs:
 @pytest.fixture
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama's attention computes with its keys, and the library does not know."""
-    monkeypatch.setattr(support, "_READ_THEIR_KEYS", set(support._READ_THEIR_KEYS))
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", repeats_keys)
 
 
@@ -120,6 +119,54 @@ def test_a_patched_unlisted_model_works_the_second_time() -> None:
     with pytest.raises(SpectralError, match="from now on"):
         model.generate(token_ids(), **GREEDY)
     assert torch.equal(model.generate(token_ids(), **GREEDY), expected)
+
+
+@pytest.mark.usefixtures("unlisted")
+@torch.no_grad()
+def test_the_model_that_computes_with_its_keys_is_marked_and_no_other() -> None:
+    model, bystander = build("Llama"), build("Llama")
+    spectral, spared = (SpectralCache(one, config=LOSSLESS) for one in (model, bystander))
+    with pytest.raises(SpectralError, match="from now on"):
+        model(token_ids(), **cache_argument(spectral))
+    twin = copy.deepcopy(model)
+    for one, kind in (
+        (model, MaterialisingCacheLayer),
+        (twin, MaterialisingCacheLayer),
+        (bystander, SpectralCacheLayer),
+    ):
+        assert {type(layer) for layer in SpectralCache(one, config=LOSSLESS).layers} == {kind}
+    # The cache of one model in the hands of another marks neither.
+    with pytest.raises(SpectralError, match=f"LlamaAttention is a module of another model.*{MEND}"):
+        bystander(token_ids(), **cache_argument(SpectralCache(build("Llama"), config=LOSSLESS)))
+    assert {type(layer) for layer in SpectralCache(bystander, config=LOSSLESS).layers} == {SpectralCacheLayer}
+    with pytest.raises(SpectralError, match="from now on"):
+        bystander(token_ids(), **cache_argument(spared))
+
+
+@torch.no_grad()
+def test_a_look_at_what_an_interrupted_pass_left_marks_no_model() -> None:
+    model = build("Llama")
+    cache = SpectralCache(model, config=LOSSLESS)
+    model(token_ids(), **cache_argument(cache))
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(token_ids(length=1), **cache_argument(cache))
+    hook.remove()
+    assert cache.layers[1].call is not None, "the test interrupts too early or too late"
+    for layer in (cache.layers[1], copy.deepcopy(cache).layers[1]):
+        with pytest.raises(SpectralError, match=r"cache\.stats"):
+            _ = layer.keys.shape
+    assert copy.deepcopy(cache).layers[1].call is cache.layers[1].call, "a copy of a cache copies no module"
+    assert {type(layer) for layer in SpectralCache(model, config=LOSSLESS).layers} == {SpectralCacheLayer}
+
+
+@torch.no_grad()
+def test_a_cache_used_after_unpatching() -> None:
+    model = build("Llama")
+    cache = SpectralCache(model, config=LOSSLESS)
+    unpatch_unsloth_attention(model)
+    with pytest.raises(SpectralError, match=f"after unpatching.*{MEND}"):
+        model(token_ids(), **cache_argument(cache))
 
 
 TENSOR = torch.zeros(1, 2, 3, 4)

@@ -9,7 +9,11 @@ import torch
 from families.models import HEAD_DIM, build
 from transformers import DynamicCache, PreTrainedModel
 
+from unsloth_spectral import SpectralCache, SpectralConfig
+from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
+from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.switch import CACHES, hold, release
 from unsloth_spectral.rope import Rotation, unrotate
@@ -37,7 +41,7 @@ def attention_of(model: PreTrainedModel) -> list[Any]:
 
 
 class Reader:
-    """Notes, inside every attention module's forward pass and before it attends, its rotation and its keys."""
+    """Reads, from every call of an attention module, its rotation and its keys before rotation."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.rotations: dict[int, Rotation | None] = {}
@@ -48,15 +52,20 @@ class Reader:
             index = getattr(module, "layer_idx", None)
             projection = getattr(module, "k_proj", getattr(module, "query_key_value", None))
             if isinstance(index, int) and projection is not None:
-                self._hooks.append(projection.register_forward_hook(self._note(index, module)))
+                self._hooks.append(module.register_forward_pre_hook(self._read_call, with_kwargs=True))
+                self._hooks.append(projection.register_forward_hook(self._read_keys(index)))
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _note(self, index: int, module: Any) -> Callable[..., None]:
+    def _read_call(self, module: Any, _: Any, kwargs: dict[str, Any]) -> None:
+        call = AttentionCall(module, kwargs.get("position_embeddings"))
+        self.rotations[module.layer_idx] = rotation_of(call, HEAD_DIM)
+
+    def _read_keys(self, index: int) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-            self.keys[index], self.rotations[index] = output, rotation_of(module, HEAD_DIM)
+            self.keys[index] = output
 
         return hook
 
@@ -152,39 +161,86 @@ def test_layers_share_one_rotation() -> None:
     assert reader.rotations[0] is not None
 
 
+def spectral_cache(model: PreTrainedModel) -> SpectralCache:
+    return SpectralCache(model, config=SpectralConfig(preset="balanced", block_size=128))
+
+
+def rotations(cache: SpectralCache) -> list[list[Rotation | None]]:
+    """Of the sealed blocks, per layer."""
+    blocks = [[b for b in layer.spectral.blocks if isinstance(b, SpectralBlock)] for layer in cache.layers]
+    assert all(blocks)
+    return [[block.keys.rotation for block in layer] for layer in blocks]
+
+
 @torch.no_grad()
 def test_none_without_rotary_embeddings() -> None:
     model = build("GPT-2")
-    found, hooks = [], []
-    hold(model)
-    for module in attention_of(model):
-        hooks.append(module.register_forward_hook(lambda module, _, __: found.append(rotation_of(module, HEAD_DIM))))
-    # A model with them, asked before in the same thread, leaves nothing behind.
+    cache = spectral_cache(model)
+    # A model with them, run before in the same thread, leaves nothing behind.
     other = build("Llama")
-    reader = Reader(other)
-    other(ids(), use_cache=False)
-    assert reader.rotations[0] is not None
-    model(ids(), use_cache=False)
-    assert found == [None, None]
+    other(ids(), **cache_argument(spectral_cache(other)))
+    model(ids(length=300), **cache_argument(cache))
+    assert {rotation for layer in rotations(cache) for rotation in layer} == {None}
+    assert rotation_of(AttentionCall(attention_of(model)[0], None), HEAD_DIM) is None
+    assert rotation_of(None, HEAD_DIM) is None
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-NeoX", "Gemma 2", "Gemma 4, shared keys"])
+@torch.no_grad()
+def test_positions_reach_the_layer_of_their_cache_and_leave_with_the_pass(family: str) -> None:
+    """GPT-NeoX passes its cache under a name of its own, and Gemma 4's last layers read the keys of others."""
+    model = build(family)
+    cache, other = spectral_cache(model), spectral_cache(model)
+    model(ids(length=300), **cache_argument(cache))
+    # A pass without a cache and one with another leave this one alone.
+    model(ids(length=7), use_cache=False)
+    model(ids(length=7), **cache_argument(DynamicCache(config=model.config)))
+    model(ids(length=7), **cache_argument(other))
+    for layer in (*cache.layers, *other.layers):
+        if isinstance(layer, SpectralCacheLayer):
+            assert layer.call is None
+            blocks = [block for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
+            assert bool(blocks) == (layer in cache.layers)
+            # Gemma 4's function takes queries or keys alone, and cannot be read.
+            for block in blocks if "Gemma 4" not in family else ():
+                assert block.keys.rotation is not None
+                assert block.keys.rotation.is_even, "positions are known, so that they take a few numbers"
+    release(model, CACHES)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @torch.no_grad()
-def test_none_outside_a_forward_pass_of_the_module_and_without_hooks() -> None:
+def test_tables_made_elsewhere_are_read_but_their_positions_are_unknown() -> None:
+    """Such as a copy on another device."""
     model = build("Llama")
-    first, second = attention_of(model)
     reader = Reader(model)
-    model(ids(), use_cache=False)
-    assert rotation_of(first, HEAD_DIM) is None, "the last pass was the second layer's"
-    assert rotation_of(build("Llama").model.layers[1].self_attn, HEAD_DIM) is None
-    reader.close()
-    release(model, CACHES)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    found: list[Any] = []
-    second.register_forward_pre_hook(lambda module, _: found.append(rotation_of(module, HEAD_DIM)))
-    fresh = threading.Thread(target=lambda: model(ids(length=5), use_cache=False))
-    fresh.start()
-    fresh.join()
-    assert found == [None]
+    for module in attention_of(model):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: (
+                args,
+                kwargs | {"position_embeddings": tuple(table.clone() for table in kwargs["position_embeddings"])},
+            ),
+            with_kwargs=True,
+            prepend=True,
+        )
+    positions = torch.tensor([[*range(40), *range(40)]])
+    model(ids(), position_ids=positions, use_cache=False)
+    first, second = reader.rotations[0], reader.rotations[1]
+    assert first is not None
+    assert second is not None
+    assert first.step is None
+    assert torch.equal(first.table(), second.table())
+
+
+@torch.no_grad()
+def test_a_compiled_model_knows_its_positions_too() -> None:
+    model = build("Llama")
+    cache = spectral_cache(model)
+    torch.compile(model, backend="eager")(ids(length=300), **cache_argument(cache))
+    layers = rotations(cache)
+    assert all(rotation is not None and rotation.is_even for layer in layers for rotation in layer)
+    assert layers[0][0].step is layers[1][0].step  # type: ignore[union-attr]
+    torch.compiler.reset()
 
 
 @torch.no_grad()
@@ -214,3 +270,37 @@ def test_two_threads_do_not_mix(assert_close: Callable[..., None]) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+@torch.no_grad()
+def test_two_threads_with_one_model_and_a_cache_each_do_not_mix() -> None:
+    model = build("Llama")
+    starts, caches = (0, 1000), [spectral_cache(model) for _ in range(2)]
+    barrier, errors = threading.Barrier(2), []
+
+    def wait(*_: Any) -> None:
+        barrier.wait(20)
+
+    # Between the tables and the call, and between the call and the cache, each waits for the other.
+    for module in (model.model.rotary_emb, *(module.k_proj for module in attention_of(model))):
+        module.register_forward_hook(wait)
+
+    def work(start: int, cache: SpectralCache) -> None:
+        try:
+            with torch.no_grad():
+                model(ids(length=300), position_ids=torch.arange(start, start + 300)[None], **cache_argument(cache))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(starts, caches, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for start, cache in zip(starts, caches, strict=True):
+        for layer in rotations(cache):
+            assert layer[0] is not None
+            first = layer[0].places.numbers(layer[0].offset, layer[0].offset + 1)
+            assert int(first) == start + 4, "behind the first four tokens, kept exact"

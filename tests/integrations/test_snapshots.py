@@ -391,7 +391,7 @@ def test_what_has_no_stored_form_is_refused(tmp_path: Path) -> None:
     feed(model, token_ids(), cache)
     windowed = next(layer for layer in cache.layers if not isinstance(layer, SpectralCacheLayer))
     windowed.extra = DynamicCache()
-    message = f"its {type(windowed).__name__} keeps 'extra' as DynamicCache, of which there is no stored form"
+    message = f"its {type(windowed).__name__} keeps 'extra' as DynamicCache, which has no stored form"
     with pytest.raises(SpectralError, match=message):
         cache.save(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []

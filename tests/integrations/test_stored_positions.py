@@ -185,7 +185,7 @@ def test_what_layers_share_they_share_after_all_that_a_cache_can_do(tmp_path: Pa
 def test_models_whose_positions_are_unknown_share_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     from unsloth_spectral.integrations.huggingface import rotary
 
-    monkeypatch.setattr(rotary, "_claims", lambda _: iter(()))
+    monkeypatch.setattr(rotary, "_claims", lambda *_: iter(()))
     position_ids = torch.cat([torch.arange(400), torch.arange(300)])[None]
     model = build("Llama")
     cache = filled(model, SpectralConfig(), {"input_ids": token_ids(1, 700), "position_ids": position_ids})

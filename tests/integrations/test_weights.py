@@ -271,12 +271,12 @@ def test_weights_that_cannot_be_read_cost_one_warning(
         assert generated(model, cache).shape == (1, 304)
     assert cache.stats().layers[0].sealed_tokens == 256
     assert caplog.messages == [
-        "LlamaForCausalLM cannot be known again, so it has no profile: it has weights of Opaque, whose data cannot be "
+        "LlamaForCausalLM cannot be recognised, so it has no profile: it has weights of Opaque, whose data cannot be "
         "read (RuntimeError), load it in another format"
     ]
     with pytest.raises(UnsupportedModelError, match="has no profile"):
         profile_path(model)
-    message = "LlamaForCausalLM cannot be known again, so nothing can be saved for it: it has weights of Opaque"
+    message = "LlamaForCausalLM cannot be recognised, so nothing can be saved for it: it has weights of Opaque"
     for attempt in (
         lambda: cache.save(tmp_path / "a.safetensors"),
         lambda: PrefixStore(tmp_path / "store").prefill(model, token_ids(), config=CONFIG),

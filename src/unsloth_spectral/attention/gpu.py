@@ -1,6 +1,5 @@
 """Decoding on a GPU: Triton kernels over the blocks as they are stored."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from unsloth_spectral.codec.spectral import keys, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths
 from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS, places_in_quads
+from unsloth_spectral.log import logger
 
 _NAME = "triton kernel"
 _MOST_DIMS = 256
@@ -26,7 +26,6 @@ _PIECE, _WARPS = 32, 2
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _EXACT_TOKENS = 256  # of a split
 
-_logger = logging.getLogger(__name__)
 # Devices on which the kernels have failed, and why.
 _failed: dict[torch.device, str] = {}
 
@@ -35,7 +34,7 @@ def give_up(device: torch.device, error: Exception) -> None:
     """Leave ``device`` to other paths from now on, and say so once."""
     if device not in _failed:
         _failed[device] = f"{type(error).__name__}: {error}"
-        _logger.warning(
+        logger.warning(
             "The Triton kernels of unsloth-spectral do not run on %s (%s). Decoding goes on in torch, which is slower "
             "and as right; please report this with the name of your GPU.",
             device,

@@ -61,6 +61,11 @@ class SpectralLayer:
         return self._tiers.sinks is not None or bool(self._tiers.cold)
 
     @property
+    def batch_size(self) -> int:
+        """Rows held; 0 where the layer is empty."""
+        return 0 if self._tiers.residual is None else self._tiers.residual.block.keys.shape[0]
+
+    @property
     def num_tokens(self) -> int:
         return 0 if self._tiers.residual is None else self._tiers.num_before_residual + self._tiers.residual.num_tokens
 

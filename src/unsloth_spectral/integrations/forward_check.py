@@ -14,6 +14,7 @@ from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
 from unsloth_spectral.integrations.huggingface.owners import Owner, innermost
+from unsloth_spectral.integrations.huggingface.private_api import PREPARE_CACHE
 from unsloth_spectral.log import warn_once
 
 SUPPORTED = "Unsloth 2026.10.8, 2026.10.9 and newer ones of that build"
@@ -34,30 +35,28 @@ class Call(Owner):
 
 
 def expect(model: PreTrainedModel, cache: Cache | None) -> None:
-    """The call of ``generate`` that this context is in uses ``cache``; None where it uses another kind or none."""
+    """Note that the call of ``generate`` in this context uses ``cache``; None for another kind of cache or no cache."""
     call = innermost(model, Call)
     if call is not None:
         call.is_prepared, call.cache = True, cache
 
 
-def check_reached(call: Call, model: PreTrainedModel, method: Callable[..., Any]) -> None:
-    """Raise unless ``method``, which generated in ``call``, asked for a cache and gave it something.
+def check_cache_was_used(call: Call, model: PreTrainedModel, method: Callable[..., Any]) -> None:
+    """Check that ``method``, which generated in ``call``, asked for a cache and gave it tokens.
 
     Raises:
-        CacheBypassedError: it did not; the message names it, and says what to do.
+        CacheBypassedError: it did not; the message names the method and the fix.
     """
     if not call.is_prepared:
-        raise CacheBypassedError(
-            _explain(model, method, "made no cache by transformers' _prepare_cache_for_generation")
-        )
+        raise CacheBypassedError(_explain(model, method, f"made no cache by transformers' {PREPARE_CACHE}"))
     if call.cache is not None and call.cache.get_seq_length() == 0:
         raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 
 
-# Not for the compiler: it would compile the model anew for every length.
+# Kept from the compiler, which would compile the model anew for every length.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def before_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, with keyword arguments, of a model: a spectral cache is told that a pass begins."""
+    """A forward pre-hook, with keyword arguments, of a model: tells a spectral cache that a pass begins."""
     begin_pass = getattr(cache_in(kwargs), "begin_pass", None)
     if begin_pass is not None:
         begin_pass(model)
@@ -67,33 +66,33 @@ def before_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any]) -> None:
 def after_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any], __: Any) -> None:
     """A forward hook, with keyword arguments, of a model.
 
-    A pass with another cache or none is no step of a generation that has a spectral one: guidance, logits processors
-    and stopping criteria run the model too.
+    A pass with another cache or none is not checked: guidance, logits processors and stopping criteria run the model
+    without the spectral cache of the generation.
 
     Raises:
-        CacheBypassedError: in a call of ``generate``, if its cache received nothing; elsewhere it warns once.
+        CacheBypassedError: in a call of ``generate``, if its cache received no token; elsewhere it warns once.
     """
     cache = cache_in(kwargs)
     if getattr(cache, "received_nothing", False):
         bypassed(model, model.forward, cache, f"took a step after {cache.get_seq_length()} tokens past")
 
 
-def bypassed(model: PreTrainedModel, method: Callable[..., Any], cache: Any, deed: str) -> None:
-    """Raise in the call of ``generate`` that ``cache`` is of, and warn once of a cache that the caller brought."""
+def bypassed(model: PreTrainedModel, method: Callable[..., Any], cache: Any, action: str) -> None:
+    """Raise in the call of ``generate`` that made ``cache``; warn once about a cache that the caller made."""
     call = innermost(model, Call)
     if call is not None and call.cache is cache:
-        raise CacheBypassedError(_explain(model, method, f"{deed} its spectral cache"))
+        raise CacheBypassedError(_explain(model, method, f"{action} its spectral cache"))
     warn_once(_explain(model, method, "gave the spectral cache that it was called with no token").replace("%", "%%"))
 
 
-def _explain(model: PreTrainedModel, method: Callable[..., Any], deed: str) -> str:
+def _explain(model: PreTrainedModel, method: Callable[..., Any], action: str) -> str:
     function: Any = inspect.unwrap(getattr(method, "__func__", method))
     path = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(method).__name__)}"
-    return f"{type(model).__name__}: {path} {deed}; {_remedy(model, path)}"
+    return f"{type(model).__name__}: {path} {action}; {_remedy(model, path)}"
 
 
 def _remedy(model: PreTrainedModel, path: str) -> str:
-    """What keeps tokens out of a cache in ``model``, whose function ``path`` did, and what to do about it."""
+    """Why the function named ``path`` may have kept tokens out of ``model``'s cache, and the fix."""
     unpatch = "or call unpatch_unsloth_attention(model)"
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return (
@@ -101,7 +100,7 @@ def _remedy(model: PreTrainedModel, path: str) -> str:
         )
     if path.startswith("unsloth") or hasattr(model, "for_training"):
         return f"supported are {SUPPORTED}{_installed()}: install one of them, {unpatch}"
-    return f"that function has to hand the cache it is given on to transformers' own code: let it, {unpatch}"
+    return f"that function must pass the cache it is given on to transformers' own code: change it, {unpatch}"
 
 
 def _installed() -> str:

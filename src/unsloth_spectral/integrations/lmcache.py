@@ -53,7 +53,7 @@ class SpectralSerializer(Serializer):  # type: ignore[misc]
 
 
 class SpectralDeserializer(Deserializer):  # type: ignore[misc]
-    """Records to chunks. What it raises LMCache takes as a miss: the engine computes the tokens anew."""
+    """Records to chunks. LMCache treats an exception as a miss: the engine computes the tokens again."""
 
     def __init__(self, records: EngineRecords) -> None:
         self._records = records
@@ -64,7 +64,7 @@ class SpectralDeserializer(Deserializer):  # type: ignore[misc]
 
 
 class SpectralSerde(AsyncSerdeProcessor):  # type: ignore[misc]
-    """Both, in threads. While it is open, the status of the adapters has its count of chunks stored raw."""
+    """Serializer and deserializer, in threads. While open, it adds its count of raw chunks to the adapters' status."""
 
     def __init__(self, records: EngineRecords, max_workers: int) -> None:
         super().__init__(SpectralSerializer(records), SpectralDeserializer(records), max_workers=max_workers)
@@ -80,7 +80,7 @@ class SpectralSerde(AsyncSerdeProcessor):  # type: ignore[misc]
 
 
 class SpectralL2Adapter(L2AdapterInterface):  # type: ignore[misc]
-    """Any adapter of LMCache's own, by its own parameters: there so that LMCache imports this module.
+    """Any adapter of LMCache's own, with that adapter's parameters. It exists so that LMCache imports this module.
 
     Its status, which ``lmcache server`` answers with under ``/status``, has the spectral serdes' ``stats`` too.
     """

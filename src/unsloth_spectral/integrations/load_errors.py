@@ -1,4 +1,4 @@
-"""Why a model could not be loaded, said in one line with the fix, from whatever the libraries raise."""
+"""One line, with the fix, for any error that loading a model raises in the libraries beneath."""
 
 import os
 
@@ -43,7 +43,7 @@ _REASONS_BY_TEXT = (
 
 
 def explain(error: BaseException) -> str:
-    """The reason for ``error`` and the fix, in a few words: by the types behind it, else by the library's wording."""
+    """The reason for ``error`` and the fix: by the types of it and its causes, else by the wording of its message."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -59,7 +59,7 @@ def explain(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of the error's own words, at most 160 characters of it; of the system's errors what and where."""
+    """The first line of the error's message, at most 160 characters; for an error of the system its reason and file."""
     if isinstance(error, OSError) and error.strerror:
         return (
             error.strerror if error.filename is None else f"{error.strerror} ({os.path.basename(str(error.filename))})"

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers: the only place that does. Without a name, the embedded model is loaded."""
+"""Loading models and tokenizers, in this file only. Without a name, the embedded model is loaded."""
 
 import os
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from unsloth_spectral.integrations.embedded import (
     read_gguf,
 )
 from unsloth_spectral.integrations.load_errors import NO_TOKENIZER, NOT_CAUSAL, PICKLED, explain, one_line
-from unsloth_spectral.integrations.silence import quiet
+from unsloth_spectral.integrations.silence import silenced
 
 __all__ = ["EMBEDDED_NAME", "EMBEDDED_PACKAGE", "LoadedModel", "load_model"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and the name it was asked by."""
+    """A model in evaluation mode, its tokenizer, and the name it was loaded by."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -99,9 +99,9 @@ def _device_of(device: str | None) -> torch.device:
 def _dtype_of(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype | str:
     if dtype is None:
         return "auto" if place.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if chosen == "auto" or (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        return chosen
     raise InvalidArgumentError(f"dtype must be a floating point type of torch or 'auto', got {dtype!r}")
 
 
@@ -118,7 +118,7 @@ def _is_path(name: str) -> bool:
 
 
 def _check_folder(title: str, path: str) -> None:
-    """Raise LoadError for what transformers would only report at length, or after asking the hub."""
+    """Raise LoadError for mistakes that transformers reports at length, or only after asking the hub."""
     if not os.path.exists(path):
         reason = "no such folder; check the path"
     elif not os.path.isdir(path):
@@ -143,7 +143,7 @@ def _load(source: str, title: str, place: torch.device, *, local: bool, options:
     # trust_remote_code=False, not its default None: with None a checkpoint with own code asks on the terminal.
     shared: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
-        with quiet():
+        with silenced():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, use_safetensors=True, output_loading_info=True, **options, **shared
             )
@@ -158,7 +158,7 @@ def _load(source: str, title: str, place: torch.device, *, local: bool, options:
 
 
 def _check_loaded(title: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: set[str]) -> None:
-    """Raise LoadError for what transformers only warns of, or accepts in silence."""
+    """Raise LoadError for flaws that transformers only warns of, or silently accepts."""
     names = model.config.architectures or []
     # Encoders load as causal models too, but attend in both directions. GPT-NeoX is causal and yet no `is_decoder`.
     if getattr(model.config, "is_decoder", None) is False and not any(name.endswith("ForCausalLM") for name in names):

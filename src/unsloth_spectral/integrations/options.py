@@ -1,4 +1,4 @@
-"""The options of a cache, however they are given."""
+"""The options of a cache, from a ``SpectralConfig`` or from single options."""
 
 from typing import Any
 
@@ -22,5 +22,5 @@ def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
             f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...)"
         )
     if given:
-        raise InvalidArgumentError(f"{', '.join(given)} and config both say how to compress: give one of them")
+        raise InvalidArgumentError(f"{', '.join(given)} and config both set how to compress: give only one of them")
     return config

@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import CacheBypassedError
-from unsloth_spectral.integrations.forward_check import Call, check_reached, expect
+from unsloth_spectral.integrations.forward_check import Call, check_cache_was_used, expect
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
-from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, entered, innermost, lock
+from unsloth_spectral.integrations.huggingface.private_api import PREPARE_CACHE
 from unsloth_spectral.integrations.huggingface.support import check_model
 from unsloth_spectral.integrations.huggingface.switch import CACHES, PATCH, hold, release
 from unsloth_spectral.log import warn_once
@@ -24,24 +25,24 @@ _STATE = "_unsloth_spectral_patch"
 
 @dataclass
 class _Patch:
-    """What has a model's ``generate`` replaced.
+    """The reasons why a model's ``generate`` is replaced.
 
     Attributes:
-        methods: the methods the instance had of its own.
+        methods: the methods put on the model.
         config: the options of the last patch; None where there are scopes and calls alone.
         owners: scopes and calls that have not ended, of all threads.
     """
 
-    methods: dict[str, Any]
+    methods: dict[str, Method] = field(default_factory=dict)
     config: CodecConfig | None = None
     owners: list[Owner] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no scope that would end: it is patched as the scope has it.
+        # No scope of a copy will end: the copy is patched with the options of the innermost scope.
         return {**vars(self), "config": self.newest(), "owners": []}
 
     def newest(self) -> CodecConfig | None:
-        """The options of the scope opened last, whoever's it is, or those of the patch."""
+        """The options of the scope opened last, in any thread, or those of the patch."""
         scopes = [owner for owner in self.owners if isinstance(owner, Scope) and owner.config is not None]
         return scopes[-1].config if scopes else self.config
 
@@ -49,8 +50,8 @@ class _Patch:
 def patched(model: PreTrainedModel) -> CodecConfig | None:
     """The options of the cache that ``generate`` would make for ``model`` here; None where it would make none.
 
-    Scopes of this context come first. A thread started within a scope does not know it: so where it has none of its
-    own, the scope opened last counts, and after scopes the patch.
+    Scopes of this context come first. A thread started within a scope does not inherit it, so a thread without a scope
+    of its own follows the scope opened last, and then the patch.
     """
     patch: _Patch | None = vars(model).get(_STATE)
     if patch is None:
@@ -106,19 +107,19 @@ def scoped(model: PreTrainedModel, config: CodecConfig) -> Iterator[None]:
 
 
 def _attend(model: PreTrainedModel, owner: Owner | str) -> None:
-    # Unsloth's trains on code of its own in between: it is switched while it generates only.
+    # Unsloth's models train on Unsloth's own code between calls: they are switched only while they generate.
     if not _trains_in_between(model):
         hold(model, owner)
 
 
 def _trains_in_between(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is Unsloth's."""
+    """Whether ``model`` is Unsloth's, which trains on its own code between calls of ``generate``."""
     return hasattr(model, "for_training")
 
 
 @contextmanager
 def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
-    """Keep the methods of ``model`` replaced for ``owner``, and take back afterwards what was switched for it."""
+    """Keep the methods of ``model`` replaced for ``owner``, and undo afterwards what was switched for it."""
     with lock:
         patch = _attach(model)
         patch.owners.append(owner)
@@ -133,15 +134,15 @@ def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
 
 def _attach(model: PreTrainedModel) -> _Patch:
     if _STATE not in vars(model):
-        setattr(model, _STATE, _Patch(own_methods(model, _METHODS)))
-        replace(model, _METHODS)
+        setattr(model, _STATE, _Patch())
+        replace(model, _METHODS, vars(model)[_STATE].methods)
     patch: _Patch = vars(model)[_STATE]
     return patch
 
 
 def _detach_if_unused(model: PreTrainedModel, patch: _Patch) -> None:
     if patch.config is None and not patch.owners:
-        give_back(model, _METHODS, patch.methods)
+        give_back(patch.methods)
         delattr(model, _STATE)
 
 
@@ -153,7 +154,7 @@ def _generate(model: PreTrainedModel, original: Callable[..., Any], *args: Any, 
     with entered(call), _owned(model, call):
         hold(model, call)
         result = original(*args, **kwargs)
-    check_reached(call, model, original)
+    check_cache_was_used(call, model, original)
     return result
 
 
@@ -203,7 +204,7 @@ def _prepare_cache(
 
 
 def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool:
-    """Whether a call asks for a cache of transformers by name; said once where the model's own settings do."""
+    """Whether a call asks for a cache of transformers by name; the model's settings do not count, with one warning."""
     name = generation_config.cache_implementation
     if name is None or _trains_in_between(model):
         return False
@@ -219,7 +220,7 @@ def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool
 
 
 _METHODS: dict[str, Replacement] = {
-    "_prepare_cache_for_generation": _prepare_cache,
+    PREPARE_CACHE: _prepare_cache,
     "generate": _generate,
     "generate_batch": _generate_batch,
     # Unsloth's, which does not pass through the others.

@@ -17,9 +17,9 @@ def spectral(
 ) -> Iterator[PreTrainedModel]:
     """Within the scope every ``model.generate(...)`` gets a fresh spectral cache; afterwards the model is as before.
 
-    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. Threads and tasks may each have
-    scopes of their own on one model, with options of their own; a thread that has none follows the scope opened last.
-    A cache made in the scope is read by the model's spectral attention function, so it is not for use after it.
+    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. Threads and tasks may each open
+    scopes with their own options on one model; a thread without a scope follows the scope opened last. A cache made in
+    the scope is read by the model's spectral attention function, so it cannot be used after the scope.
 
     Args:
         model: a decoder-only transformers model that uses the AttentionInterface; the scope's value.

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence the progress bars and warnings of transformers and its hub client, and restore their state afterwards."""
     bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()

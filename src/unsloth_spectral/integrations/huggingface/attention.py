@@ -11,8 +11,9 @@ from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.handle import CompressedStates
-from unsloth_spectral.integrations.huggingface.rotary import forget, rotation_of
+from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.visible import visible_through
 
 
@@ -50,7 +51,6 @@ def attend(
         sinks=kwargs.get("s_aux"),
     )
     if not isinstance(key, CompressedStates):
-        forget()
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
     if kwargs.get("output_attentions"):
         raise SpectralError(
@@ -59,9 +59,8 @@ def attend(
         )
     layer = key.layer
     if not key.was_read:
-        _observe(module, query, attention_mask, options, layer)
+        _observe(key.call, query, attention_mask, options, layer)
         key.was_read = True
-    forget()
     query_length = query.shape[2]
     if attention_mask is None and query_length > 1 and (layer.is_sealed or query_length < layer.num_tokens):
         # Torch's SDPA takes fewer queries than keys for those of the first tokens, not of the newest.
@@ -78,7 +77,7 @@ def attend(
 
 
 def _observe(
-    module: nn.Module, query: Tensor, mask: Tensor | None, options: ScoreOptions, layer: SpectralLayer
+    call: AttentionCall | None, query: Tensor, mask: Tensor | None, options: ScoreOptions, layer: SpectralLayer
 ) -> None:
     """Let ``layer`` know the padding, positions and queries of its newest tokens."""
     padding, asking, length = None, None, query.shape[2]
@@ -89,7 +88,7 @@ def _observe(
         padding = (visible.first - (layer.num_tokens - length)).clamp(0, length)
         padding, asking = padding if bool(padding.any()) else None, visible.asking
     if layer.uses_queries:
-        rotation = rotation_of(module, query.shape[-1], padding)
+        rotation = rotation_of(call, query.shape[-1], padding)
         layer.observe(query.detach(), rotation, options.scaling, asking)
 
 

@@ -1,11 +1,10 @@
 """A transformers ``Cache`` whose full-attention layers are spectral."""
 
-import logging
 import os
 from collections.abc import Mapping
 from itertools import chain, count
 from typing import Any, SupportsIndex
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.registry import codec_of, make_codec
 from unsloth_spectral.errors import InvalidArgumentError, SpectralError
 from unsloth_spectral.fields import Field
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer, layers_of
@@ -33,9 +33,7 @@ from unsloth_spectral.integrations.huggingface.layers import (
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped, why_materialised
 from unsloth_spectral.integrations.huggingface.switch import hold
 from unsloth_spectral.integrations.options import config_of
-
-logger = logging.getLogger("unsloth_spectral")
-_told: WeakSet[PreTrainedModel] = WeakSet()
+from unsloth_spectral.log import warn_once
 
 
 class _ModelReference(ref[PreTrainedModel]):
@@ -57,9 +55,9 @@ class _ModelReference(ref[PreTrainedModel]):
 class SpectralCache(Cache):
     """A KV cache that stores old tokens as spectral factors, for ``model.generate(cache=cache)``.
 
-    Full-attention layers are spectral; sliding, chunked, linear and state layers keep their native cache. Making one
-    also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it back);
-    that function treats every other cache as before.
+    Full-attention layers are spectral; sliding, chunked, linear and state layers keep transformers' own. Making
+    a cache also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it
+    back); that function treats every other cache as before.
 
     A model that computes with its keys and values itself, outside transformers' AttentionInterface or before it
     (multi-head latent attention, DiffLlama, Falcon, BLOOM, MPT, and GPT-J before transformers 5.24), gets them rebuilt
@@ -100,16 +98,18 @@ class SpectralCache(Cache):
         numbers = count()
         reason = why_materialised(model)
         if reason is not None:
-            _tell_once(model, reason)
+            _warn_that_it_is_rebuilt(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(self.config, self.codec.layer(next(numbers))) if plan.layer_type == "full_attention" else plan.native()
+            kind(config, self.codec.layer(next(numbers)), self._model)
+            if plan.layer_type == "full_attention"
+            else plan.transformers_layer()
             for plan in plans
         ]
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
         self._crossing = [layer for layer in layers if isinstance(layer, CrossAttentionLayer)]
-        # A dummy holds no tokens: its model takes them from another layer.
+        # A dummy layer holds no tokens: its model reads those of another layer.
         self._others = [
             layer
             for layer, plan in zip(layers, plans, strict=True)
@@ -122,7 +122,7 @@ class SpectralCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Take a layer's new tokens; the first spectral layer's begin a forward pass.
+        """Take a layer's new tokens; those of the first spectral layer begin a forward pass.
 
         Raises:
             SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back; or the
@@ -141,12 +141,18 @@ class SpectralCache(Cache):
         """``model`` is about to run with this cache.
 
         Raises:
-            SpectralError: it has another number of layers: those left empty would pass for an interrupted pass.
+            SpectralError: it has another number of layers; layers left empty would look like an interrupted pass.
         """
         depth = _depth(model)
         if depth != self._depth:
             raise self._made_for_another(depth)
         self._num_before = self._shortest
+
+    def note_call(self, layer_idx: int, call: AttentionCall) -> None:
+        """The attention module of layer ``layer_idx`` is about to run with this cache."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, SpectralCacheLayer):
+            layer.call = call
 
     @property
     def received_nothing(self) -> bool:
@@ -160,9 +166,9 @@ class SpectralCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that all spectral layers hold: what an interrupted pass left in some of them does not count.
+        """Tokens that all spectral layers hold; what an interrupted pass left in some of them does not count.
 
-        A layer that attends to an image has that one's.
+        For a layer that attends to an image, the image's tokens.
         """
         num_tokens = super().get_seq_length(layer_idx)
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CrossAttentionLayer):
@@ -181,7 +187,7 @@ class SpectralCache(Cache):
         return min(layer.spectral.num_tokens for layer in self._spectral)
 
     def _take_back(self) -> None:
-        """Cut all layers to one length: a forward pass that was interrupted left its tokens in the first ones alone."""
+        """Cut all layers to one length: an interrupted forward pass left its tokens in the first layers only."""
         shortest = self._shortest
         if all(layer.spectral.num_tokens == shortest for layer in self._spectral):
             return
@@ -201,7 +207,7 @@ class SpectralCache(Cache):
         super().reset()
         for layer in self._others:
             if isinstance(layer, CacheLayerMixin):
-                # In the first supported releases a layer with a window zeroes what it holds, but goes on holding it.
+                # In the first supported releases a layer with a window zeroes its tensors but keeps them.
                 layer.is_initialized = False
 
     def save(
@@ -210,34 +216,31 @@ class SpectralCache(Cache):
         input_ids: Tensor | None = None,
         model_inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write all of this cache to one file, whole or not at all.
+        """Write this cache to one file; a failure leaves no partial file.
 
-        ``load`` makes a cache of it that goes on as this one would, token for token.
+        The cache that ``load`` makes of it continues as this one would, token for token.
 
         Args:
-            path: ends in ``.safetensors``; a file that is there is replaced.
-            input_ids: ``[B, n]``, what was fed to the model, or more: a hash of the tokens held is written, by which
-                ``load`` can tell whether a prompt begins with them. The cache itself has seen no tokens.
-            model_inputs: what the processor returned for ``input_ids``, where they hold images, video or audio: the
-                tokens that stand for these are the same for any image, so hashes of the inputs are written too.
+            path: ends in ``.safetensors``; an existing file is replaced.
+            input_ids: ``[B, n]``, the tokens fed to the model, or more. Their hash is written, by which ``load`` checks
+                that a prompt begins with them; the cache itself never sees tokens.
+            model_inputs: what the processor returned for ``input_ids``, where they hold images, video or audio. Hashes
+                of these inputs are written too, because the tokens that stand for an image are the same for any image.
 
         Raises:
             InvalidArgumentError: the path cannot be written, the cache is empty, ``input_ids`` are too few or no
                 tokens, or they hold tokens that stand for images and ``model_inputs`` are missing.
-            SpectralError: a layer that the model keeps natively holds something of which there is no stored form; or
-                the model is gone.
-            UnsupportedModelError: the model's weights cannot be read, so that it could not be known again.
+            SpectralError: a layer of transformers' own holds something that has no stored form; or the model is gone.
+            UnsupportedModelError: the model's weights cannot be read, so that ``load`` could not recognise the model.
             OSError: the disk is full or the like.
         """
         target, model = snapshot.check_path(path), self._model()
         if model is None:
-            raise SpectralError(
-                "the model of this cache is gone, and a snapshot says which one it is of: keep the model"
-            )
+            raise SpectralError("the model of this cache is gone, and a snapshot names its model: keep the model")
         if not self._shortest:
             raise InvalidArgumentError("an empty cache has nothing to save: give it to the model with a prompt first")
         self._take_back()
-        batch = self._spectral[0].spectral.blocks[0].reconstruct()[0].shape[0]
+        batch = self._spectral[0].spectral.batch_size
         header = make_header(model, self.config, batch, self._shortest, input_ids, model_inputs)
         snapshot.write(target, header, self._to_fields())
 
@@ -251,13 +254,13 @@ class SpectralCache(Cache):
     ) -> "SpectralCache":
         """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
 
-        Then call ``model.generate(prompt, cache=cache)``, with a prompt that begins with the tokens held and
-        has at least one more.
+        Then call ``model.generate(prompt, cache=cache)`` with a prompt that begins with the cache's tokens and has at
+        least one more.
 
         Args:
-            path: the file; it may be replaced or deleted while the cache lives, but not written into.
-            model: the model that made it, or an equal one, of the same dtype.
-            input_ids: ``[B, n]``, a prompt that must begin with the tokens held.
+            path: the file. While the cache lives it may be replaced or deleted, but not modified.
+            model: the model that made the cache, or an equal one, of the same dtype.
+            input_ids: ``[B, n]``, a prompt that must begin with the cache's tokens.
             model_inputs: what the processor returned for that prompt, which must begin with the same images, video and
                 audio; those of a batch must be the same as a whole.
 
@@ -267,11 +270,11 @@ class SpectralCache(Cache):
             InvalidArgumentError: ``input_ids`` are no tokens, or ``model_inputs`` are missing.
             UnsupportedModelError: the model cannot carry a spectral cache, or its weights cannot be read.
         """
-        found, model = snapshot.read(path), unwrapped(model)
-        config = config_in(found.header)
+        document, model = snapshot.read(path), unwrapped(model)
+        config = config_in(document.header)
         check_model(model, config)
-        check_header(found.header, model, input_ids, model_inputs)
-        cache, fields = cls.__new__(cls), found.fields
+        check_header(document.header, model, input_ids, model_inputs)
+        cache, fields = cls.__new__(cls), document.fields
         profile = None
         if fields.has("profile"):
             profile = ModelProfile.from_fields(fields.sub("profile"), _num_spectral(model))
@@ -282,9 +285,9 @@ class SpectralCache(Cache):
             restore_layer(layer, stored, devices.get(number, model.device))
         shared = fields.sub("shared").on(devices.get(cache._first, model.device))
         cache.codec.restore(shared)
-        held = {layer.spectral.num_tokens for layer in cache._spectral}
-        num_tokens = found.header.sub("tokens").integer("count", 1)
-        fields.require(held == {num_tokens}, f"{num_tokens} tokens in every layer")
+        lengths = {layer.spectral.num_tokens for layer in cache._spectral}
+        num_tokens = document.header.sub("tokens").integer("count", 1)
+        fields.require(lengths == {num_tokens}, f"{num_tokens} tokens in every layer")
         return cache
 
     def _to_fields(self) -> Field:
@@ -301,37 +304,36 @@ class SpectralCache(Cache):
 
 
 def _num_spectral(model: PreTrainedModel) -> int:
-    """How many layers are to be spectral."""
+    """The number of layers that become spectral."""
     plans = layers_of(model.config.get_text_config(decoder=True))
     return sum(plan.layer_type == "full_attention" for plan in plans)
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Where each layer's keys will come from."""
-    found: dict[int, torch.device] = {}
+    """The device that each layer's keys will come from."""
+    devices: dict[int, torch.device] = {}
     for module in model.modules():
-        # Packed layers may have buffers alone.
+        # Quantized modules may have buffers and no parameter.
         number, weight = getattr(module, "layer_idx", None), next(chain(module.parameters(), module.buffers()), None)
         if isinstance(number, int) and weight is not None and not weight.is_meta:
-            found.setdefault(number, weight.device)
-    return found
+            devices.setdefault(number, weight.device)
+    return devices
 
 
 def _depth(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _tell_once(model: PreTrainedModel, reason: str) -> None:
-    if model not in _told:
-        _told.add(model)
-        logger.warning(
-            "%s %s: its keys and values are stored compressed and rebuilt at every step, so memory falls but decoding "
-            "gets slower, not faster",
-            type(model).__name__,
-            reason,
-        )
+def _warn_that_it_is_rebuilt(model: PreTrainedModel, reason: str) -> None:
+    warn_once(
+        "%s %s: its keys and values are stored compressed and rebuilt at every step, so memory falls but decoding "
+        "gets slower, not faster",
+        type(model).__name__,
+        reason,
+        about=model,
+    )
 
 
 def dense_cache(model: PreTrainedModel) -> DynamicCache:
-    """The library's own cache, to compare with."""
+    """transformers' own cache, to compare with."""
     return DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""Knowing a model again, and the profile that was measured of it."""
+"""Recognising a model, and storing the profile measured for it."""
 
 import hashlib
 import json
@@ -47,14 +47,14 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update((sample(part, _SAMPLES) > 0).cpu().numpy().tobytes())
         sampled = True
     if not sampled:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be known again, so it has no profile: {reason}")
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be recognised, so it has no profile: {reason}")
     known = digest.hexdigest()[:16]
     _known[model] = known
     return known
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """All of ``weight``, of which this process may have a share: all processes make their caches at the same time."""
+    """``weight``, gathered where this process has a share of it: all processes make their caches at the same time."""
     if not isinstance(weight, DTensor) or weight.is_meta:
         return weight
     try:
@@ -75,8 +75,8 @@ def profile_path(model: PreTrainedModel) -> Path:
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
     """The profile measured of ``model``, whose full-attention layers are ``num_layers``; None if there is none.
 
-    One that cannot be read or is damaged counts as none, and so does one of a model that cannot be known again, each
-    with one warning: a cache works without it.
+    A profile that cannot be read or is damaged counts as none, and so does one of a model that cannot be recognised,
+    each with one warning: a cache works without a profile.
     """
     try:
         path = profile_path(model)
@@ -88,7 +88,7 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
         return None
     except OSError as error:
         warn_once(
-            "caches do without a profile, as none can be read (%s): set %s to a folder that can be read",
+            "caches work without a profile, because none can be read (%s): set %s to a folder that can be read",
             error,
             CACHE_VARIABLE,
         )
@@ -101,7 +101,7 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
 
 
 def profile_target(model: PreTrainedModel) -> Path:
-    """``profile_path``, checked before the work whose result is to be kept there; its folder is made.
+    """``profile_path``, checked before a profile is measured; its folder is created.
 
     Raises:
         InvalidArgumentError: nothing can be written there; the message says what to set.
@@ -112,7 +112,7 @@ def profile_target(model: PreTrainedModel) -> Path:
         return check_target(path, (path.suffix,))
     except (OSError, InvalidArgumentError) as error:
         raise InvalidArgumentError(
-            f"profiles cannot be kept here ({error}): set {CACHE_VARIABLE} to a folder that can be written to"
+            f"profiles cannot be stored here ({error}): set {CACHE_VARIABLE} to a folder that can be written to"
         ) from error
 
 
@@ -131,7 +131,11 @@ def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str,
 
 
 def _profile(content: bytes, num_layers: int) -> ModelProfile:
-    """The profile in ``content``; raises ValueError, which goes on after "it", where there is none of this version."""
+    """The profile in ``content``.
+
+    Raises:
+        ValueError: there is none of this version; the message continues a sentence after "it".
+    """
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,35 +1,50 @@
-"""What a spectral layer hands to the model in place of keys and values."""
+"""The handle that a spectral layer gives a model in place of keys and values."""
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NoReturn
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
-from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, materialise_from_now_on
+from unsloth_spectral.integrations.huggingface.private_api import attention_of
+from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, rebuild_from_now_on
+
+# A weak reference to a model: it returns None once the model is gone.
+ModelReference = Callable[[], PreTrainedModel | None]
 
 
 class CompressedStates:
     """A handle on a spectral layer, returned by its ``update`` where a tensor is expected.
 
-    Whoever takes it for a tensor, by an attribute, an operator or a function of torch's, is told what to do.
+    Code that uses the handle as a tensor, by an attribute, an operator or a function of torch's, gets a SpectralError
+    that names the fix.
 
     Attributes:
-        layer: the layer, the newest tokens already in it.
+        layer: the layer, which already holds the newest tokens.
         seal_after: whether to seal once those tokens have been attended to.
+        model: the model that the cache was made for; None for a handle that no model was given.
+        call: the call of the attention module that the handle was given in; None where no hook saw it, because the
+            module belongs to a model that has no spectral cache or has been unpatched.
         was_read: whether attention has read it. In some models several layers share one layer's keys: only the first,
-            which made them, says where they stand.
+            which made them, knows their positions.
     """
 
-    __slots__ = ("layer", "seal_after", "was_read")
+    __slots__ = ("call", "layer", "model", "seal_after", "was_read")
 
-    def __init__(self, layer: SpectralLayer, seal_after: bool) -> None:
+    def __init__(
+        self,
+        layer: SpectralLayer,
+        seal_after: bool,
+        model: ModelReference | None = None,
+        call: AttentionCall | None = None,
+    ) -> None:
         self.layer = layer
         self.seal_after = seal_after
+        self.model = model
+        self.call = call
         self.was_read = False
 
     def to(self, *_: Any) -> "CompressedStates":
@@ -37,24 +52,25 @@ class CompressedStates:
         return self
 
     def numel(self) -> int:
-        """None that a model could read: Mllama asks it of every layer, to find those that hold an image."""
+        """0, because a model can read no element: Mllama asks every layer, to find those that hold an image."""
         return 0
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # copy, pickle and torch probe for these and expect an AttributeError
             raise AttributeError(name)
-        raise _explanation(f"have no `.{name}`")
+        _refuse((self,), f"have no `.{name}`")
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        raise _explanation(f"are no tensor for torch's `{getattr(function, '__name__', function)}`")
+        handles = _handles_in((*args, *(kwargs or {}).values()))
+        _refuse(handles, f"are no tensor for torch's `{getattr(function, '__name__', function)}`")
 
 
 def _refusing(operation: str) -> Callable[..., NoReturn]:
     def refuse(self: CompressedStates, *args: Any) -> NoReturn:
-        raise _explanation(f"are no tensor for `{operation}`")
+        _refuse((self,), f"are no tensor for `{operation}`")
 
     return refuse
 
@@ -73,34 +89,64 @@ for _name in _OPERATORS:
     setattr(CompressedStates, f"__{_name}__", _refusing(f"__{_name}__"))
 
 
-def _explanation(what: str) -> SpectralError:
-    """Why ``what`` was asked of a handle, and the line that mends it."""
-    module = _reader()
-    subject = "the keys and values in a spectral cache are compressed and " + what
-    if module is None:
-        return SpectralError(
-            f"{subject}: cache.stats() says what it holds, and model(..., {CACHE_NAME}=cache) reads it"
-        )
-    reader, attention = type(module).__name__, module.config._attn_implementation
-    if attention != ATTENTION_NAME:
-        return SpectralError(
-            f"{subject}: {reader} attends with {attention!r}, not with the spectral attention function; make the cache "
-            "for this very model, and after any model.set_attn_implementation(...): cache = SpectralCache(model)"
-        )
-    materialise_from_now_on(module.config)
-    return SpectralError(
-        f"{subject}: {reader} computes with them itself, before attention; from now on a new cache rebuilds them for "
-        "it at every step: cache = SpectralCache(model)"
+def _handles_in(arguments: tuple[Any, ...]) -> tuple[CompressedStates, ...]:
+    """The handles among the ``arguments`` of a function of torch's, and in lists and tuples among them."""
+    flat = [item for value in arguments for item in (value if isinstance(value, list | tuple) else (value,))]
+    return tuple(item for item in flat if isinstance(item, CompressedStates))
+
+
+def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
+    """Say that the keys and values are compressed and ``problem``, why, and the line that fixes it.
+
+    The first of the ``handles`` knows the model and the call.
+
+    Where an attention module of the cache's own model computes with its keys and values, that model is marked: the next
+    cache made for it hands them out rebuilt.
+
+    Raises:
+        SpectralError: always.
+    """
+    handle = handles[0] if handles else None
+    model = None if handle is None or handle.model is None else handle.model()
+    call = None if handle is None else handle.call
+    computes = model is not None and call is not None and _computes_with_keys(model, call)
+    if model is not None and computes:
+        rebuild_from_now_on(model)
+    raise SpectralError(
+        f"the keys and values in a spectral cache are compressed and {problem}: {_fix(model, call, computes)}"
     )
 
 
-def _reader() -> Any:
-    """The innermost module with a configuration on the call stack, whose code took a handle for a tensor; or None."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        for name in ("self", "module"):
-            found = frame.f_locals.get(name)
-            if isinstance(found, nn.Module) and hasattr(getattr(found, "config", None), "_attn_implementation"):
-                return found
-        frame = frame.f_back
-    return None
+def _fix(model: PreTrainedModel | None, call: AttentionCall | None, computes: bool) -> str:
+    if model is None:
+        return f"cache.stats() says what it holds, and model(..., {CACHE_NAME}=cache) reads it"
+    if call is not None and computes:
+        return (
+            f"{type(call.module).__name__} computes with them itself, before attention; from now on a new cache "
+            "rebuilds them for it at every step: cache = SpectralCache(model)"
+        )
+    return (
+        f"{_reader(model, call)}; make the cache for this very model, and after any "
+        "model.set_attn_implementation(...): cache = SpectralCache(model)"
+    )
+
+
+def _computes_with_keys(model: PreTrainedModel, call: AttentionCall) -> bool:
+    """Whether the module of ``call`` is part of ``model`` and would have called the spectral attention function."""
+    return _attention(model, call) == ATTENTION_NAME and any(module is call.module for module in model.modules())
+
+
+def _attention(model: PreTrainedModel, call: AttentionCall) -> str | None:
+    """The attention implementation of the module of ``call``; ``model``'s where the module does not say."""
+    config = getattr(call.module, "config", None)
+    return attention_of(config) or attention_of(model.config.get_text_config(decoder=True))
+
+
+def _reader(model: PreTrainedModel, call: AttentionCall | None) -> str:
+    """Who read the keys and values of ``model``'s cache without the spectral attention function, as a sentence."""
+    if call is None:
+        return f"they were read by another model than the cache's {type(model).__name__}, or after unpatching"
+    reader, attention = type(call.module).__name__, _attention(model, call)
+    if attention == ATTENTION_NAME:
+        return f"{reader} is a module of another model than the cache's {type(model).__name__}"
+    return f"{reader} attends with {attention!r}, not with the spectral attention function"

@@ -1,4 +1,4 @@
-"""What a snapshot is of: the model, the tokens, the codec; and whether it fits a model and a prompt."""
+"""The header of a snapshot (model, tokens, codec), and the check that it fits a model and a prompt."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -60,7 +60,7 @@ def config_in(header: Fields) -> CodecConfig:
     """The options of the cache.
 
     Raises:
-        LoadError: they are none of this version's.
+        LoadError: they are not options of this version.
     """
     # The first snapshots of this format do not name the codec: their options tell.
     kind = config_type_of(header.text("codec_name"), header) if header.has("codec_name") else SpectralConfig

@@ -1,4 +1,4 @@
-"""What keys and values depend on in a model, so that a cache is never read by another one."""
+"""The identity of a model: everything its keys and values depend on, so that no other model reads its cache."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ _WEIGHTS = {
 }
 _SAMPLES = 64  # of each weight
 
-# With what tells that a weight has changed since.
+# Identities, each with the state of the model at that time.
 _known: "WeakKeyDictionary[PreTrainedModel, tuple[Any, Identity]]" = WeakKeyDictionary()
 
 
@@ -58,43 +58,43 @@ def identify(model: PreTrainedModel) -> Identity:
     config = model.config.get_text_config(decoder=True).to_dict()
     relevant = {name: value for name, value in config.items() if name not in _IRRELEVANT}
     first = next(module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int))
-    found = {
+    identity = {
         "model": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": json.loads(json.dumps(relevant, default=str)),
     }
     try:
-        found["embedding"] = _digest(model.get_input_embeddings())
-        found["first_attention"] = _digest(first)
-        found["sample"] = _sample(model)
+        identity["embedding"] = _digest(model.get_input_embeddings())
+        identity["first_attention"] = _digest(first)
+        identity["sample"] = _sample(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be known again, so nothing can be saved for it: {error}"
+            f"{type(model).__name__} cannot be recognised, so nothing can be saved for it: {error}"
         ) from error
-    _known[model] = state, found
-    return found
+    _known[model] = state, identity
+    return identity
 
 
 def difference(stored: Identity, model: PreTrainedModel) -> str | None:
-    """What sets ``model`` apart from the one that was ``stored``, in a few words; None where nothing does."""
-    own = identify(model)
-    pairs = {**_flat(stored.get("config"), own["config"]), "dtype": (stored.get("dtype"), own["dtype"])}
+    """The first difference between ``model`` and the ``stored`` identity, in a few words; None where they are equal."""
+    present = identify(model)
+    pairs = {**_flat(stored.get("config"), present["config"]), "dtype": (stored.get("dtype"), present["dtype"])}
     changed = sorted(name for name, (there, here) in pairs.items() if there != here)
     if changed:
         there, here = pairs[changed[0]]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         return f"{changed[0]} is {there} there and {here} here{more}"
     return next((f"{said} differ{'s' * (name != 'first_attention')}" for name, said in _WEIGHTS.items()
-                 if stored.get(name) != own[name]), None)  # fmt: skip
+                 if stored.get(name) != present[name]), None)  # fmt: skip
 
 
 def _flat(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Both sides' settings by their dotted names."""
-    found: dict[str, tuple[Any, Any]] = {}
+    pairs: dict[str, tuple[Any, Any]] = {}
     if isinstance(there, dict) and isinstance(here, dict):
         for name in {**there, **here}:
-            found.update(_flat(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name))
-        return found
+            pairs.update(_flat(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name))
+        return pairs
     return {prefix: (there, here)}
 
 

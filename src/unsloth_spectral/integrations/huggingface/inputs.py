@@ -1,4 +1,4 @@
-"""Replacements for methods of a switched model: those that would leave its spectral cache aside."""
+"""Replacements for the methods of a switched model that would bypass its spectral cache."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 def prepare_inputs(
     model: PreTrainedModel, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """``prepare_inputs_for_generation``, which keeps a spectral cache where the original lets it go.
+    """``prepare_inputs_for_generation``, which keeps a spectral cache where the original drops it.
 
     Phi-3 and its relatives rotate keys by other factors once a text exceeds ``original_max_position_embeddings``: there
     transformers drops the cache and reads the text again. That pass refills the same cache.
@@ -30,12 +30,12 @@ def prepare_inputs(
         bypassed(model, original, cache, "took another cache for")
         return inputs
     num_held, num_given, mask = cache.get_seq_length(), input_ids.shape[1], kwargs.get("attention_mask")
-    # A mask is of the whole text. Without one, generate says how many tokens are new only if it was given all.
+    # A mask covers the whole text. Without one, generate gives the number of new tokens only if it has the whole text.
     is_whole = num_held == 0 or kwargs.get("next_sequence_length") is not None
     if isinstance(mask, Tensor):
         is_whole = num_given >= mask.shape[-1]
     if is_whole and _num_read(inputs) < num_given:
-        # The code of Phi-4-multimodal, and of Phi-3 in the first supported releases, goes on with the newest alone.
+        # The code of Phi-4-multimodal, and of Phi-3 in the first supported releases, continues with the newest only.
         inputs = original(input_ids, *args, **{**kwargs, "next_sequence_length": None})
     if not is_whole or _num_read(inputs) < num_given:
         raise CacheBypassedError(
@@ -53,7 +53,7 @@ def _num_read(inputs: dict[str, Any]) -> int:
 
 
 def refuse_batching(model: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
-    """``generate_batch`` and what it stands on.
+    """``generate_batch`` and the method beneath it.
 
     Raises:
         CacheBypassedError: always.

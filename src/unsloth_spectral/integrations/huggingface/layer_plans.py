@@ -1,18 +1,25 @@
-"""The cache layers that a model's configuration asks for: transformers' own, and one for an image."""
+"""The cache layers that a model's configuration asks for."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicLayer
+
+from unsloth_spectral.integrations.huggingface.private_api import (
+    has_layer_class,
+    layer_configs,
+    layer_types,
+    make_layer,
+)
 
 _CROSS_ATTENTION = "cross_attention"
 
 
 class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of an image, which layers in between attend to (Mllama's); empty where there was none.
+    """Keys and values of an image, for the layers that attend to it (Mllama's); empty where there is no image.
 
-    It holds no tokens of the text: ``crop`` leaves it as it is.
+    It holds no tokens of the text, so ``crop`` leaves it as it is.
     """
 
     def __init__(self) -> None:
@@ -20,18 +27,18 @@ class CrossAttentionLayer(DynamicLayer):
         self.num_before = 0
 
     def begin_pass(self) -> None:
-        """Remember where to go back to."""
+        """Remember the length that ``take_back`` returns to."""
         self.num_before = self.get_seq_length()
 
     def take_back(self) -> None:
-        """Forget what a forward pass that was interrupted has added."""
+        """Forget what an interrupted forward pass has added."""
         if self.num_before == 0:
             self.reset()
         elif self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., : self.num_before, :], self.values[..., : self.num_before, :]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: the text has fewer tokens, the image has not."""
+        """Do nothing: the text is cropped, the image is not."""
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -48,24 +55,21 @@ class LayerPlan:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a cache layer for it."""
-        return self.layer_type == _CROSS_ATTENTION or self.layer_type in DYNAMIC_LAYER_TYPE_MAPPING
+        """Whether there is a cache layer for this type."""
+        return self.layer_type == _CROSS_ATTENTION or has_layer_class(self.layer_type)
 
-    def native(self) -> Any:
-        """The cache layer that a model has for it without this library."""
+    def transformers_layer(self) -> Any:
+        """The cache layer that a model uses here without this library."""
         if self.layer_type == _CROSS_ATTENTION:
             return CrossAttentionLayer()
-        return DYNAMIC_LAYER_TYPE_MAPPING[self.layer_type](**self.options)
+        return make_layer(self.layer_type, self.options)
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     """The layers of a model with this (text) ``config``, in order."""
-    found: Any = get_layer_types_and_kwargs(config)
-    types, options = found
-    if isinstance(options, dict):  # the same for all layers, in the first releases of the supported range
-        options = [options] * len(types)
-    # transformers takes them for layers that attend to the text.
+    types, options = layer_types(config)
+    # transformers counts the layers that attend to an image among those that attend to the text.
     crossing = getattr(config, "cross_attention_layers", None) or ()
     types = [_CROSS_ATTENTION if number in crossing else kind for number, kind in enumerate(types)]
-    # An early exit makes a model of the first layers; its list of types may go on.
-    return [LayerPlan(*plan) for plan in zip(types, options, config.per_layer_config, strict=False)]
+    # An early exit makes a model of the first layers, whose list of types may be longer.
+    return [LayerPlan(*plan) for plan in zip(types, options, layer_configs(config), strict=False)]

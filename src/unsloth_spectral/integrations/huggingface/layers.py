@@ -13,21 +13,36 @@ from unsloth_spectral.codec.codec import CodecConfig, LayerCodec
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.integrations.huggingface.handle import CompressedStates
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
+from unsloth_spectral.integrations.huggingface.handle import CompressedStates, ModelReference
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer
-from unsloth_spectral.integrations.huggingface.transformers_layers import native_to_fields, restore_native
+from unsloth_spectral.integrations.huggingface.transformers_layers import (
+    restore_transformers_layer,
+    transformers_layer_to_fields,
+)
 
 
 class SpectralCacheLayer(CacheLayerMixin):
-    """A ``SpectralLayer`` in the shape transformers expects of a layer."""
+    """A ``SpectralLayer`` in the shape transformers expects of a layer.
+
+    Args:
+        config: how to compress.
+        sealer: what seals this layer's tokens.
+        model: the model that the cache is made for, which error messages name; None for a layer without a model.
+
+    Attributes:
+        call: the call of the attention module that will give the next tokens, from its pre-hook to ``update``.
+    """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, config: CodecConfig, codec: LayerCodec) -> None:
+    def __init__(self, config: CodecConfig, codec: LayerCodec, model: ModelReference | None = None) -> None:
         super().__init__()
         self.spectral = SpectralLayer(config, codec)
+        self.model = model
+        self.call: AttentionCall | None = None
         self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -35,7 +50,7 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.is_initialized = dtype, device, True
-        # Whoever reads them without attention is told why there are none.
+        # Code that reads them without attention gets an error that says why there are none.
         self.keys: Any = CompressedStates(self.spectral, seal_after=False)
         self.values: Any = self.keys
 
@@ -44,7 +59,8 @@ class SpectralCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.spectral.append(key_states, value_states)
-        handle = CompressedStates(self.spectral, seal_after=not self.record_past)
+        handle = CompressedStates(self.spectral, not self.record_past, self.model, self.call)
+        self.call = None
         return handle, handle
 
     def get_seq_length(self) -> int:
@@ -58,7 +74,7 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.spectral.reset()
-        self.is_initialized = False
+        self.is_initialized, self.call = False, None
 
     def activate_past_recording(self) -> None:
         """Assisted decoding takes tokens back after each step: sealing waits until ``crop`` has said which."""
@@ -87,11 +103,11 @@ class SpectralCacheLayer(CacheLayerMixin):
         self.spectral.map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def to_fields(self) -> Field:
-        """What is stored of it; None of an empty one."""
+        """The stored form of this layer; None where it is empty."""
         return None if self.spectral.is_empty else {"record_past": self.record_past, **self.spectral.to_fields()}
 
     def restore(self, fields: Fields, device: torch.device) -> None:
-        """Hold what was stored, on ``device``.
+        """Fill this layer from its stored form, with tensors on ``device``.
 
         Raises:
             LoadError: a field is missing, or does not fit the others.
@@ -104,8 +120,8 @@ class SpectralCacheLayer(CacheLayerMixin):
 class MaterialisingCacheLayer(SpectralCacheLayer):
     """For models that compute with their keys and values: stored compressed, handed out dense.
 
-    The attention is the model's own, so nothing is known of its mask, queries and positions: padding is taken for
-    tokens like any other, and keys are compressed as they come.
+    The model attends by itself, so its mask, queries and positions are unknown: padding counts as text, and keys are
+    compressed as they come, rotated.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,13 +134,15 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
 
 
 def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
-    """Statistics of a spectral or a native layer, without the bytes that are in ``shared`` already."""
+    """Statistics of a spectral layer or of one of transformers' own, without the bytes already in ``shared``."""
     if isinstance(layer, SpectralCacheLayer):
         return layer.spectral.stats(shared)
-    # Keys and values are attributes, convolution and recurrent states sit in dictionaries.
-    # An image's keys and values are no tokens of the text.
+    # A layer keeps keys and values as attributes, and convolution and recurrent states in dictionaries.
+    # The keys and values of an image are no tokens of the text.
     holds_text = isinstance(layer, CacheLayerMixin) and not isinstance(layer, CrossAttentionLayer)
-    values = [value for held in vars(layer).values() for value in (held.values() if isinstance(held, dict) else [held])]
+    attributes = list(vars(layer).values())
+    states = [list(value.values()) if isinstance(value, dict) else [value] for value in attributes]
+    values = [value for group in states for value in group]
     tensors = [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.numel() > 1]
     nbytes = storage_bytes(*tensors)
     return LayerStats(
@@ -137,27 +155,27 @@ def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
 
 
 def layer_to_fields(layer: Any) -> dict[str, Field]:
-    """A spectral layer, or one that the model keeps natively, as it is stored.
+    """The stored form of a spectral layer or of one of transformers' own.
 
     Raises:
-        SpectralError: a native one holds something of which there is no stored form.
+        SpectralError: a layer of transformers' own holds something that has no stored form.
     """
-    held = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else native_to_fields(layer)
-    return {"kind": type(layer).__name__, "held": held}
+    contents = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layer_to_fields(layer)
+    return {"kind": type(layer).__name__, "held": contents}
 
 
 def restore_layer(layer: Any, fields: Fields, device: torch.device) -> None:
-    """Give the fresh ``layer`` what was stored, on ``device``.
+    """Fill the empty ``layer`` from its stored form, with tensors on ``device``.
 
     Raises:
-        LoadError: it is not of a layer of this kind, or a field does not fit the others.
+        LoadError: the stored layer is of another kind, or a field does not fit the others.
     """
     kind = type(layer).__name__
     fields.require(fields.text("kind") == kind, f"a layer of kind {kind}, not {fields.text('kind')}")
     if not fields.has("held"):
         return
-    held = fields.sub("held").on(device)
+    contents = fields.sub("held").on(device)
     if isinstance(layer, SpectralCacheLayer):
-        layer.restore(held, device)
+        layer.restore(contents, device)
     else:
-        restore_native(layer, held, device)
+        restore_transformers_layer(layer, contents, device)

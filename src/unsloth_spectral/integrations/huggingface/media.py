@@ -51,12 +51,13 @@ def media_hashes(model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> dic
 
 
 def media_difference(stored: Fields, batch: int, model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> str | None:
-    """The first difference between ``model_inputs`` and those whose hashes were ``stored``, in a few words; None where
-    they begin with the same rows. Those of a batch are compared as a whole: its sequences' rows follow each other.
+    """The first difference between ``model_inputs`` and those whose hashes were ``stored``; None if there is none.
+
+    Further rows may follow the stored ones, but in a batch: its inputs are compared as a whole.
 
     Raises:
         InvalidArgumentError: as ``media_hashes``.
-        LoadError: what was stored are no hashes.
+        LoadError: the stored fields are no hashes.
     """
     rows = _rows(model_inputs)
     for name in sorted({*rows, *stored.names()}):

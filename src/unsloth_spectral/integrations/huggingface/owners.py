@@ -1,4 +1,4 @@
-"""Scopes and calls of ``generate`` that have a model switched for a time, and those that this thread or task is in."""
+"""Scopes and calls of ``generate`` that keep a model switched, and the ones that this thread or task is in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.codec import CodecConfig
 
-# Tiers while any model is switched or given back: for microseconds, so one serves all models.
+# Held while a model is switched or restored: for microseconds, so one lock serves all models.
 lock = RLock()
 
 
@@ -42,13 +42,13 @@ _entered: ContextVar[tuple[Owner, ...]] = ContextVar("entered", default=())
 
 @contextmanager
 def entered(owner: Owner) -> Iterator[None]:
-    """Be within ``owner`` in this context, and end it afterwards."""
+    """Make ``owner`` the innermost one of this context, and end it afterwards."""
     _entered.set((*(outer for outer in _entered.get() if outer.is_open), owner))
     try:
         yield
     finally:
         owner.is_open = False
-        # No token: generators leave their scopes in any order.
+        # Not ContextVar.reset(token), because generators leave their scopes in any order.
         _entered.set(tuple(outer for outer in _entered.get() if outer is not owner))
 
 

@@ -13,12 +13,18 @@ from transformers.cache_utils import (
     QuantizedCache,
     QuantizedLayer,
     QuantoQuantizedLayer,
-    get_layer_types_and_kwargs,
 )
 
 from unsloth_spectral.cache.stats import CacheStats, LayerStats
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.integrations.huggingface.private_api import (
+    dequantize_by_hqq,
+    layer_types,
+    quantize_by_hqq,
+    quantize_by_quanto,
+    quantized_states,
+)
 
 GROUP_SIZE = 64
 RESIDUAL_LENGTH = 64
@@ -27,7 +33,7 @@ NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """What a backend keeps for keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to read them.
+    """A backend's stored keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to decode them.
 
     ``shape`` and ``dtype`` are those of the tokens alone, without those that fill up the last groups.
     """
@@ -77,8 +83,9 @@ class CountedLayer(QuantizedLayer):
 
     def stats(self) -> LayerStats:
         """Bytes of the tensors held, metadata and filling included."""
-        keys: Stored | None = self._quantized_keys
-        values: Stored | None = self._quantized_values
+        keys: Stored | None
+        values: Stored | None
+        keys, values = quantized_states(self)
         if keys is None or values is None:
             return LayerStats(kind=self.backend, num_tokens=0)
         residual = [tensor for tensor in (self.keys, self.values) if tensor is not None]
@@ -110,7 +117,7 @@ class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         half = filled.half() if filled.dtype == torch.float32 else filled
-        payload = QuantoQuantizedLayer._quantize(self, half, axis)
+        payload = quantize_by_quanto(self, half, axis)
         return payload, (payload._data._data, payload._scale, payload._shift)
 
     def _decode(self, payload: Any) -> Tensor:
@@ -143,12 +150,12 @@ class HQQLayer(CountedLayer, HQQQuantizedLayer):
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
         # As a matrix: of four dimensions hqq forgets all but two when it unpacks 3 bits.
-        codes, meta = HQQQuantizedLayer._quantize(self, filled.flatten(0, -2), axis)
+        codes, meta = quantize_by_hqq(self, filled.flatten(0, -2), axis)
         meta |= {name: meta[name].half() for name in ("scale", "zero") if meta[name].dtype == torch.float32}
         return (codes, meta), (codes, meta["scale"], meta["zero"])
 
     def _decode(self, payload: Any) -> Tensor:
-        return HQQQuantizedLayer._dequantize(self, payload)
+        return dequantize_by_hqq(self, payload)
 
 
 class CountedQuantizedCache(QuantizedCache):
@@ -171,15 +178,15 @@ class CountedQuantizedCache(QuantizedCache):
     def __init__(self, model: PreTrainedModel, backend: str, nbits: int) -> None:
         if nbits not in NBITS.get(backend, ()):
             raise InvalidArgumentError(f"backend and nbits must be among {NBITS}, got {backend!r} and {nbits}")
-        layer_types, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        others = sorted(set(layer_types) - {"full_attention"})
+        types, _ = layer_types(model.config.get_text_config(decoder=True))
+        others = sorted(set(types) - {"full_attention"})
         if others:
             raise UnsupportedModelError(
                 f"transformers' quantized cache takes models with full-attention layers only; {type(model).__name__} "
                 f"has layers of type {', '.join(others)}"
             )
         layer_class = QuantoLayer if backend == "quanto" else HQQLayer
-        Cache.__init__(self, layers=[layer_class(nbits) for _ in layer_types])
+        Cache.__init__(self, layers=[layer_class(nbits) for _ in types])
 
     def stats(self) -> CacheStats:
         """Bytes held and bytes of a dense cache, per layer and in all."""

@@ -1,95 +1,93 @@
-"""The rotations of a model's own rotary embeddings, read off by asking its own function.
+"""The rotations of a model's own rotary embeddings, read by calling its own function.
 
-Keys reach a cache already rotated, and later the rotation cannot be computed again: some models change their tables
-with length, and padding gives each row its own positions. So a hook notes the tables each attention module is called
-with. Another notes the positions that the tables were made for, which store them in a few bytes per token.
+Keys reach a cache already rotated, and the rotation cannot be computed again later: some models change their tables
+with length, and padding gives each row its own positions. An attention module's call carries the tables. The positions
+that the tables were made for are attached to the tables themselves, by a hook on the module that makes them: positions
+take a few bytes per token where tables take hundreds.
 """
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall, note_call
+from unsloth_spectral.integrations.huggingface.private_api import FREQUENCIES, ROTATION_FUNCTION, SCALING
+from unsloth_spectral.log import logger
 from unsloth_spectral.rope import Claim, Dims, Rotation, interned
 
-logger = logging.getLogger("unsloth_spectral")
-_FUNCTION = "apply_rotary_pos_emb"
-_FREQUENCIES, _SCALING = "inv_freq", "attention_scaling"
-_MOST_CALLS = 4
+_ORIGIN = "_unsloth_spectral_origin"  # the attribute of a table of cosines
 
-
-class _Noted(threading.local):
-    """What this thread's attention module was called with last, the last calls of rotary embeddings, each with its
-    positions, and the last rotation made: all layers share one."""
-
-    module: int | None = None
-    embeddings: Any = None
-    calls: tuple[tuple[nn.Module, Tensor], ...] = ()
-    source: Any = None
-    rotation: Rotation | None = None
-
-
-_noted = _Noted()
 _stance = threading.Lock()
 
 
+@dataclass(slots=True, eq=False)
+class _Origin:
+    """Where a table of cosines comes from.
+
+    Attributes:
+        module: the module of rotary embeddings that made it; None where no hook saw it being made.
+        positions: ``[B, n]`` or ``[axes, B, n]``, those it was made for; None where they are unknown.
+        rotation: what was read from the table; all layers share it.
+        is_read: whether ``rotation`` is valid.
+    """
+
+    module: nn.Module | None = None
+    positions: Tensor | None = None
+    rotation: Rotation | None = None
+    is_read: bool = False
+
+
 def note_rotations(model: nn.Module) -> tuple[Any, ...]:
-    """Note what ``rotation_of`` needs at every pass of ``model``, until the returned handles are removed."""
+    """Let ``rotation_of`` serve every pass of ``model``, until the returned handles are removed."""
     handles = []
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
-            handles.append(module.register_forward_pre_hook(_note_tables, with_kwargs=True))
-        elif any(name.endswith(_FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
-            handles.append(module.register_forward_pre_hook(_note_positions, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(note_call, with_kwargs=True))
+        elif any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
+            handles.append(module.register_forward_hook(_note_origin, with_kwargs=True))
     return tuple(handles)
 
 
-def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of every module of rotary embeddings: ``(x, position_ids [B, n] or [axes, B, n])``."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _note_origin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tables: Any) -> None:
+    """A forward hook of a module of rotary embeddings, ``(x, position_ids [B, n] or [axes, B, n])`` to ``tables``."""
+    if not isinstance(tables, tuple) or not isinstance(tables[0], Tensor):
+        return
     positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-    if isinstance(positions, Tensor) and positions.dtype in (torch.int64, torch.int32):
-        # A model may have several such modules, or call one several times.
-        _noted.calls = (*_noted.calls[1 - _MOST_CALLS :], (module, positions))
+    is_known = isinstance(positions, Tensor) and positions.dtype in (torch.int64, torch.int32)
+    setattr(tables[0], _ORIGIN, _Origin(module, positions) if is_known else _Origin())
 
 
-def _note_tables(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of every attention module."""
-    embeddings = kwargs.get("position_embeddings")
-    if embeddings is not None:
-        _noted.module, _noted.embeddings = id(module), embeddings
+def rotation_of(call: AttentionCall | None, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
+    """The rotations of the tokens of an attention module's ``call``; None where it has none or they cannot be read.
 
-
-def forget() -> None:
-    """Let go of what was noted: a prefill's tables are as long as its prompt, and the next module notes its own."""
-    _noted.module = _noted.embeddings = None
-
-
-def rotation_of(module: nn.Module, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
-    """Rotations of the tokens of the forward pass ``module`` is in; None where it has none or they cannot be read.
-
-    ``padding [B]`` tokens at the start of each row (on the CPU) are padding, whose places mean nothing.
+    ``padding [B]`` tokens at the start of each row (on the CPU) are padding, whose positions mean nothing.
     """
-    embeddings = _noted.embeddings
-    if _noted.module != id(module) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
+    embeddings = None if call is None else call.position_embeddings
+    if call is None or not isinstance(embeddings, tuple) or len(embeddings) != 2:
         return None
     cos, sin = embeddings
     if not isinstance(cos, Tensor) or cos.ndim != 3:
         return None
-    if _noted.source is not None and _noted.source() is cos:
-        return _noted.rotation
-    rotation = _read(type(module), cos, sin, head_dim, padding)
-    _noted.source, _noted.rotation = ref(cos), rotation
-    return rotation
+    origin: _Origin | None = getattr(cos, _ORIGIN, None)
+    if origin is None:
+        origin = _Origin()
+        setattr(cos, _ORIGIN, origin)
+    if not origin.is_read:
+        origin.rotation = _read(type(call.module), cos, sin, head_dim, padding, origin)
+        origin.is_read = True
+    return origin.rotation
 
 
-def _read(kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor | None) -> Rotation | None:
+def _read(
+    kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor | None, origin: _Origin
+) -> Rotation | None:
     apply, pairs = _function(kind), _pairs(kind, cos.shape[-1], head_dim)
     if apply is None or pairs is None:
         return None
@@ -99,26 +97,24 @@ def _read(kind: type, cos: Tensor, sin: Tensor, head_dim: int, padding: Tensor |
     ones[..., first] = 1.0
     turned = _turn(apply, ones, cos.float(), sin.float())[:, 0]
     table = torch.complex(turned[..., first], turned[..., second])
-    rotation = Rotation.of(table, first, second, padding, _claims(table))
-    _noted.calls = ()
-    return rotation
+    return Rotation.of(table, first, second, padding, _claims(table, origin))
 
 
-def _claims(table: Tensor) -> Iterator[Claim]:
-    """What ``table [B or 1, n, P]`` may be, by the positions and frequencies of the last rotary embeddings."""
-    for module, positions in reversed(_noted.calls):
-        if positions.ndim not in (2, 3) or positions.shape[-1] != table.shape[1]:
-            continue
-        axes = positions if positions.ndim == 3 else positions[None]
-        if axes.shape[1] not in (1, len(table)) and len(table) > 1:
-            continue
-        numbers = axes.detach().cpu().long().transpose(0, 1)
-        for name, frequencies in module.named_buffers(recurse=False):
-            if name.endswith(_FREQUENCIES) and frequencies.shape == table.shape[2:]:
-                scaling = getattr(module, name.removesuffix(_FREQUENCIES) + _SCALING, 1.0)
-                unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64, device="cpu")
-                device = table.device
-                yield Claim(numbers, interned(unit, device), interned(frequencies.double(), device))
+def _claims(table: Tensor, origin: _Origin) -> Iterator[Claim]:
+    """Guesses at ``table [B or 1, n, P]``, from the positions and the frequencies of its ``origin``."""
+    module, positions = origin.module, origin.positions
+    if module is None or positions is None or positions.ndim not in (2, 3) or positions.shape[-1] != table.shape[1]:
+        return
+    axes = positions if positions.ndim == 3 else positions[None]
+    if axes.shape[1] not in (1, len(table)) and len(table) > 1:
+        return
+    numbers = axes.detach().cpu().long().transpose(0, 1)
+    for name, frequencies in module.named_buffers(recurse=False):
+        if name.endswith(FREQUENCIES) and frequencies.shape == table.shape[2:]:
+            scaling = getattr(module, name.removesuffix(FREQUENCIES) + SCALING, 1.0)
+            unit = torch.full((1, 1, len(frequencies)), float(scaling), dtype=torch.complex64, device="cpu")
+            device = table.device
+            yield Claim(numbers, interned(unit, device), interned(frequencies.double(), device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +171,7 @@ def _turn(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def _function(kind: type) -> Callable[..., Any] | None:
-    return getattr(sys.modules.get(kind.__module__), _FUNCTION, None)
+    return getattr(sys.modules.get(kind.__module__), ROTATION_FUNCTION, None)
 
 
 def _evenly(dims: tuple[int, ...], device: torch.device) -> Dims:

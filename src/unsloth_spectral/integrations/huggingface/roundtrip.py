@@ -1,4 +1,4 @@
-"""A dense transformers ``Cache`` whose old tokens have been through a codec: how a peer is simulated."""
+"""A dense transformers ``Cache`` whose old tokens went through a codec and back, which simulates a peer."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 from unsloth_spectral.integrations.huggingface.layers import layer_stats
 
-# Keys and values ``[B, H, tokens, head_dim]`` to what decoding gives back, of the same shapes, and the bits both took.
+# Keys and values ``[B, H, tokens, head_dim]`` to decoded ones of the same shapes and the bits that both took.
 Codec: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
 
 
@@ -45,7 +45,7 @@ class RoundTripLayer(DynamicLayer):
         return copied
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens and return all of them, the new ones exact; what has become old is replaced after."""
+        """Take the new tokens and return all tokens, the new ones exact; those that became old are replaced after."""
         keys, values = super().update(key_states, value_states)
         self._seal()
         return keys, values
@@ -59,7 +59,7 @@ class RoundTripLayer(DynamicLayer):
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        # Detached from the whole: a codec sees what it is to encode and can't write to what the model still reads.
+        # Clones: a codec sees only what it encodes, and cannot write to what the model still reads.
         keys_hat, values_hat, num_bits = self.codec(
             keys[..., start:stop, :].clone(), values[..., start:stop, :].clone()
         )
@@ -118,12 +118,12 @@ class RoundTripLayer(DynamicLayer):
 
 
 class RoundTripCache(Cache):
-    """A cache that answers as a codec's would, for ``model.generate(cache=cache)``.
+    """A cache that answers as a codec's cache would, for ``model.generate(cache=cache)``.
 
-    It takes a dense cache's memory and the model's own attention; what it measures is what a codec does to the model,
-    and the bits it would take. Full-attention layers keep the sinks and the newest ``residual_length`` to
+    It uses a dense cache's memory and the model's own attention. It measures the codec's effect on the model, and the
+    bits that the codec would take. Full-attention layers keep the sinks and the newest ``residual_length`` to
     ``residual_length + group`` tokens exact. A pass over new tokens sees them exact, a whole prefill too; older tokens
-    are encoded after it, in multiples of ``group`` and each once. Other layers keep their native cache. Left padding is
+    are encoded after it, in multiples of ``group`` and each once. Other layers are transformers' own. Left padding is
     taken for tokens like any other: it takes the sinks' place.
 
     Args:
@@ -155,7 +155,7 @@ class RoundTripCache(Cache):
         layers = [
             RoundTripLayer(codec, num_sink_tokens, residual_length, group)
             if plan.layer_type == "full_attention"
-            else plan.native()
+            else plan.transformers_layer()
             for plan in layers_of(model.config.get_text_config(decoder=True))
         ]
         super().__init__(layers=layers)

@@ -1,9 +1,8 @@
-"""Caches of prompts' beginnings in a folder, found again by their tokens."""
+"""A folder of caches of prompt prefixes, looked up by their tokens."""
 
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -26,24 +25,23 @@ from unsloth_spectral.integrations.huggingface.media import placeholders_in
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.huggingface.support import check_model, unwrapped
 from unsloth_spectral.integrations.options import config_of
-from unsloth_spectral.log import warn_once
+from unsloth_spectral.log import logger, warn_once
 
-logger = logging.getLogger("unsloth_spectral")
 _LOCK = ".lock"
-# Whoever waits longer for others to finish writing goes on without keeping its cache.
+# A process that waits longer for others to finish writing continues without storing its cache.
 _LOCK_SECONDS = 60.0
 _PREFIX = "prefix-"
 _NAME = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-([0-9]+)-([0-9a-f]{{32}})\.safetensors")
 
 
 class PrefixStore:
-    """A folder of snapshots, each of a prompt's beginning, for one process or several at once.
+    """A folder of snapshots, each of a prompt's prefix, for one process or several at once.
 
     A snapshot is found by a hash of its tokens, for the same model, options and profile only. The least recently used
     ones go once all together exceed ``max_bytes``.
 
     Args:
-        folder: made if it is not there, for the user alone: snapshots tell what was in the prompts.
+        folder: made if it is not there, for the user alone: snapshots reveal the prompts.
         max_bytes: what all snapshots may take; one more while it is written.
 
     Raises:
@@ -71,14 +69,14 @@ class PrefixStore:
     ) -> SpectralCache:
         """A cache of all of ``input_ids [1, n]`` but the last token, from which ``generate`` then starts.
 
-        The longest beginning that is stored is loaded, the rest is fed to the model, and what was new is stored. So
-        give it what prompts have in common, such as a document, and generate from that and a question::
+        The longest stored prefix is loaded, the rest is fed to the model, and the whole is stored. So pass what prompts
+        have in common, such as a document, and generate from that and a question::
 
             cache = store.prefill(model, document_ids)
             model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)
 
-        A snapshot that is broken is deleted, and one that cannot be read or written is not: all is logged, and nothing
-        but time is lost.
+        A broken snapshot is deleted; one that cannot be read or written is left alone. Both are logged, and cost only
+        time.
 
         Args:
             model: as for ``SpectralCache``, which has ``preset`` and ``config`` too.
@@ -95,9 +93,9 @@ class PrefixStore:
         fresh = SpectralCache(model, config=chosen)
         key, count = _key(model, fresh), input_ids.shape[1] - 1
         cache = self._load_longest(model, input_ids[:, :count], key) or fresh
-        held = cache.get_seq_length()
-        if held < count:
-            feed(model, input_ids[:, held:count], cache)
+        num_stored = cache.get_seq_length()
+        if num_stored < count:
+            feed(model, input_ids[:, num_stored:count], cache)
             self._keep(cache, input_ids, key)
         return cache
 
@@ -117,10 +115,10 @@ class PrefixStore:
         chosen, model = config_of(config, preset=preset), unwrapped(model)
         _check(model, chosen, input_ids)
         key = _key(model, SpectralCache(model, config=chosen))
-        return next((count for count, _ in self._found(input_ids[:, :-1], key)), 0)
+        return next((count for count, _ in self._stored_prefixes(input_ids[:, :-1], key)), 0)
 
-    def _found(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
-        """Stored beginnings of ``input_ids``, the longest first."""
+    def _stored_prefixes(self, input_ids: Tensor, key: str) -> Iterator[tuple[int, Path]]:
+        """Stored prefixes of ``input_ids``, the longest first."""
         try:
             names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
         except OSError as error:
@@ -134,7 +132,7 @@ class PrefixStore:
                 yield count, self.folder / name
 
     def _load_longest(self, model: PreTrainedModel, input_ids: Tensor, key: str) -> SpectralCache | None:
-        for _, path in self._found(input_ids, key):
+        for _, path in self._stored_prefixes(input_ids, key):
             try:
                 cache = SpectralCache.load(path, model, input_ids)
             except LoadError as error:
@@ -157,7 +155,7 @@ class PrefixStore:
         try:
             # One writes at a time, so that together they stay within the limit.
             with FileLock(self.folder / _LOCK, timeout=_LOCK_SECONDS):
-                for left in self.folder.glob(f".{_PREFIX}*"):  # by a process that was killed, as nobody writes now
+                for left in self.folder.glob(f".{_PREFIX}*"):  # left by a killed process
                     left.unlink(missing_ok=True)
                 cache.save(path, input_ids)
                 self._evict(path)
@@ -166,7 +164,7 @@ class PrefixStore:
             logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, str(error))
 
     def _evict(self, newest: Path) -> None:
-        """Delete what was used least recently until all is within the limit; ``newest`` alone where it exceeds it."""
+        """Delete the least recently used snapshots until the rest fits the limit; ``newest`` only, if it exceeds it."""
         sizes = {path: path.stat() for path in self.folder.iterdir() if _NAME.fullmatch(path.name)}
         if sizes[newest].st_size > self.max_bytes:
             logger.warning("a snapshot of %d bytes exceeds max_bytes and was not stored", sizes[newest].st_size)
@@ -203,7 +201,7 @@ def _check(model: PreTrainedModel, config: CodecConfig, input_ids: Tensor) -> No
 
 
 def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:
-    """Sixteen digits of all that a cache depends on besides its tokens."""
+    """Sixteen digits, a hash of everything that a cache depends on besides its tokens."""
     profile = None if fresh.profile is None else asdict(fresh.profile)
     record = json.dumps([snapshot.VERSION, identify(model), asdict(cast(Any, fresh.config)), profile], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()[:16]

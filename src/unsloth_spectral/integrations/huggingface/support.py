@@ -1,4 +1,4 @@
-"""Which models can carry a spectral cache, and which of them need their keys and values rebuilt."""
+"""Which models can carry a spectral cache, and which of them get their keys and values rebuilt."""
 
 import inspect
 from typing import Any
@@ -10,6 +10,7 @@ from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.integrations.fast_path import copied_class
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
+from unsloth_spectral.integrations.huggingface.private_api import can_set_attention, supports_cache
 from unsloth_spectral.integrations.huggingface.versions import warn_if_untested
 
 SUPPORTED = (
@@ -20,10 +21,12 @@ SUPPORTED = (
 # The name under which models find the spectral attention function.
 ATTENTION_NAME = "unsloth_spectral"
 
-# Their attention modules slice, split or repeat what `update` returns. One that is missing is added when it is seen to.
-_READ_THEIR_KEYS = {"diffllama", "doge", "jetmoe"}
+# Their attention modules slice, split or repeat what `update` returns. A model of another type that does so is marked
+# when its attention module is seen to.
+_READ_THEIR_KEYS = frozenset({"diffllama", "doge", "jetmoe"})
+_IS_REBUILT = "_unsloth_spectral_is_rebuilt"  # the mark: an attribute of the model
 
-# How often a configuration runs some of its layers: transformers adds layers to the cache for it as the model runs.
+# Configuration names for how often some layers run: transformers adds cache layers for it while the model runs.
 _LOOPS = ("n_recurrent_loops", "loop_num_passes")
 
 
@@ -51,36 +54,33 @@ def check_model(model: object, config: CodecConfig) -> None:
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}; {SUPPORTED}")
     for layer in _full_attention_layers(model):
-        if not getattr(layer, "kv_lora_rank", None):  # latents are no heads: the cache checks its first tokens
+        if not getattr(layer, "kv_lora_rank", None):  # latents have no heads: the cache checks its first tokens instead
             config.check_head_dim(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def why_materialised(model: PreTrainedModel) -> str | None:
-    """What keeps ``model`` from the spectral attention function, so that its keys and values are rebuilt for it, as the
-    end of a sentence; None where that function serves."""
-    # A copy by Unsloth's compiler has an attention of its own, which is left while the model generates.
-    if not copied_class(type(model))._can_set_attn_implementation():
+    """Why ``model`` cannot use the spectral attention function and gets its keys and values rebuilt, as the end of a
+    sentence; None where it can."""
+    # A copy by Unsloth's compiler has its own attention methods, which are replaced while the model generates.
+    if not can_set_attention(copied_class(type(model))):
         return "does not use transformers' AttentionInterface"
     if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
         return "uses multi-head latent attention, which expands what it caches"
-    if model.config.get_text_config(decoder=True).model_type in _READ_THEIR_KEYS:
+    reads_keys = model.config.get_text_config(decoder=True).model_type in _READ_THEIR_KEYS
+    if reads_keys or getattr(model, _IS_REBUILT, False):
         return "computes with its keys and values before attention"
     return None
 
 
-def materialise_from_now_on(config: Any) -> None:
-    """Rebuild keys and values for models of this ``config``, which were seen to compute with them."""
-    _READ_THEIR_KEYS.add(config.model_type)
+def rebuild_from_now_on(model: PreTrainedModel) -> None:
+    """Let caches made for ``model`` from now on hand out rebuilt keys and values: it was seen to compute with them."""
+    setattr(model, _IS_REBUILT, True)
 
 
 def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
-    """The configurations of the layers that are to be spectral: sizes may differ from layer to layer."""
+    """The configurations of the layers that become spectral: sizes may differ from layer to layer."""
     plans = layers_of(model.config.get_text_config(decoder=True))
     return [plan.config for plan in plans if plan.layer_type == "full_attention"]
-
-
-def _supports_cache(kind: Any) -> bool:
-    return bool(kind._supports_default_dynamic_cache())
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -90,7 +90,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     if not model.can_generate():
         return "cannot generate (it has no language-model head)"
     forward = inspect.signature(type(model).forward)
-    if CACHE_NAME not in forward.parameters or not _supports_cache(type(model)):
+    if CACHE_NAME not in forward.parameters or not supports_cache(type(model)):
         return "takes no transformers Cache"
     config = model.config.get_text_config(decoder=True)
     if any((getattr(config, name, None) or 1) > 1 for name in _LOOPS):

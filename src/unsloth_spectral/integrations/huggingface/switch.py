@@ -1,4 +1,4 @@
-"""Giving a model the spectral attention function while anyone needs it, and giving back its own."""
+"""Giving a model the spectral attention function while an owner needs it, and restoring its own afterwards."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -10,8 +10,14 @@ from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.forward_check import after_pass, before_pass
 from unsloth_spectral.integrations.huggingface.attention import attend
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
-from unsloth_spectral.integrations.huggingface.methods import Replacement, give_back, own_methods, replace
+from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
+from unsloth_spectral.integrations.huggingface.private_api import (
+    attention_of,
+    can_set_attention,
+    store_attention,
+    stored_attention,
+)
 from unsloth_spectral.integrations.huggingface.rotary import note_rotations
 from unsloth_spectral.integrations.huggingface.support import ATTENTION_NAME, why_materialised
 
@@ -20,7 +26,7 @@ _METHODS: dict[str, Replacement] = {
     "prepare_inputs_for_generation": prepare_inputs,
     "init_continuous_batching": refuse_batching,
 }
-# Owners without an end of their own: they hold a model until it is unpatched.
+# These owners never end by themselves: they hold a model until it is unpatched.
 PATCH, CACHES = "patch", "caches"
 
 # Configuration objects, each with its attention implementation.
@@ -29,25 +35,25 @@ _Implementations: TypeAlias = tuple[tuple[Any, str | None], ...]
 
 @dataclass
 class _Switched:
-    """Who has a model switched, and what it had before.
+    """The owners that keep a model switched, and what the model had before.
 
     Attributes:
         implementations: every configuration object with the attention implementation it had before the first owner.
-        methods: the methods the instance had of its own.
-        hooks: those put on.
+        methods: the methods put on the model.
+        hooks: the hooks put on its modules.
         owners: ``PATCH``, ``CACHES``, scopes and calls that have not ended.
         beneath: the implementations as they were set when the first of the open scopes began, or by a patch or cache
             since.
     """
 
     implementations: _Implementations
-    methods: dict[str, Any]
+    methods: dict[str, Method] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     owners: list[Owner | str] = field(default_factory=list)
     beneath: _Implementations | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no scope or call that would end: it stays as it is until it is unpatched.
+        # No scope or call of a copy will end: it stays switched until it is unpatched.
         lasting = [owner for owner in self.owners if isinstance(owner, str)]
         return {**vars(self), "owners": lasting or [CACHES], "beneath": None}
 
@@ -58,20 +64,20 @@ class _Switched:
 
 def is_enabled(model: PreTrainedModel) -> bool:
     """Whether the model's language part uses the spectral attention function now."""
-    return model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+    return attention_of(model.config.get_text_config(decoder=True)) == ATTENTION_NAME
 
 
 def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
     """Let ``model`` attend through ``attend``, off Unsloth's fast path, until ``owner`` releases it.
 
-    A model that is handed rebuilt keys and values keeps its own attention. Without an ``owner`` it is the call or the
-    scope that this context is in, or else ``CACHES``.
+    A model that gets rebuilt keys and values keeps its own attention. ``owner`` defaults to the call or scope that this
+    context is in, or else to ``CACHES``.
     """
     with lock:
         owner = owner or innermost(model, Owner) or CACHES
         switched: _Switched | None = vars(model).get(_STATE)
         if switched is None:
-            switched = _Switched(_implementations(model), own_methods(model, _METHODS), owners=[owner])
+            switched = _Switched(_implementations(model), owners=[owner])
             setattr(model, _STATE, switched)
         if isinstance(owner, Scope) and switched.beneath is None:
             switched.beneath = _implementations(model)
@@ -83,7 +89,7 @@ def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
 
 
 def release(model: PreTrainedModel, owner: Owner | str) -> None:
-    """Undo ``hold``; the last owner gives back attention, methods and fast path. Harmless where it holds nothing."""
+    """Undo ``hold``; the last owner restores attention, methods and fast path. Other owners are ignored."""
     with lock:
         switched: _Switched | None = vars(model).get(_STATE)
         if switched is None or owner not in switched.owners:
@@ -99,9 +105,9 @@ def release(model: PreTrainedModel, owner: Owner | str) -> None:
 def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     is_direct = why_materialised(model) is None
     if is_direct:
-        # Again where the function is on already: adding an adapter puts a model back on its fast path.
+        # Repeated even if the model is switched already: adding an adapter puts a model back on its fast path.
         fast_path.leave(model)
-    replace(model, _METHODS)
+    replace(model, _METHODS, switched.methods)
     if not switched.hooks:
         switched.hooks.append(model.register_forward_pre_hook(before_pass, with_kwargs=True))
         switched.hooks.append(model.register_forward_hook(after_pass, with_kwargs=True))
@@ -111,17 +117,16 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
         return
     _register()
     text_config = model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation():
-        _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, of which transformers knows nothing
+    if not can_set_attention(type(model)):
+        _assign(((text_config, ATTENTION_NAME),))  # a copy by Unsloth's compiler, unknown to transformers
         return
     name = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text_config), None)
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
 
 
 def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
-    give_back(model, _METHODS, {})
+    give_back(switched.methods)
     fast_path.take(model)
-    give_back(model, (), switched.methods)
     _assign(switched.implementations)
     for handle in switched.hooks:
         handle.remove()
@@ -130,22 +135,22 @@ def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
 
 def _register() -> None:
     AttentionInterface.register(ATTENTION_NAME, attend)
-    # Without a mask function of the same name padding would be ignored without a word.
+    # Without a mask function of the same name transformers would silently ignore padding.
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def _implementations(model: PreTrainedModel) -> _Implementations:
     configs = {id(config): config for config in _configs(model)}
-    return tuple((config, config._attn_implementation_internal) for config in configs.values())
+    return tuple((config, stored_attention(config)) for config in configs.values())
 
 
 def _assign(implementations: _Implementations) -> None:
     for config, implementation in implementations:
-        config._attn_implementation_internal = implementation
+        store_attention(config, implementation)
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for config in list(found):
-        found.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
-    return found
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in list(configs):
+        configs.extend(sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None)
+    return configs

@@ -1,4 +1,4 @@
-"""Storing the cache layers that a model keeps in the library's own form: sliding windows, states."""
+"""Storing the cache layers that stay transformers' own in a spectral cache: sliding windows, recurrent states."""
 
 from typing import Any
 
@@ -9,23 +9,23 @@ from unsloth_spectral.errors import SpectralError
 from unsloth_spectral.fields import Field, Fields
 
 
-def native_to_fields(layer: Any) -> dict[str, Field]:
-    """All attributes of ``layer``.
+def transformers_layer_to_fields(layer: Any) -> dict[str, Field]:
+    """All attributes of ``layer``, as fields.
 
     Raises:
-        SpectralError: one of them is of a kind that is not stored.
+        SpectralError: an attribute is of a kind that has no stored form.
     """
     return {name: _field(layer, name, value) for name, value in vars(layer).items()}
 
 
-def restore_native(layer: Any, fields: Fields, device: torch.device) -> None:
-    """Give a fresh ``layer`` of the same kind the attributes of the one whose fields these are, tensors on ``device``.
+def restore_transformers_layer(layer: Any, fields: Fields, device: torch.device) -> None:
+    """Set the attributes of an empty ``layer`` from ``fields`` of a layer of the same kind, with tensors on ``device``.
 
     Raises:
-        LoadError: an attribute is not one that a layer of this kind has.
+        LoadError: a field cannot be an attribute of a layer of this kind.
     """
     for name in fields.names():
-        # Data alone: nothing that the class defines is put aside.
+        # Only data is set: nothing that the class defines may be replaced.
         fields.require(name.isidentifier() and not hasattr(type(layer), name), f"no attribute {name!r}")
         setattr(layer, name, _value(fields, name, device))
 
@@ -40,8 +40,8 @@ def _field(layer: Any, name: str, value: Any) -> Field:
     if isinstance(value, dict) and all(type(key) is int for key in value):
         return {"numbered": {str(key): _field(layer, name, item) for key, item in value.items()}}
     raise SpectralError(
-        f"this cache cannot be saved: its {type(layer).__name__} keeps {name!r} as {type(value).__name__}, of which "
-        "there is no stored form"
+        f"this cache cannot be saved: its {type(layer).__name__} keeps {name!r} as {type(value).__name__}, which "
+        "has no stored form"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the queries of a forward pass may see, read off its mask."""
+"""Which tokens the queries of a forward pass see, read from its mask."""
 
 import threading
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unsloth_spectral.cache.tiers import NEVER
 
-# An additive mask that lowers a score by more hides its token: no weight is left of it in any dtype.
+# An additive mask that lowers a score below this hides the token: its weight is zero in any dtype.
 _HIDDEN = -1000.0
 
 
@@ -18,8 +18,8 @@ _HIDDEN = -1000.0
 class Visible:
     """Attributes:
     first: ``[B]`` int64 on the CPU, the first token of each row that any query sees, ``NEVER`` where none is seen.
-    asking: ``[B, Q]`` bool on the CPU, the queries that see something and whose own token is seen: others are those of
-        padding, whose answers nobody reads; None where all are such.
+    asking: ``[B, Q]`` bool on the CPU, the queries that see a token and whose own token is seen; others are padding.
+        None where all are such queries.
     """
 
     first: Tensor
@@ -51,7 +51,7 @@ def visible_through(mask: Tensor | None, batch: int) -> Visible:
 
 
 def _read(mask: Tensor, batch: int) -> Visible:
-    # A mask grows with the square of the context: it is reduced as it is, without a copy.
+    # A mask grows with the square of the context, so it is reduced without a copy.
     seen, sees = (_any(mask, dim).any(1).cpu().expand(batch, -1) for dim in (-2, -1))
     first = torch.where(seen.any(-1), seen.int().argmax(-1), NEVER)
     asking = seen[:, -mask.shape[-2] :] & sees

@@ -14,7 +14,7 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """What a checkpoint of ``module`` holds, each tensor once, with its name.
+    """The tensors that a checkpoint of ``module`` holds, each once, with its name.
 
     Quantized layers may have buffers and no parameter, or split a parameter: their ``state_dict`` names all they have.
     """
@@ -52,7 +52,7 @@ def described(weight: Tensor) -> str:
 
 
 def version(weight: Tensor) -> tuple[object, ...]:
-    """What differs once ``weight`` has other contents: after a change in place, or in other memory."""
+    """A value that changes when the contents of ``weight`` change, in place or by moving to other memory."""
     with torch._C.DisableTorchFunctionSubclass():
         try:
             parts = [weight] if weight.is_meta else _parts(weight, may_convert=False)

@@ -1,0 +1,94 @@
+"""Everything in transformers that this library uses though transformers does not document it.
+
+A release may change these names without notice: each is used here and nowhere else, so this file is where a new release
+is adapted to.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    HQQQuantizedLayer,
+    QuantizedLayer,
+    QuantoQuantizedLayer,
+    get_layer_types_and_kwargs,
+)
+
+# The method by which ``generate`` makes its cache: ``(generation_config, model_kwargs, *args)``.
+PREPARE_CACHE = "_prepare_cache_for_generation"
+
+# Names in the modelling code of most models: the function that rotates queries and keys, and two attributes of a module
+# of rotary embeddings, with a prefix where it has several tables.
+ROTATION_FUNCTION = "apply_rotary_pos_emb"
+FREQUENCIES, SCALING = "inv_freq", "attention_scaling"
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation in use under ``config``; None where it is no configuration of a model."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
+def stored_attention(config: PreTrainedConfig) -> str | None:
+    """The attention implementation as it is stored: None before one was chosen."""
+    name: str | None = config._attn_implementation_internal
+    return name
+
+
+def store_attention(config: PreTrainedConfig, name: str | None) -> None:
+    """Undo a choice of attention implementation, without the checks of a new choice."""
+    config._attn_implementation_internal = name
+
+
+def can_set_attention(kind: Any) -> bool:
+    """Whether models of class ``kind`` attend through transformers' AttentionInterface."""
+    return bool(kind._can_set_attn_implementation())
+
+
+def supports_cache(kind: Any) -> bool:
+    """Whether ``generate`` gives models of class ``kind`` a DynamicCache."""
+    return bool(kind._supports_default_dynamic_cache())
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """The type of each layer of a model with this (text) ``config``, and the options of its cache layer."""
+    types: Any
+    options: Any
+    types, options = get_layer_types_and_kwargs(config)
+    # In the first supported releases the options are the same for all layers.
+    return types, [options] * len(types) if isinstance(options, dict) else options
+
+
+def layer_configs(config: PreTrainedConfig) -> list[Any]:
+    """The configuration of each layer: sizes may differ from layer to layer."""
+    return list(config.per_layer_config)
+
+
+def has_layer_class(layer_type: str) -> bool:
+    """Whether transformers has a growing cache layer for layers of this type."""
+    return layer_type in DYNAMIC_LAYER_TYPE_MAPPING
+
+
+def make_layer(layer_type: str, options: dict[str, Any]) -> Any:
+    """The cache layer that a DynamicCache has for layers of this type."""
+    return DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
+
+
+def quantized_states(layer: QuantizedLayer) -> tuple[Any, Any]:
+    """What a layer of a QuantizedCache keeps as keys and as values; None where it is empty."""
+    return layer._quantized_keys, layer._quantized_values
+
+
+# Subclasses of QuantizedLayer must define ``_quantize`` and ``_dequantize``; these are the ones of its back ends.
+def quantize_by_quanto(layer: QuantoQuantizedLayer, tensor: Tensor, axis: int) -> Any:
+    return QuantoQuantizedLayer._quantize(layer, tensor, axis)
+
+
+def quantize_by_hqq(layer: HQQQuantizedLayer, tensor: Tensor, axis: int) -> Any:
+    return HQQQuantizedLayer._quantize(layer, tensor, axis)
+
+
+def dequantize_by_hqq(layer: HQQQuantizedLayer, payload: Any) -> Any:
+    return HQQQuantizedLayer._dequantize(layer, payload)
