@@ -110,7 +110,7 @@ def test_dispatch_takes_each_path(make_blocks, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_rebuilt_tiles_never_hold_the_whole_cache(make_blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [*make_blocks(1, 1, 8, [("exact", 4), ("stacked", 500)]), *make_blocks(1, 1, 8, [("exact", 300)], seed=1)]
-    monkeypatch.setattr(dispatch, "_TILE_TOKENS", 250)
+    monkeypatch.setattr(dispatch, "_REBUILT_TOKENS", 250)
     assert [tile.num_tokens for tile in rebuilt_tiles(blocks)] == [4, 250, 250, 250, 50]
 
 
