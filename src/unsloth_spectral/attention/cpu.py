@@ -83,7 +83,7 @@ class _Call(ctypes.Structure):
         ("mask", c_void_p),
         ("mask_batch", c_int64),
         ("mask_query", c_int64),
-        ("sinks", c_void_p),
+        ("sink_logits", c_void_p),
         ("turn", c_void_p),
         ("output", c_void_p),
         ("batch", c_int64),
@@ -147,7 +147,7 @@ def attend(
     structures = (_Block * len(prepared))(*prepared)
     num_tokens = 0 if mask is None else sum(block.num_tokens for block in blocks)
     mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
-    sinks = None if options.sinks is None else options.sinks.detach().float().flatten().contiguous()
+    sink_logits = None if options.sink_logits is None else options.sink_logits.detach().float().flatten().contiguous()
     constants = _constants(value_dim)
     call = _Call(
         ctypes.addressof(structures),
@@ -156,7 +156,7 @@ def attend(
         None if mask is None else address("mask", mask, torch.float32, (len(mask), query_length, num_tokens)),
         0 if mask is None or len(mask) == 1 else query_length * num_tokens,
         num_tokens,
-        None if sinks is None else address("sinks", sinks, torch.float32, (num_attention_heads,)),
+        None if sink_logits is None else address("sink logits", sink_logits, torch.float32, (num_attention_heads,)),
         constants.turn_address if any(isinstance(block, SpectralBlock) for block in blocks) else None,
         address("output", output, torch.float32, answer_shape),
         batch,

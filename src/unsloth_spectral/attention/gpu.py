@@ -158,12 +158,12 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
             )
         first_split += run.num_splits
     output = query.new_empty(batch, num_attention_heads, query_length, value_dim, dtype=torch.float32)
-    sinks = options.sinks
+    sink_logits = options.sink_logits
     gpu_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
         partial,
         maxima,
         totals,
-        query if sinks is None else sinks.detach(),
+        query if sink_logits is None else sink_logits.detach(),
         _turn(value_dim, query.device),
         output,
         num_heads,
@@ -173,7 +173,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         num_coded,
         num_splits,
         VALUE_DIM=constants["VALUE_DIM"],
-        HAS_SINKS=sinks is not None,
+        HAS_SINK_LOGITS=sink_logits is not None,
     )
     return output
 

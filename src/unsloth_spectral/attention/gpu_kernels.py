@@ -391,7 +391,7 @@ def merge(
     partial,
     maxima,
     totals,
-    sinks,
+    sink_logits,
     turn,
     output,
     num_heads,
@@ -401,7 +401,7 @@ def merge(
     num_coded,
     num_splits,
     VALUE_DIM: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    HAS_SINK_LOGITS: tl.constexpr,
 ):
     """Splits add up; the first ``num_coded`` hold rotated values, which ``turn [value_dim, value_dim]`` turns back.
 
@@ -415,16 +415,16 @@ def merge(
     is_value = is_row[:, None] & (dims < value_dim)[None, :]
     is_column = is_row[:, None] & (columns < value_dim)[None, :]
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    if HAS_SINKS:
+    if HAS_SINK_LOGITS:
         group = (num_rows // query_length) * (batch_head % num_heads) + rows // query_length
-        sink = tl.load(sinks + group, mask=is_row, other=float("-inf")).to(tl.float32)
+        sink = tl.load(sink_logits + group, mask=is_row, other=float("-inf")).to(tl.float32)
         maximum = tl.maximum(maximum, sink)
     for split in range(num_splits):
         at = (batch_head * num_splits + split) * num_rows + rows
         maximum = tl.maximum(maximum, tl.load(maxima + at, mask=is_row, other=float("-inf")))
     level = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if HAS_SINKS:
+    if HAS_SINK_LOGITS:
         # A learned sink is a token with a score and the value zero.
         total += tl.exp(sink - level)
     rotated = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
