@@ -10,6 +10,7 @@ from coded import coded_block, exact, random
 from torch.overrides import TorchFunctionMode
 
 from unsloth_spectral.attention import cpu
+from unsloth_spectral.attention.rotary_tables import WaveTables
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.spectral.block import SpectralBlock
@@ -37,7 +38,7 @@ STORED = [
     *(("keys", name) for name in ("planes", "scales", "vectors", "vector_scales", "mean")),
     *(("values", name) for name in ("planes", "scales", "largest")),
 ]
-TABLES = [name for name, kind in cpu._Tables.__annotations__.items() if kind is torch.Tensor and name != "order"]
+TABLES = [name for name, kind in WaveTables.__annotations__.items() if kind is torch.Tensor and name != "order"]
 every_wrong = pytest.mark.parametrize("wrong", WRONG)
 
 
@@ -90,11 +91,11 @@ def test_rotary_dimensions_that_do_not_exist(block: SpectralBlock) -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_angles(block: SpectralBlock, name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"cosines", "mixing", "waves"} <= set(TABLES)
-    original = cpu._tables
+    original = cpu.wave_tables
     monkeypatch.setattr(
         cpu,
-        "_tables",
-        lambda steps: original(steps)._replace(**{name: WRONG[wrong](getattr(original(steps), name))}),
+        "wave_tables",
+        lambda step: original(step)._replace(**{name: WRONG[wrong](getattr(original(step), name))}),
     )
     refuses(block)
 

@@ -1,4 +1,4 @@
-// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find by themselves.
+// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find on their own.
 //
 // Everything else is written with the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2, NEON and
 // whatever else there is: each library is this source compiled for one of them.
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -52,6 +53,8 @@ INLINE void store(void* to, Vector value) {
 }
 
 INLINE Floats all(float value) { return Floats{} + value; }
+
+INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
 
 template <typename To, typename From>
 INLINE To bits(From value) {
@@ -256,6 +259,21 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
 #endif
 }
 
+// Calls function(constant) with nbits, 1 to 8, as a constant of the compiler's.
+template <typename Function>
+INLINE void with_nbits(int nbits, const Function& function) {
+    switch (nbits) {
+        case 1: return function(std::integral_constant<int, 1>());
+        case 2: return function(std::integral_constant<int, 2>());
+        case 3: return function(std::integral_constant<int, 3>());
+        case 4: return function(std::integral_constant<int, 4>());
+        case 5: return function(std::integral_constant<int, 5>());
+        case 6: return function(std::integral_constant<int, 6>());
+        case 7: return function(std::integral_constant<int, 7>());
+        default: return function(std::integral_constant<int, 8>());
+    }
+}
+
 // Lanes of the v'th vector of a tile's tokens, with `worth` where the token's bit is set in a plane.
 INLINE Bytes with_plane(Bytes lanes, const uint8_t* plane, int v, int32_t worth) {
 #if defined(__AVX512BW__)
@@ -348,7 +366,8 @@ struct Sums {
 #else
     Ints both;
     INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
-        sums.both = add_products(add_products(sums.both, codes.even, bits<Shorts>(first)), codes.odd, bits<Shorts>(second));
+        sums.both = add_products(sums.both, codes.even, bits<Shorts>(first));
+        sums.both = add_products(sums.both, codes.odd, bits<Shorts>(second));
     }
     INLINE Floats total(const Sums& sums) { return to_floats(sums.both); }
 #endif
