@@ -178,7 +178,7 @@ std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const in
         const int64_t dim = which ? shape.value_dim : shape.key_dim;
         spectral::ExactTokens& tokens = which ? block.exact_values : block.exact_keys;
         tokens.dtype = kind;
-        int64_t* strides = tokens.strides;
+        int64_t strides[3];
         if (rng.chance(0.3)) {  // tokens outside heads, as projections leave them
             strides[1] = dim + rng.below(4);
             strides[2] = strides[1] * shape.heads + rng.below(9);
@@ -224,6 +224,9 @@ std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const in
         const void* data = kind == spectral::FLOAT32 ? static_cast<const void*>(made->floats[which].data())
                                                      : static_cast<const void*>(made->halves[which].data());
         tokens.data = data;
+        tokens.batch_stride = strides[0];
+        tokens.head_stride = strides[1];
+        tokens.token_stride = strides[2];
     }
     return made;
 }

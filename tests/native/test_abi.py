@@ -89,15 +89,15 @@ def test_a_library_that_cannot_tell_is_of_another_version(monkeypatch: pytest.Mo
         library.function("spectral_attend")
 
 
-def test_structures_are_filled_by_keyword_and_wholly() -> None:
-    pointers = {"planes": 1, "scales": 2, "largest": 3}
-    structure = abi.CodedValues(**pointers, nbits=4)
-    assert [getattr(structure, name) for name, _ in structure._fields_] == [1, 2, 3, 4]
-    with pytest.raises(TypeError):
-        abi.CodedValues(1, 2, 3, 4)
-    for wrong in (pointers, {**pointers, "nbits": 4, "bits": 4}, {**pointers, "bits": 4}):
-        with pytest.raises(AssertionError, match="CodedValues has"):
-            abi.CodedValues(**wrong)
-    exact = abi.ExactTokens(data=1, dtype=abi.FLOAT16, strides=abi.Strides(1, 2, 3))
+@every_structure
+def test_names_that_are_no_fields_are_refused(structure: type[ctypes.Structure]) -> None:
+    with pytest.raises(AttributeError, match="pointer"):
+        structure(pointer=1)
+
+
+def test_parts_of_the_other_kind_of_block_are_zeros() -> None:
+    exact = abi.ExactTokens(data=1, dtype=abi.FLOAT16, batch_stride=2, head_stride=3, token_stride=4)
     block = abi.Block(num_tokens=5, is_coded=False, exact_keys=exact, exact_values=exact)
-    assert (block.exact_values.strides[2], block.keys.planes, block.rotation.num_pairs) == (3, None, 0)
+    assert (block.exact_values.token_stride, block.keys.planes, block.rotation.num_pairs) == (4, None, 0)
+    exact.data = 9
+    assert block.exact_keys.data == 1

@@ -1,7 +1,7 @@
 """The compiled kernel: one pass over the blocks as they are stored (native/attend.cpp)."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -135,7 +135,7 @@ class _Prepared(NamedTuple):
 
     shape: tuple[int, int, int, int]
     structure: abi.Block
-    tensors: tuple[Tensor, ...]
+    kept: "_Kept"
 
 
 def _exact_block(block: ExactBlock, shape: tuple[int, int, int, int]) -> abi.Block:
@@ -153,40 +153,45 @@ def _exact_tokens(name: str, tokens: Tensor, shape: tuple[int, int, int, int]) -
     dtype = _DTYPES.get(tokens.dtype)
     if dtype is None:
         raise refusal(name, "a tensor of float32, bfloat16 or float16", tokens.dtype)
-    data = address(name, tokens, tokens.dtype, shape, strided=True)
-    return abi.ExactTokens(data=data, dtype=dtype, strides=abi.Strides(*tokens.stride()[:3]))
+    batch_stride, head_stride, token_stride, _ = tokens.stride()
+    return abi.ExactTokens(
+        data=address(name, tokens, tokens.dtype, shape, strided=True),
+        dtype=dtype,
+        batch_stride=batch_stride,
+        head_stride=head_stride,
+        token_stride=token_stride,
+    )
 
 
-class _Part(NamedTuple):
-    """A tensor of a coded block, and what the kernel takes it for."""
+class _Kept:
+    """The tensors of a coded block's structure, which has only their addresses."""
 
-    tensor: Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
 
-
-def _addresses(parts: Mapping[str, _Part]) -> tuple[dict[str, int], tuple[Tensor, ...]]:
-    """Addresses by the names of ``parts``, and the tensors to keep for them."""
-    # Slices of a block are views; the kernel wants tensors without gaps.
-    tensors = {name: part.tensor.contiguous() for name, part in parts.items()}
-    addresses = {
-        name: address(name.replace("_", " "), tensors[name], part.dtype, part.shape) for name, part in parts.items()
-    }
-    return addresses, tuple(tensors.values())
+    def address(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        # Slices of a block are views; the kernel wants tensors without gaps.
+        tensor = tensor.contiguous()
+        self.tensors.append(tensor)
+        return address(name, tensor, dtype, shape)
 
 
 def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Prepared:
     batch, num_heads, key_dim, value_dim = shape
     num_tokens, num_values = block.num_tokens, block.values.num_tokens
     require(num_values == num_tokens, "values", f"{num_tokens} tokens", num_values)
-    coded_keys, key_tensors = _coded_keys(block.keys, (batch, num_heads, key_dim))
-    coded_values, value_tensors = _coded_values(block.values, (batch, num_heads, value_dim))
-    rotation, rotation_tensors = _rotation(block.keys.rotation, batch, key_dim)
-    structure = abi.Block(num_tokens=num_tokens, is_coded=True, keys=coded_keys, rotation=rotation, values=coded_values)
-    return _Prepared(shape, structure, key_tensors + value_tensors + rotation_tensors)
+    kept = _Kept()
+    structure = abi.Block(
+        num_tokens=num_tokens,
+        is_coded=True,
+        keys=_coded_keys(block.keys, (batch, num_heads, key_dim), kept),
+        rotation=_rotation(block.keys.rotation, (batch, key_dim), kept),
+        values=_coded_values(block.values, (batch, num_heads, value_dim), kept),
+    )
+    return _Prepared(shape, structure, kept)
 
 
-def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int]) -> tuple[abi.CodedKeys, tuple[Tensor, ...]]:
+def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedKeys:
     batch, num_heads, key_dim = shape
     tiles, components, num_planes = num_tiles(codes.num_tokens), sum(map(len, codes.widths)), codes.num_bits
     stored_dim = codes.vectors.shape[-1]
@@ -195,44 +200,39 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int]) -> tuple[abi.
     for widths in codes.widths:
         falling = list(widths) == sorted(widths, reverse=True) and all(1 <= nbits <= MAX_NBITS for nbits in widths)
         require(falling, "widths", f"1 to {MAX_NBITS} bits each, falling,", widths)
-    counts = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in codes.widths]
-    addresses, tensors = _addresses(
-        {
-            "planes": _Part(codes.planes, torch.uint8, (batch, tiles, num_planes, PLANE_BYTES)),
-            "scales": _Part(codes.scales, torch.uint8, (batch, tiles, components)),
-            "vectors": _Part(codes.vectors, torch.int8, (batch, components, key_dim)),
-            "vector_scales": _Part(codes.vector_scales, torch.float32, (batch, components, 1)),
-            "mean": _Part(codes.mean, torch.float16, (batch, num_heads, key_dim)),
-            "counts": _Part(
-                torch.tensor(counts, dtype=torch.int32, device="cpu"), torch.int32, (num_heads, MAX_NBITS + 1)
-            ),
-        }
+    by_width = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in codes.widths]
+    counts = torch.tensor(by_width, dtype=torch.int32, device="cpu")
+    return abi.CodedKeys(
+        planes=kept.address("key planes", codes.planes, torch.uint8, (batch, tiles, num_planes, PLANE_BYTES)),
+        scales=kept.address("key scales", codes.scales, torch.uint8, (batch, tiles, components)),
+        vectors=kept.address("vectors", codes.vectors, torch.int8, (batch, components, key_dim)),
+        vector_scales=kept.address("vector scales", codes.vector_scales, torch.float32, (batch, components, 1)),
+        mean=kept.address("mean", codes.mean, torch.float16, (batch, num_heads, key_dim)),
+        counts=kept.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
+        num_components=components,
+        num_planes=num_planes,
+        is_rotated=codes.is_rotated,
     )
-    structure = abi.CodedKeys(
-        **addresses, num_components=components, num_planes=num_planes, is_rotated=codes.is_rotated
-    )
-    return structure, tensors
 
 
-def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int]) -> tuple[abi.CodedValues, tuple[Tensor, ...]]:
+def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedValues:
     batch, num_heads, value_dim = shape
-    tiles = num_tiles(codes.num_tokens)
-    require(1 <= codes.nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", codes.nbits)
-    num_planes = num_heads * value_dim * codes.nbits
-    addresses, tensors = _addresses(
-        {
-            "planes": _Part(codes.planes, torch.uint8, (batch, tiles, num_planes, PLANE_BYTES)),
-            "scales": _Part(codes.scales, torch.uint8, (batch, num_heads, tiles * TILE_TOKENS)),
-            "largest": _Part(codes.largest, torch.float32, (batch, num_heads, 1)),
-        }
+    tiles, nbits = num_tiles(codes.num_tokens), codes.nbits
+    require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
+    planes_shape = (batch, tiles, num_heads * value_dim * nbits, PLANE_BYTES)
+    return abi.CodedValues(
+        planes=kept.address("value planes", codes.planes, torch.uint8, planes_shape),
+        scales=kept.address("value scales", codes.scales, torch.uint8, (batch, num_heads, tiles * TILE_TOKENS)),
+        largest=kept.address("largest", codes.largest, torch.float32, (batch, num_heads, 1)),
+        nbits=nbits,
     )
-    return abi.CodedValues(**addresses, nbits=codes.nbits), tensors
 
 
-def _rotation(rotation: Rotation | None, batch: int, key_dim: int) -> tuple[abi.Rotation, tuple[Tensor, ...]]:
+def _rotation(rotation: Rotation | None, shape: tuple[int, int], kept: _Kept) -> abi.Rotation:
     if rotation is None:
-        return abi.NO_ROTATION, ()
+        return abi.Rotation()
     assert rotation.step is not None
+    batch, key_dim = shape
     first, second = rotation.indices(key_dim)
     count, start = len(rotation.step), rotation.start
     for dims in (first, second):
@@ -243,28 +243,22 @@ def _rotation(rotation: Rotation | None, batch: int, key_dim: int) -> tuple[abi.
     tables = wave_tables(rotation.step)
     start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
     slow_shape = (count - tables.num_fast, abi.MAX_SMOOTH)
-    addresses, tensors = _addresses(
-        {
-            "first": _Part(first[tables.order], torch.int32, (count,)),
-            "second": _Part(second[tables.order], torch.int32, (count,)),
-            "start": _Part(start, torch.float32, (rows, 1, count, 2)),
-            "step": _Part(tables.step, torch.float64, (count,)),
-            "tile_step": _Part(tables.tile_step, torch.float64, (2, count)),
-            "cosines": _Part(tables.cosines, torch.float32, (count, TILE_TOKENS)),
-            "sines": _Part(tables.sines, torch.float32, (count, TILE_TOKENS)),
-            "waves": _Part(tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
-            "mixing": _Part(tables.mixing, torch.float32, (2, *slow_shape)),
-            "reach": _Part(tables.reach, torch.float32, slow_shape),
-        }
-    )
-    structure = abi.Rotation(
-        **addresses,
+    return abi.Rotation(
         num_pairs=count,
         num_fast=tables.num_fast,
         num_waves=tables.num_waves,
+        first=kept.address("first", first[tables.order], torch.int32, (count,)),
+        second=kept.address("second", second[tables.order], torch.int32, (count,)),
+        start=kept.address("start", start, torch.float32, (rows, 1, count, 2)),
         start_stride=0 if rows == 1 else 2 * count,
+        step=kept.address("step", tables.step, torch.float64, (count,)),
+        tile_step=kept.address("tile step", tables.tile_step, torch.float64, (2, count)),
+        cosines=kept.address("cosines", tables.cosines, torch.float32, (count, TILE_TOKENS)),
+        sines=kept.address("sines", tables.sines, torch.float32, (count, TILE_TOKENS)),
+        waves=kept.address("waves", tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
+        mixing=kept.address("mixing", tables.mixing, torch.float32, (2, *slow_shape)),
+        reach=kept.address("reach", tables.reach, torch.float32, slow_shape),
     )
-    return structure, tensors
 
 
 @lru_cache

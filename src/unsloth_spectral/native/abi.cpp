@@ -21,14 +21,12 @@ extern "C" const LayoutEntry* spectral_layout() {
             {"", "FLOAT32", 0, FLOAT32},       {"", "BFLOAT16", 0, BFLOAT16},
             {"", "FLOAT16", 0, FLOAT16},
         };
-#define FIELD_ENTRY(type, name) \
-    all.push_back({structure, #name, offsetof(Structure, name), sizeof(Structure::name)});
-#define STRUCTURE_ENTRIES(Name, FIELDS)                       \
-    {                                                         \
-        using Structure = Name;                               \
-        const char* const structure = #Name;                  \
-        all.push_back({structure, "", 0, sizeof(Structure)}); \
-        FIELDS(FIELD_ENTRY)                                   \
+#define FIELD_ENTRY(type, name) {structure, #name, offsetof(Structure, name), sizeof(Structure::name)},
+#define STRUCTURE_ENTRIES(Name, FIELDS)                                                                 \
+    {                                                                                                   \
+        using Structure = Name;                                                                         \
+        constexpr const char* structure = #Name;                                                        \
+        all.insert(all.end(), {{structure, "", 0, sizeof(Structure)}, FIELDS(FIELD_ENTRY)});            \
     }
         STRUCTURES(STRUCTURE_ENTRIES)
 #undef STRUCTURE_ENTRIES

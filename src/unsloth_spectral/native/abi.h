@@ -1,6 +1,6 @@
 // Structures and constants that Python shares. native/abi.py mirrors them, and compares with what abi.cpp says of them.
 //
-// A structure is a list of its fields, so that its declaration and its layout cannot differ. Strides count elements.
+// A structure is a list of its fields, so that its declaration and its layout cannot differ.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,13 @@ constexpr float FULL_WAVE = 32767.0f;  // what stands for 1 in `Rotation.waves`
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-using Strides = int64_t[3];
-
 // Exact keys or values, [batch, head, token, dim], the last dimension contiguous.
 #define EXACT_TOKENS(FIELD)                                                                                         \
     FIELD(const void*, data)                                                                                        \
-    FIELD(int64_t, dtype)    /* a Dtype; under autocast those of keys and values differ */                           \
-    FIELD(Strides, strides)  /* between batches, heads and tokens */
+    FIELD(int64_t, dtype)               /* a Dtype; under autocast those of keys and values differ */               \
+    FIELD(int64_t, batch_stride)        /* elements, as all strides */                                              \
+    FIELD(int64_t, head_stride)                                                                                     \
+    FIELD(int64_t, token_stride)
 
 #define CODED_KEYS(FIELD)                                                                                           \
     FIELD(const uint8_t*, planes)       /* [batch, tile, plane, 16 bytes] */                                        \

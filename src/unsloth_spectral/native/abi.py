@@ -4,7 +4,6 @@ import ctypes
 from collections.abc import Iterable
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from itertools import count
-from typing import Any, ClassVar
 
 MAX_SMOOTH = 16  # smooth functions that Rotation.mixing has room for
 FULL_WAVE = 32767  # what stands for 1 in Rotation.waves
@@ -18,37 +17,33 @@ _CONSTANTS = {
     "FLOAT16": FLOAT16,
 }
 
-Strides = c_int64 * 3
-
 # Offset and size of each field by the names of structure and field. As in abi.cpp a whole structure has no field, and
 # the size of what has no structure is a constant.
 Layout = dict[tuple[str, str], tuple[int, int]]
 
 
 class _Structure(ctypes.Structure):
-    """Filled by keyword: ctypes would take fields by position, leave out any, and accept names that do not exist."""
+    """Refuses names that are no fields: ctypes alone would make attributes of them.
 
-    _parts: ClassVar[frozenset[str]] = frozenset()  # those that may be left out, and are zeros then
-    _names: ClassVar[frozenset[str]]
+    It is filled by keyword, wholly or not at all (zeros), but for parts of a block; tests/test_source.py sees to that.
+    """
 
-    def __init_subclass__(cls) -> None:
-        cls._names = frozenset(field[0] for field in cls._fields_)
-
-    def __init__(self, **fields: Any) -> None:
-        given = fields.keys() | self._parts
-        assert given == self._names, f"{type(self).__name__} has {sorted(self._names)}, got {sorted(fields)}"
-        super().__init__(**fields)
+    __slots__ = ()
 
 
 class ExactTokens(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("data", c_void_p),
         ("dtype", c_int64),
-        ("strides", Strides),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
     ]
 
 
 class CodedKeys(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("planes", c_void_p),
         ("scales", c_void_p),
@@ -63,6 +58,7 @@ class CodedKeys(_Structure):
 
 
 class Rotation(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("num_pairs", c_int64),
         ("num_fast", c_int64),
@@ -81,10 +77,8 @@ class Rotation(_Structure):
     ]
 
 
-NO_ROTATION = Rotation(**dict.fromkeys(Rotation._names, 0))
-
-
 class CodedValues(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("planes", c_void_p),
         ("scales", c_void_p),
@@ -94,7 +88,7 @@ class CodedValues(_Structure):
 
 
 class Block(_Structure):
-    _parts = frozenset({"exact_keys", "exact_values", "keys", "rotation", "values"})
+    __slots__ = ()
     _fields_ = [
         ("num_tokens", c_int64),
         ("is_coded", c_int64),
@@ -107,6 +101,7 @@ class Block(_Structure):
 
 
 class Call(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("blocks", c_void_p),
         ("num_blocks", c_int64),
@@ -132,6 +127,7 @@ class Call(_Structure):
 
 
 class KeyEncoding(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("coefficients", c_void_p),
         ("widths", c_void_p),
@@ -153,6 +149,7 @@ class KeyEncoding(_Structure):
 
 
 class ValueEncoding(_Structure):
+    __slots__ = ()
     _fields_ = [
         ("values", c_void_p),
         ("planes", c_void_p),

@@ -14,7 +14,7 @@ namespace {
 template <int DTYPE, int ROWS>
 void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length) {
     const ExactTokens& keys = block.exact_keys;
-    const int64_t first_key = b * keys.strides[0] + h * keys.strides[1] + token * keys.strides[2];
+    const int64_t first_key = b * keys.batch_stride + h * keys.head_stride + token * keys.token_stride;
     const float* query = w.query.data() + row * w.key_dim;
     const int key_dim = static_cast<int>(w.call.key_dim);
     for (int t0 = 0; t0 < length; t0 += LANES) {
@@ -22,7 +22,7 @@ void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t ro
         for (int k = 0; k < std::min(LANES, length - t0); ++k) {
             Floats product[ROWS] = {};
             for (int d = 0; d < key_dim; d += LANES) {
-                const int64_t place = first_key + (t0 + k) * keys.strides[2] + d;
+                const int64_t place = first_key + (t0 + k) * keys.token_stride + d;
                 const Floats key = numbers<DTYPE>(keys.data, place, key_dim - d);
                 for (int r = 0; r < ROWS; ++r) product[r] += key * load<Floats>(query + r * w.key_dim + d);
             }
@@ -35,7 +35,7 @@ void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t ro
 template <int DTYPE, int ROWS>
 void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t token, int length, Partial* partials) {
     const ExactTokens& values = block.exact_values;
-    const int64_t first_value = b * values.strides[0] + h * values.strides[1] + token * values.strides[2];
+    const int64_t first_value = b * values.batch_stride + h * values.head_stride + token * values.token_stride;
     const int value_dim = static_cast<int>(w.call.value_dim);
     constexpr int TOGETHER = 4;  // vectors of a token, so that sums do not wait for each other
     for (int d0 = 0; d0 < value_dim; d0 += TOGETHER * LANES) {
@@ -45,7 +45,7 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
             for (int t = 0; t < length; ++t)
                 for (int i = 0; i < count; ++i) {
                     const int d = d0 + i * LANES;
-                    const int64_t place = first_value + t * values.strides[2] + d;
+                    const int64_t place = first_value + t * values.token_stride + d;
                     const Floats value = numbers<DTYPE>(values.data, place, value_dim - d);
                     for (int r = 0; r < ROWS; ++r) found[r][i] += value * w.scores[r * RUN + t];
                 }
