@@ -138,7 +138,7 @@ INLINE void weigh_components(Worker& w, int64_t row, float* worth, float* consta
 // Adds the products of the quads behind the fine ones with their weights' high bytes. Codes go from planes into
 // products without a detour through memory.
 template <int ROWS>
-INLINE void add_rough(Worker& w, const uint8_t* planes, Floats (&found)[ROWS][VECTORS]) {
+INLINE void add_rough(Worker& w, const uint8_t* planes, Floats (&products)[ROWS][VECTORS]) {
     constexpr int TOGETHER = ROWS == 4 ? VECTORS / 2 : VECTORS;  // as many sums as there are registers for
     constexpr int PER_RUN = QUAD_TOKENS / LANES;
     const int lanes = w.components.width / 4;
@@ -153,14 +153,14 @@ INLINE void add_rough(Worker& w, const uint8_t* planes, Floats (&found)[ROWS][VE
                     for (int r = 0; r < ROWS; ++r) sums[r][v] = add_byte_products(sums[r][v], weights[r], codes);
                 }
             };
-            const uint8_t* own = planes + w.components.places[quad] * PLANE;
+            const uint8_t* quad_planes = planes + w.components.places[quad] * PLANE;
             const uint8_t* nbits = &w.components.nbits[4 * quad];
             w.next_keys.fetch(1);
             w.next_values.fetch(1);
             const auto add_planes = [&](auto constant) {
                 constexpr int NBITS = decltype(constant)::value;
-                add([own](int v) {
-                    return expand<NBITS, QUAD_PLANE>(own + v / PER_RUN * NBITS * QUAD_PLANE, v % PER_RUN);
+                add([quad_planes](int v) {
+                    return expand<NBITS, QUAD_PLANE>(quad_planes + v / PER_RUN * NBITS * QUAD_PLANE, v % PER_RUN);
                 });
             };
             if (nbits[0] != nbits[3])
@@ -173,7 +173,7 @@ INLINE void add_rough(Worker& w, const uint8_t* planes, Floats (&found)[ROWS][VE
                 add_planes(std::integral_constant<int, 3>());
         }
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < TOGETHER; ++v) found[r][v0 + v] += 256.0f * to_floats(sums[r][v]);
+            for (int v = 0; v < TOGETHER; ++v) products[r][v0 + v] += 256.0f * to_floats(sums[r][v]);
     }
 }
 

@@ -49,19 +49,19 @@ INLINE uint64_t every_fourth(uint64_t bits) {
 void join_quad(uint8_t* planes, const int32_t* widths) {
     const int shared = std::min({widths[0], widths[1], widths[2], widths[3]});
     uint8_t apart[4 * 8 * PLANE];
-    const uint8_t* own[4];
+    const uint8_t* quad[4];
     for (int k = 0, place = 0; k < 4; place += widths[k++]) {
-        own[k] = apart + place * PLANE;
+        quad[k] = apart + place * PLANE;
         std::memcpy(apart + place * PLANE, planes + place * PLANE, static_cast<size_t>(widths[k]) * PLANE);
     }
     for (int run = 0; run < TILE / QUAD_TOKENS; ++run)
         for (int plane = 0; plane < shared; ++plane, planes += QUAD_PLANE) {
             uint64_t joined = 0;
-            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(own[k] + plane * PLANE + 2 * run)) << k;
+            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(quad[k] + plane * PLANE + 2 * run)) << k;
             store(planes, joined);
         }
     for (int k = 0; k < 4; planes += (widths[k++] - shared) * PLANE)
-        std::memcpy(planes, own[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
+        std::memcpy(planes, quad[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
 }
 
 struct Quantized {
@@ -91,7 +91,7 @@ Quantized quantize(const float* from, int count, int nbits, const float* clips, 
             energy += value * value;
         }
         // The error once the scale is the least-squares one for these codes.
-        const float found = sum(overlap), along = found * found / sum(energy);
+        const float product = sum(overlap), along = product * product / sum(energy);
         if (along > best) best = along, step = trial;
     }
     const float inverse = 1.0f / step;
@@ -129,11 +129,11 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                 std::fill(std::copy(place, place + count, rest), rest + TILE, 0.0f);
                 place = rest;
             }
-            const Quantized found =
+            const Quantized quantized =
                 quantize(place, count, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes);
-            call.scales[row * tiles + tile] = found.scale;
-            call.energies[row * tiles + tile] = found.energy;
-            call.squares[row * tiles + tile] = found.square;
+            call.scales[row * tiles + tile] = quantized.scale;
+            call.energies[row * tiles + tile] = quantized.energy;
+            call.squares[row * tiles + tile] = quantized.square;
             pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
         }
     }

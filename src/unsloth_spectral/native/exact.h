@@ -18,7 +18,7 @@ void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t ro
     const float* query = w.query.data() + row * w.key_dim;
     const int key_dim = static_cast<int>(w.call.key_dim);
     for (int t0 = 0; t0 < length; t0 += LANES) {
-        Floats found[ROWS][LANES] = {};
+        Floats products[ROWS][LANES] = {};
         for (int k = 0; k < std::min(LANES, length - t0); ++k) {
             Floats product[ROWS] = {};
             for (int d = 0; d < key_dim; d += LANES) {
@@ -26,9 +26,9 @@ void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t ro
                 const Floats key = numbers<DTYPE>(keys.data, place, key_dim - d);
                 for (int r = 0; r < ROWS; ++r) product[r] += key * load<Floats>(query + r * w.key_dim + d);
             }
-            for (int r = 0; r < ROWS; ++r) found[r][k] = product[r];
+            for (int r = 0; r < ROWS; ++r) products[r][k] = product[r];
         }
-        for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(found[r]));
+        for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(products[r]));
     }
 }
 
@@ -40,14 +40,14 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
     constexpr int TOGETHER = 4;  // vectors of a token, so that sums do not wait for each other
     for (int d0 = 0; d0 < value_dim; d0 += TOGETHER * LANES) {
         const int vectors = std::min(TOGETHER, round_up(value_dim - d0, LANES) / LANES);
-        Floats found[ROWS][TOGETHER] = {};
+        Floats totals[ROWS][TOGETHER] = {};
         const auto add = [&](auto count) {
             for (int t = 0; t < length; ++t)
                 for (int i = 0; i < count; ++i) {
                     const int d = d0 + i * LANES;
                     const int64_t place = first_value + t * values.token_stride + d;
                     const Floats value = numbers<DTYPE>(values.data, place, value_dim - d);
-                    for (int r = 0; r < ROWS; ++r) found[r][i] += value * w.scores[r * RUN + t];
+                    for (int r = 0; r < ROWS; ++r) totals[r][i] += value * w.scores[r * RUN + t];
                 }
         };
         // With a number that the compiler knows the sums stay in registers.
@@ -58,7 +58,7 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
         for (int r = 0; r < ROWS; ++r)
             for (int i = 0; i < vectors; ++i) {
                 float* to = partials[r].exact + d0 + i * LANES;
-                store(to, load<Floats>(to) + found[r][i]);
+                store(to, load<Floats>(to) + totals[r][i]);
             }
     }
 }

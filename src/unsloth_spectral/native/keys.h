@@ -144,7 +144,7 @@ void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t ro
     float worth[ROWS], constant[ROWS];
     weigh_components<ROWS>(w, row, worth, constant);
     if (waves) weigh_waves<ROWS>(w, block.rotation, row);
-    Floats found[ROWS][VECTORS];
+    Floats products[ROWS][VECTORS];
     constexpr int TOGETHER = 2;
     for (int v = 0; v < vectors; v += TOGETHER) {
         Sums sums[ROWS][TOGETHER] = {};
@@ -158,9 +158,9 @@ void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t ro
             }
         }
         for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < TOGETHER; ++k) found[r][v + k] = Sums::total(sums[r][k]);
+            for (int k = 0; k < TOGETHER; ++k) products[r][v + k] = Sums::total(sums[r][k]);
     }
-    if constexpr (ROUGH_NBITS > 0) add_rough<ROWS>(w, planes, found);
+    if constexpr (ROUGH_NBITS > 0) add_rough<ROWS>(w, planes, products);
     for (int v = 0; v < vectors; v += TOGETHER) {
         Ints sums[ROWS][TOGETHER] = {};
         for (int j = 0; j < waves; ++j)
@@ -173,7 +173,7 @@ void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t ro
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < TOGETHER; ++k)
                 store(scores + r * RUN + (v + k) * LANES,
-                      found[r][v + k] * worth[r] + (to_floats(sums[r][k]) * w.waves.unit[row + r] + constant[r]));
+                      products[r][v + k] * worth[r] + (to_floats(sums[r][k]) * w.waves.unit[row + r] + constant[r]));
     }
 }
 

@@ -17,9 +17,9 @@ INLINE Floats numbers(const void* from, int64_t place, int count) {
     if constexpr (DTYPE == FLOAT32) {
         const float* values = static_cast<const float*>(from) + place;
         if (count >= LANES) return load<Floats>(values);
-        Floats found = {};
-        for (int i = 0; i < count; ++i) found[i] = values[i];
-        return found;
+        Floats result = {};
+        for (int i = 0; i < count; ++i) result[i] = values[i];
+        return result;
     } else {
         const uint16_t* values = static_cast<const uint16_t*>(from) + place;
         Halves halves = {};

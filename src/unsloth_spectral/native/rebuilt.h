@@ -45,7 +45,7 @@ template <int ROWS>
 void score_rebuilt(Worker& w, int64_t row, int length, float* scores) {
     const int pairs = static_cast<int>(w.rebuilt.first.size()), lanes = w.components.width / 4;
     for (int part = 0; part * BYTES < length; ++part) {
-        Floats found[ROWS][4] = {};
+        Floats totals[ROWS][4] = {};
         for (int p = 0; p < pairs; ++p) {
             const int one = w.rebuilt.first[p], other = w.rebuilt.second[p];
             const int32_t *one_high = &w.rebuilt.rows[0][one * lanes], *one_low = &w.rebuilt.rows[1][one * lanes];
@@ -68,13 +68,13 @@ void score_rebuilt(Worker& w, int64_t row, int length, float* scores) {
                 const Floats s = load<Floats>(&w.rebuilt.sines[p * TILE + (4 * part + k) * LANES]);
                 const Floats rotated_x = x * c - y * s, rotated_y = x * s + y * c;
                 for (int r = 0; r < ROWS; ++r) {
-                    found[r][k] += rotated_x * w.angles.tile_cosine[(row + r) * pairs + p];
-                    found[r][k] += rotated_y * w.angles.tile_sine[(row + r) * pairs + p];
+                    totals[r][k] += rotated_x * w.angles.tile_cosine[(row + r) * pairs + p];
+                    totals[r][k] += rotated_y * w.angles.tile_sine[(row + r) * pairs + p];
                 }
             }
         }
         for (int r = 0; r < ROWS; ++r) {
-            for (int k = 0; k < 4; ++k) store(scores + r * RUN + part * BYTES + k * LANES, found[r][k]);
+            for (int k = 0; k < 4; ++k) store(scores + r * RUN + part * BYTES + k * LANES, totals[r][k]);
         }
     }
 }

@@ -96,9 +96,9 @@ INLINE float largest(Floats v) {
 #if defined(__AVX512BW__)
     return _mm512_reduce_max_ps(bits<__m512>(v));
 #else
-    float found = v[0];
-    for (int lane = 1; lane < LANES; ++lane) found = v[lane] > found ? v[lane] : found;
-    return found;
+    float most = v[0];
+    for (int lane = 1; lane < LANES; ++lane) most = v[lane] > most ? v[lane] : most;
+    return most;
 #endif
 }
 
@@ -211,10 +211,10 @@ INLINE __m512i load_bytes(const uint8_t* from) {
 // exist the last of 64 bytes.
 template <int NBITS, int EACH>
 constexpr int64_t places(int eight) {
-    uint64_t found = 0;
+    uint64_t index = 0;
     for (int plane = 7; plane >= 0; --plane)
-        found |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
-    return static_cast<int64_t>(found);
+        index |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
+    return static_cast<int64_t>(index);
 }
 #endif
 
@@ -222,7 +222,7 @@ constexpr int64_t places(int eight) {
 template <int NBITS, int EACH>
 INLINE Bytes expand(const uint8_t* planes, int part) {
 #if defined(__AVX512BW__)
-    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and turned by the
+    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and transposed by the
     // multiplication with a matrix of bits.
     const int k = 8 * part;
     const __m512i index = _mm512_set_epi64(

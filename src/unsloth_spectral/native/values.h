@@ -20,10 +20,10 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
     const int tiles = round_up(length, TILE) / TILE;
     const int64_t dims = w.call.value_dim;
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
-        Floats found[ROWS][LANES];
+        Floats totals[ROWS][LANES];
         const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
         for (int k = count; k < LANES; ++k)
-            for (int r = 0; r < ROWS; ++r) found[r][k] = Floats{};
+            for (int r = 0; r < ROWS; ++r) totals[r][k] = Floats{};
         for (int k = 0; k < count; k += TOGETHER) {
             std::conditional_t<ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
@@ -50,15 +50,15 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
             for (int r = 0; r < ROWS; ++r)
                 for (int i = 0; i < TOGETHER; ++i) {
                     if constexpr (ROUGH)
-                        found[r][k + i] = to_floats(sums[r][i]);
+                        totals[r][k + i] = to_floats(sums[r][i]);
                     else
-                        found[r][k + i] = Sums::total(sums[r][i]);
+                        totals[r][k + i] = Sums::total(sums[r][i]);
                 }
         }
         constexpr float OFFSET = 0.5f * static_cast<float>((1 << NBITS) - 1);
         for (int r = 0; r < ROWS; ++r) {
             float* to = partials[r].coded + d0;
-            store(to, load<Floats>(to) + (spectral::sums(found[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
+            store(to, load<Floats>(to) + (spectral::sums(totals[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
         }
     }
 }
