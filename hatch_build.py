@@ -13,7 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("src/unsloth_spectral/native")
-_SOURCES = ("attend.cpp", "encode.cpp")
+_SOURCES = ("attend.cpp", "encode.cpp", "abi.cpp")
 _COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi")
 _VARIANTS = {
     "avx512": (

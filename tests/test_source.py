@@ -2,12 +2,14 @@
 tensors alive by a function that refers to itself."""
 
 import ast
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import unsloth_spectral
+from unsloth_spectral.native import abi
 
 SOURCE = Path(unsloth_spectral.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -90,7 +92,32 @@ def test_where_a_compiled_function_is_called_no_address_is_taken_unchecked() -> 
     assert taking == []
 
 
+def filled_in_part(tree: ast.AST) -> list[str]:
+    """Where a structure that C++ reads is filled by position, or has fields left out; parts of a block may lack."""
+    declared = {structure.__name__: structure._fields_ for structure in abi.STRUCTURES}
+    wrong = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if ast.unparse(node.func.value) != "abi" or node.func.attr not in declared:
+            continue
+        wanted = {name for name, kind in declared[node.func.attr] if not issubclass(kind, ctypes.Structure)}
+        given = {keyword.arg for keyword in node.keywords}
+        if node.args or None in given or (given and not wanted <= given):
+            wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_structures_that_the_kernel_reads_are_filled_by_keyword_and_wholly(path: Path) -> None:
+    assert filled_in_part(parsed(path)) == []
+
+
 def test_the_checks_themselves_see_breaches() -> None:
+    for line in ("abi.CodedValues(1, 2, 3, 4)", "abi.CodedValues(planes=1)", "abi.CodedValues(**fields)"):
+        assert filled_in_part(ast.parse(line)), line
+    for line in ("abi.Rotation()", "abi.Block(num_tokens=1, is_coded=False)", "ast.Call(1)", "abi.differences(2)"):
+        assert not filled_in_part(ast.parse(line)), line
     for line in (
         "torch.zeros(3)",
         "torch.zeros(3, dtype=torch.float32)",

@@ -41,7 +41,7 @@ def reference() -> Callable[..., torch.Tensor]:
         mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         keys, values = (torch.cat(part, -2).double() for part in zip(*(b.reconstruct() for b in blocks), strict=True))
         repeats = query.shape[1] // keys.shape[1]
@@ -52,8 +52,8 @@ def reference() -> Callable[..., torch.Tensor]:
             scores = scores + (torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask).double()
         weights = scores.exp()
         total = weights.sum(-1, keepdim=True)
-        if sinks is not None:
-            total = total + sinks.double().exp()[:, None, None]
+        if sink_logits is not None:
+            total = total + sink_logits.double().exp()[:, None, None]
         return torch.where(total > 0, weights / total, 0.0) @ values.repeat_interleave(repeats, 1)
 
     return attend

@@ -59,7 +59,7 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
     query_length=st.sampled_from([1, 1, 1, 2, 5]),
     mask_kind=st.sampled_from(["none", "none", "bool", "additive", "shared"]),
     softcap=st.sampled_from([None, 8.0]),
-    with_sinks=st.booleans(),
+    with_sink_logits=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_agrees_with_the_naive_path(
@@ -75,7 +75,7 @@ def test_agrees_with_the_naive_path(
     query_length,
     mask_kind,
     softcap,
-    with_sinks,
+    with_sink_logits,
     seed,
 ):
     blocks = [
@@ -89,8 +89,8 @@ def test_agrees_with_the_naive_path(
     mask = torch.rand(1 if mask_kind == "shared" else batch, 1, query_length, total, generator=generator) > 0.4
     if mask_kind == "additive":
         mask = torch.where(mask, torch.randn(mask.shape, generator=generator), -torch.inf)
-    sinks = random(heads * group, seed=seed) if with_sinks else None
-    options = ScoreOptions(head_dim**-0.5, softcap, sinks)
+    sink_logits = random(heads * group, seed=seed) if with_sink_logits else None
+    options = ScoreOptions(head_dim**-0.5, softcap, sink_logits)
     check(query, blocks, None if mask_kind == "none" else mask, options, variant, assert_close)
 
 

@@ -10,6 +10,7 @@ from coded import coded_block, exact, random
 from torch.overrides import TorchFunctionMode
 
 from unsloth_spectral.attention import cpu
+from unsloth_spectral.attention.rotary_tables import WaveTables
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.spectral.block import SpectralBlock
@@ -37,7 +38,7 @@ STORED = [
     *(("keys", name) for name in ("planes", "scales", "vectors", "vector_scales", "mean")),
     *(("values", name) for name in ("planes", "scales", "largest")),
 ]
-TABLES = [name for name, kind in cpu._Tables.__annotations__.items() if kind is torch.Tensor and name != "order"]
+TABLES = [name for name, kind in WaveTables.__annotations__.items() if kind is torch.Tensor and name != "order"]
 every_wrong = pytest.mark.parametrize("wrong", WRONG)
 
 
@@ -53,8 +54,8 @@ def _constants_of_this_test() -> Any:
     cpu._constants.cache_clear()
 
 
-def attend(*blocks: Any, mask: torch.Tensor | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
-    return cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125, None, sinks))
+def attend(*blocks: Any, mask: torch.Tensor | None = None, sink_logits: torch.Tensor | None = None) -> torch.Tensor:
+    return cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125, None, sink_logits))
 
 
 def refuses(*blocks: Any, **options: Any) -> None:
@@ -90,11 +91,11 @@ def test_rotary_dimensions_that_do_not_exist(block: SpectralBlock) -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_angles(block: SpectralBlock, name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"cosines", "mixing", "waves"} <= set(TABLES)
-    original = cpu._tables
+    original = cpu.wave_tables
     monkeypatch.setattr(
         cpu,
-        "_tables",
-        lambda steps: original(steps)._replace(**{name: WRONG[wrong](getattr(original(steps), name))}),
+        "wave_tables",
+        lambda step: original(step)._replace(**{name: WRONG[wrong](getattr(original(step), name))}),
     )
     refuses(block)
 
@@ -149,16 +150,16 @@ def test_fewer_exact_values_than_keys(block: SpectralBlock) -> None:
     refuses(block, ExactBlock(tokens.keys, tokens.values[..., :-1, :]))
 
 
-def test_query_mask_and_sinks(block: SpectralBlock) -> None:
+def test_query_mask_and_sink_logits(block: SpectralBlock) -> None:
     mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
-    attend(block, mask=mask, sinks=random(4))
+    attend(block, mask=mask, sink_logits=random(4))
     for other in (mask[..., :-1], mask[..., None, :], mask.expand(-1, 2, -1, -1), mask.repeat(2, 1, 1, 1)):
         refuses(block, mask=other)
     for other in (mask.to("meta"), mask.float().to("meta")):
         refuses(block, mask=other)
-    assert torch.equal(attend(block, sinks=random(8)[::2]), attend(block, sinks=random(8)[::2].clone()))
-    for sinks in (random(3), random(8), random(4).to("meta")):
-        refuses(block, sinks=sinks)
+    assert torch.equal(attend(block, sink_logits=random(8)[::2]), attend(block, sink_logits=random(8)[::2].clone()))
+    for sink_logits in (random(3), random(8), random(4).to("meta")):
+        refuses(block, sink_logits=sink_logits)
     for query in (random(2, 4, 1, 64).to("meta"), random(1, 4, 1, 64), random(2, 4, 1, 32), random(2, 3, 1, 64)):
         with pytest.raises(InvalidArgumentError, match="for the compiled kernel, got"):
             cpu.attend(query, [block], None, ScoreOptions(0.125))

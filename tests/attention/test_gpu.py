@@ -80,8 +80,8 @@ def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
     mask = random(1 if mask_kind == "shared" else batch, 1, query_length, total, seed=seed) > -0.3
     if mask_kind == "additive":
         mask = torch.where(mask, random(*mask.shape, seed=seed), -torch.inf)
-    sinks = random(heads * group, seed=seed) if draw.random() < 0.5 else None
-    options = ScoreOptions(head_dim**-0.5, draw.choice([None, 8.0]), sinks)
+    sink_logits = random(heads * group, seed=seed) if draw.random() < 0.5 else None
+    options = ScoreOptions(head_dim**-0.5, draw.choice([None, 8.0]), sink_logits)
     check(query, blocks, None if mask_kind == "none" else mask, options, assert_close)
 
 

@@ -50,17 +50,28 @@ def make_mask(kind: str, batch: int, query_length: int, kv_length: int, seed: in
     query_length=st.sampled_from([1, 2, 7, 64, 65, 70]),
     mask_kind=st.sampled_from(MASKS),
     softcap=st.sampled_from([None, 3.0]),
-    with_sinks=st.booleans(),
+    with_sink_logits=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_every_path_agrees_with_the_naive_one(
-    make_blocks, assert_close, batch, heads, group, head_dim, layout, query_length, mask_kind, softcap, with_sinks, seed
+    make_blocks,
+    assert_close,
+    batch,
+    heads,
+    group,
+    head_dim,
+    layout,
+    query_length,
+    mask_kind,
+    softcap,
+    with_sink_logits,
+    seed,
 ):
     blocks = make_blocks(batch, heads, head_dim, layout, seed)
     query = random(batch, heads * group, query_length, head_dim, seed=seed)
     mask = make_mask(mask_kind, batch, query_length, sum(block.num_tokens for block in blocks), seed)
-    sinks = random(heads * group, seed=seed) if with_sinks else None
-    options = ScoreOptions(head_dim**-0.5, softcap, sinks)
+    sink_logits = random(heads * group, seed=seed) if with_sink_logits else None
+    options = ScoreOptions(head_dim**-0.5, softcap, sink_logits)
     expected = naive.attend(query, blocks, mask, options)
     assert expected.shape == query.shape
     assert torch.isfinite(expected).all()
@@ -71,14 +82,18 @@ def test_every_path_agrees_with_the_naive_one(
 
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_naive_is_the_textbook_softmax(make_blocks, reference, assert_close, mask_kind, softcap, with_sinks) -> None:
+@pytest.mark.parametrize("with_sink_logits", [False, True])
+def test_naive_is_the_textbook_softmax(
+    make_blocks, reference, assert_close, mask_kind, softcap, with_sink_logits
+) -> None:
     blocks = make_blocks(2, 3, 16, LAYOUTS[4])
     query = random(2, 15, 9, 16, seed=1)
     mask = make_mask(mask_kind, 2, 9, sum(block.num_tokens for block in blocks), 0)
-    sinks = random(15, seed=2) if with_sinks else None
-    options = ScoreOptions(0.25, softcap, sinks)
-    assert_close(naive.attend(query, blocks, mask, options), reference(query, blocks, mask, 0.25, softcap, sinks), 1e-5)
+    sink_logits = random(15, seed=2) if with_sink_logits else None
+    options = ScoreOptions(0.25, softcap, sink_logits)
+    assert_close(
+        naive.attend(query, blocks, mask, options), reference(query, blocks, mask, 0.25, softcap, sink_logits), 1e-5
+    )
 
 
 @pytest.mark.parametrize("mask_kind", MASKS)
@@ -111,7 +126,7 @@ def test_dispatch_takes_each_path(make_blocks, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_rebuilt_tiles_never_hold_the_whole_cache(make_blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [*make_blocks(1, 1, 8, [("exact", 4), ("stacked", 500)]), *make_blocks(1, 1, 8, [("exact", 300)], seed=1)]
-    monkeypatch.setattr(dispatch, "_TILE_TOKENS", 250)
+    monkeypatch.setattr(dispatch, "_REBUILT_TOKENS", 250)
     assert [tile.num_tokens for tile in rebuilt_tiles(blocks)] == [4, 250, 250, 250, 50]
 
 
@@ -140,10 +155,10 @@ def test_rows_that_see_nothing_give_zeros(make_blocks, assert_close, query_lengt
         assert_close(output[0, :, 2], last, 1e-5)
 
 
-def test_learned_sinks_also_join_rows_that_see_nothing(make_blocks) -> None:
+def test_sink_logits_also_join_rows_that_see_nothing(make_blocks) -> None:
     blocks = make_blocks(1, 2, 16, LAYOUTS[2])
     mask = torch.zeros(1, 1, 2, sum(block.num_tokens for block in blocks), dtype=torch.bool)
-    options = ScoreOptions(0.25, sinks=torch.tensor([0.0, 100.0, -100.0, 5.0]))
+    options = ScoreOptions(0.25, sink_logits=torch.tensor([0.0, 100.0, -100.0, 5.0]))
     for attend in (naive.attend, direct.attend):
         assert torch.equal(attend(random(1, 4, 2, 16), blocks, mask, options), torch.zeros(1, 4, 2, 16))
 
@@ -153,9 +168,9 @@ def test_a_strong_sink_takes_all_weight(make_blocks, assert_close) -> None:
     query = random(1, 4, 2, 16)
     strong, weak = torch.full((4,), 60.0), torch.full((4,), -60.0)
     for attend in (naive.attend, direct.attend):
-        assert attend(query, blocks, None, ScoreOptions(0.25, sinks=strong)).abs().max() < 1e-12
+        assert attend(query, blocks, None, ScoreOptions(0.25, sink_logits=strong)).abs().max() < 1e-12
         plain = attend(query, blocks, None, ScoreOptions(0.25))
-        assert_close(attend(query, blocks, None, ScoreOptions(0.25, sinks=weak)), plain, 1e-6)
+        assert_close(attend(query, blocks, None, ScoreOptions(0.25, sink_logits=weak)), plain, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

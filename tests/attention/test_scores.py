@@ -1,4 +1,4 @@
-"""Head grouping, masks, scaling, soft cap and learned sinks."""
+"""Head grouping, masks, scaling, soft cap and sink logits."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from unsloth_spectral.attention.scores import (
     apply_mask,
     causal_mask,
     group_heads,
+    grouped_sink_logits,
     scale_and_cap,
-    sink_logits,
     ungroup_heads,
 )
 
@@ -67,12 +67,12 @@ def test_scaling_comes_before_the_cap(assert_close: Callable[..., None]) -> None
     assert capped.abs().max() <= 20
 
 
-def test_sinks_belong_to_query_heads() -> None:
-    sinks = torch.arange(6.0)
-    logits = sink_logits(ScoreOptions(1.0, sinks=sinks.half()), 2, 4)
+def test_sink_logits_belong_to_query_heads() -> None:
+    sink_logits = torch.arange(6.0)
+    logits = grouped_sink_logits(ScoreOptions(1.0, sink_logits=sink_logits.half()), 2, 4)
     assert logits.shape == (1, 2, 3 * 4, 1)
     assert logits.dtype == torch.float32
     by_head = ungroup_heads(logits, 4)
     for head in range(6):
         assert by_head[0, head].flatten().tolist() == [float(head)] * 4
-    assert sink_logits(ScoreOptions(1.0), 2, 4) is None
+    assert grouped_sink_logits(ScoreOptions(1.0), 2, 4) is None

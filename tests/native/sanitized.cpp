@@ -163,22 +163,22 @@ struct Tokens {
     Exact<int16_t> waves;
     Exact<uint16_t> mean;
     Exact<int32_t> counts, first, second;
-    Exact<double> step, tile_turn;
+    Exact<double> step, tile_step;
 };
 
 std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const int64_t (&kinds)[2]) {
     auto made = std::make_unique<Tokens>();
     Block& block = made->block;
     block.num_tokens = count;
-    block.kind = kinds[0];
-    block.value_kind = kinds[1];
     for (const int64_t kind : kinds)
         made->name += kind == spectral::FLOAT32 ? "fp32 " : kind == spectral::BFLOAT16 ? "bf16 " : "fp16 ";
     made->name += std::to_string(count);
     for (int which = 0; which < 2; ++which) {
         const int64_t kind = kinds[which];
         const int64_t dim = which ? shape.value_dim : shape.key_dim;
-        int64_t* strides = which ? block.value_strides : block.key_strides;
+        spectral::ExactTokens& tokens = which ? block.exact_values : block.exact_keys;
+        tokens.dtype = kind;
+        int64_t strides[3];
         if (rng.chance(0.3)) {  // tokens outside heads, as projections leave them
             strides[1] = dim + rng.below(4);
             strides[2] = strides[1] * shape.heads + rng.below(9);
@@ -223,7 +223,10 @@ std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const in
                     }
         const void* data = kind == spectral::FLOAT32 ? static_cast<const void*>(made->floats[which].data())
                                                      : static_cast<const void*>(made->halves[which].data());
-        (which ? block.values : block.keys) = data;
+        tokens.data = data;
+        tokens.batch_stride = strides[0];
+        tokens.head_stride = strides[1];
+        tokens.token_stride = strides[2];
     }
     return made;
 }
@@ -238,7 +241,7 @@ void add_rotation(Tokens& made, const Shape& shape) {
     made.second = Exact<int32_t>(pairs);
     made.start = Exact<float>(starts * pairs * 2);
     made.step = Exact<double>(pairs);
-    made.tile_turn = Exact<double>(pairs * 2);
+    made.tile_step = Exact<double>(pairs * 2);
     made.cosines = Exact<float>(pairs * TILE);
     made.sines = Exact<float>(pairs * TILE);
     // Slow pairs made up of waves that are just their own.
@@ -257,8 +260,8 @@ void add_rotation(Tokens& made, const Shape& shape) {
         made.first[p] = static_cast<int32_t>(lowest + (interleaved ? 2 * p : p));
         made.second[p] = static_cast<int32_t>(lowest + (interleaved ? 2 * p + 1 : p + pairs));
         const double step = made.step[p] = std::pow(1e-4, static_cast<double>(p) / static_cast<double>(pairs));
-        made.tile_turn[p] = std::cos(TILE * step);
-        made.tile_turn[pairs + p] = std::sin(TILE * step);
+        made.tile_step[p] = std::cos(TILE * step);
+        made.tile_step[pairs + p] = std::sin(TILE * step);
         for (int64_t t = 0; t < TILE; ++t) {
             made.cosines[p * TILE + t] = static_cast<float>(std::cos(static_cast<double>(t) * step));
             made.sines[p * TILE + t] = static_cast<float>(std::sin(static_cast<double>(t) * step));
@@ -271,29 +274,30 @@ void add_rotation(Tokens& made, const Shape& shape) {
             made.start[(b * pairs + p) * 2 + 1] = static_cast<float>(1.1 * std::sin(angle));
         }
     }
-    block.num_pairs = pairs;
-    block.first = made.first.data();
-    block.second = made.second.data();
-    block.start = made.start.data();
-    block.start_stride = starts == 1 ? 0 : 2 * pairs;
-    block.step = made.step.data();
-    block.tile_turn = made.tile_turn.data();
-    block.cosines = made.cosines.data();
-    block.sines = made.sines.data();
-    block.num_fast = pairs - slow;
-    block.num_waves = pairs;
-    block.waves = made.waves.data();
-    block.mixing = made.mixing.data();
-    block.reach = made.reach.data();
+    block.rotation.num_pairs = pairs;
+    block.rotation.first = made.first.data();
+    block.rotation.second = made.second.data();
+    block.rotation.start = made.start.data();
+    block.rotation.start_stride = starts == 1 ? 0 : 2 * pairs;
+    block.rotation.step = made.step.data();
+    block.rotation.tile_step = made.tile_step.data();
+    block.rotation.cosines = made.cosines.data();
+    block.rotation.sines = made.sines.data();
+    block.rotation.num_fast = pairs - slow;
+    block.rotation.num_waves = pairs;
+    block.rotation.waves = made.waves.data();
+    block.rotation.mixing = made.mixing.data();
+    block.rotation.reach = made.reach.data();
 }
 
 void rotate(const Tokens& made, int64_t b, int64_t token, double* x) {
-    const Block& block = made.block;
-    for (int64_t p = 0; p < block.num_pairs; ++p) {
-        const double angle = block.step[p] * static_cast<double>(token), c = std::cos(angle), s = std::sin(angle);
-        const float* start = block.start + b * block.start_stride + 2 * p;
+    const spectral::Rotation& rotation = made.block.rotation;
+    for (int64_t p = 0; p < rotation.num_pairs; ++p) {
+        const double angle = rotation.step[p] * static_cast<double>(token);
+        const double c = std::cos(angle), s = std::sin(angle);
+        const float* start = rotation.start + b * rotation.start_stride + 2 * p;
         const double cosine = start[0] * c - start[1] * s, sine = start[0] * s + start[1] * c;
-        double &real = x[block.first[p]], &imaginary = x[block.second[p]];
+        double &real = x[rotation.first[p]], &imaginary = x[rotation.second[p]];
         const double before = real;
         real = before * cosine - imaginary * sine;
         imaginary = before * sine + imaginary * cosine;
@@ -322,10 +326,10 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
     Block& block = made->block;
     const int64_t tiles = (count + TILE - 1) / TILE, dim = shape.key_dim;
     block.num_tokens = count;
-    block.kind = spectral::CODED;
+    block.is_coded = 1;
     made->name = names[frame] + std::to_string(count) + " tokens";
     if (frame < 2) add_rotation(*made, shape);
-    block.is_rotated = frame == 0 || (frame == 2 && rng.chance(0.5));
+    block.keys.is_rotated = frame == 0 || (frame == 2 && rng.chance(0.5));
 
     std::vector<std::vector<int>> widths;
     made->counts = Exact<int32_t>(shape.heads * 9);
@@ -335,13 +339,13 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
         made->counts[9 * h] = static_cast<int32_t>(rng.below(5));
         for (int nbits : widths.back()) {
             ++made->counts[9 * h + nbits];
-            block.num_planes += nbits;
+            block.keys.num_planes += nbits;
         }
-        block.num_components += static_cast<int64_t>(widths.back().size());
+        block.keys.num_components += static_cast<int64_t>(widths.back().size());
         made->name += (h ? "," : " components ") + std::to_string(widths.back().size());
     }
-    const int64_t components = block.num_components;
-    made->key_planes = random_bytes(shape.batch * tiles * block.num_planes * PLANE);
+    const int64_t components = block.keys.num_components;
+    made->key_planes = random_bytes(shape.batch * tiles * block.keys.num_planes * PLANE);
     made->key_scales = Exact<uint8_t>(shape.batch * tiles * components);
     for (int64_t i = 0; i < made->key_scales.size(); ++i)
         made->key_scales[i] = static_cast<uint8_t>(rng.below(20) ? rng.below(64) : 255);
@@ -368,16 +372,16 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
     for (int64_t i = 0; i < made->largest.size(); ++i)
         made->largest[i] = static_cast<float>((4 + rng.uniform()) / static_cast<double>(1 << value_nbits));
 
-    block.key_planes = made->key_planes.data();
-    block.key_scales = made->key_scales.data();
-    block.vectors = made->vectors.data();
-    block.vector_scales = made->vector_scales.data();
-    block.mean = made->mean.data();
-    block.counts = made->counts.data();
-    block.value_planes = made->value_planes.data();
-    block.value_scales = made->value_scales.data();
-    block.largest = made->largest.data();
-    block.value_nbits = value_nbits;
+    block.keys.planes = made->key_planes.data();
+    block.keys.scales = made->key_scales.data();
+    block.keys.vectors = made->vectors.data();
+    block.keys.vector_scales = made->vector_scales.data();
+    block.keys.mean = made->mean.data();
+    block.keys.counts = made->counts.data();
+    block.values.planes = made->value_planes.data();
+    block.values.scales = made->value_scales.data();
+    block.values.largest = made->largest.data();
+    block.values.nbits = value_nbits;
 
     std::vector<double> axes(static_cast<size_t>(components * dim)), key(static_cast<size_t>(dim)), centre(key);
     for (int64_t b = 0; b < shape.batch; ++b) {
@@ -393,7 +397,7 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
                 for (int64_t d = 0; d < dim; ++d) centre[d] = from_half(made->mean[head * dim + d]);
                 if (frame == 0) rotate(*made, b, t, centre.data());
                 key = centre;
-                const uint8_t* planes = made->key_planes.data() + (tile * block.num_planes + first_plane) * PLANE;
+                const uint8_t* planes = made->key_planes.data() + (tile * block.keys.num_planes + first_plane) * PLANE;
                 for (size_t k = 0; k < own.size(); ++k) {
                     const int64_t component = first_component + static_cast<int64_t>(k);
                     const double code = decode_quad(planes, own, 0, static_cast<int64_t>(own.size()),
@@ -438,7 +442,7 @@ std::vector<double> attend_row(const Call& call, const std::vector<std::unique_p
         }
     }
     const double sink =
-        call.sinks ? call.sinks[h * (call.num_rows / call.query_length) + row / call.query_length] : never;
+        call.sink_logits ? call.sink_logits[h * (call.num_rows / call.query_length) + row / call.query_length] : never;
     double peak = sink;
     for (double score : scores) peak = std::max(peak, score);
     std::vector<double> turned(static_cast<size_t>(value_dim)), plain(turned);
@@ -447,16 +451,16 @@ std::vector<double> attend_row(const Call& call, const std::vector<std::unique_p
     size_t column = 0;
     for (const auto& tokens : held) {
         const int64_t count = tokens->block.num_tokens;
-        std::vector<double>& to = tokens->block.kind == spectral::CODED ? turned : plain;
+        std::vector<double>& to = tokens->block.is_coded ? turned : plain;
         for (int64_t t = 0; t < count; ++t) {
             const double share = std::exp(scores[column++] - peak);
             total += share;
             add(to.data(), tokens->values.data() + (head * count + t) * value_dim, share, value_dim);
         }
     }
-    if (call.turn)
+    if (call.hadamard)
         for (int64_t j = 0; j < value_dim; ++j)
-            for (int64_t d = 0; d < value_dim; ++d) plain[d] += turned[j] * call.turn[j * value_dim + d];
+            for (int64_t d = 0; d < value_dim; ++d) plain[d] += turned[j] * call.hadamard[j * value_dim + d];
     for (double& x : plain) x /= total;
     return plain;
 }
@@ -513,7 +517,7 @@ double attention_case(int64_t number) {
     Exact<float> query(shape.batch * shape.heads * shape.rows() * shape.key_dim);
     for (int64_t i = 0; i < query.size(); ++i) query[i] = static_cast<float>(rng.normal());
     Exact<float> output(shape.batch * shape.heads * shape.rows() * shape.value_dim, NEVER);
-    Exact<float> mask, sinks, turn;
+    Exact<float> mask, sink_logits, hadamard;
     Call call = {};
     if (rng.chance(0.5)) {
         const bool shared = rng.chance(0.3), additive = rng.chance(0.5);
@@ -530,16 +534,16 @@ double attention_case(int64_t number) {
         current += shared ? "; one mask" : "; masks";
     }
     if (rng.chance(0.3)) {
-        sinks = Exact<float>(shape.heads * shape.group);
-        for (int64_t i = 0; i < sinks.size(); ++i) sinks[i] = static_cast<float>(rng.normal());
-        call.sinks = sinks.data();
-        current += "; sinks";
+        sink_logits = Exact<float>(shape.heads * shape.group);
+        for (int64_t i = 0; i < sink_logits.size(); ++i) sink_logits[i] = static_cast<float>(rng.normal());
+        call.sink_logits = sink_logits.data();
+        current += "; sink logits";
     }
     if (is_coded) {
-        turn = Exact<float>(shape.value_dim * shape.value_dim);
-        for (int64_t i = 0; i < turn.size(); ++i)
-            turn[i] = static_cast<float>(rng.normal() / std::sqrt(static_cast<double>(shape.value_dim)));
-        call.turn = turn.data();
+        hadamard = Exact<float>(shape.value_dim * shape.value_dim);
+        for (int64_t i = 0; i < hadamard.size(); ++i)
+            hadamard[i] = static_cast<float>(rng.normal() / std::sqrt(static_cast<double>(shape.value_dim)));
+        call.hadamard = hadamard.data();
     }
     if (rng.chance(0.3)) {
         call.softcap = 8.0f;
@@ -617,10 +621,23 @@ const char* key_case(int64_t number) {
     Exact<int32_t> counts(2);
     counts[0] = static_cast<int32_t>(rng.from(0, count));
     counts[1] = static_cast<int32_t>(count - counts[0]);
-    const spectral::KeyEncoding call = {coefficients.data(), widths.data(),  places.data(), planes.data(),
-                                        scales.data(),       energies.data(), squares.data(), ratios.data(),
-                                        counts.data(),       batch,          count,         tokens,
-                                        num_planes,          num_clips,      2,             rng.from(1, 3)};
+    spectral::KeyEncoding call = {};
+    call.coefficients = coefficients.data();
+    call.widths = widths.data();
+    call.places = places.data();
+    call.planes = planes.data();
+    call.scales = scales.data();
+    call.energies = energies.data();
+    call.squares = squares.data();
+    call.clips = ratios.data();
+    call.counts = counts.data();
+    call.batch = batch;
+    call.num_components = count;
+    call.num_tokens = tokens;
+    call.num_planes = num_planes;
+    call.num_clips = num_clips;
+    call.num_heads = 2;
+    call.num_threads = rng.from(1, 3);
     spectral::spectral_encode_keys(&call);
     for (int64_t row = 0; row < batch * count; ++row)
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -688,9 +705,19 @@ const char* value_case(int64_t number) {
     Exact<float> squares(batch * heads * tokens, NEVER);
     const double half = static_cast<double>(1 << (nbits - 1));
     const float step = static_cast<float>(std::pow(0.6, nbits - 1.0));
-    const spectral::ValueEncoding call = {turned.data(), planes.data(),  energies.data(), overlaps.data(), squares.data(),
-                                          batch,         heads,          dim,             tokens,          nbits,
-                                          rng.from(1, 3), step};
+    spectral::ValueEncoding call = {};
+    call.values = turned.data();
+    call.planes = planes.data();
+    call.energies = energies.data();
+    call.overlaps = overlaps.data();
+    call.squares = squares.data();
+    call.batch = batch;
+    call.num_heads = heads;
+    call.head_dim = dim;
+    call.num_tokens = tokens;
+    call.nbits = nbits;
+    call.num_threads = rng.from(1, 3);
+    call.step = step;
     spectral::spectral_encode_values(&call);
     for (int64_t head = 0; head < batch * heads; ++head)
         for (int64_t token = 0; token < tiles * TILE; ++token) {

@@ -14,8 +14,8 @@ from unsloth_spectral.attention.scores import (
     ScoreOptions,
     apply_mask,
     group_heads,
+    grouped_sink_logits,
     scale_and_cap,
-    sink_logits,
     ungroup_heads,
 )
 from unsloth_spectral.codec.block import Block
@@ -41,9 +41,9 @@ def attend(query: Tensor, blocks: Iterable[Block], mask: Tensor | None, options:
         merged = partial if merged is None else merged.merge(partial)
         start = stop
     assert merged is not None, "attention over no tokens"
-    sinks = sink_logits(options, merged.output.shape[1], query_length)
-    if sinks is not None:
+    sink_logits = grouped_sink_logits(options, merged.output.shape[1], query_length)
+    if sink_logits is not None:
         # A learned sink is a token with a score and the value zero.
-        maximum = sinks.to(query.dtype).expand_as(merged.maximum)
+        maximum = sink_logits.to(query.dtype).expand_as(merged.maximum)
         merged = merged.merge(Partial(torch.zeros_like(merged.output), maximum, torch.ones_like(maximum)))
     return ungroup_heads(merged.finish(), query_length)

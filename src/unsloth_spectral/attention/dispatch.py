@@ -15,7 +15,7 @@ from unsloth_spectral.native import library
 # Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. They cross at
 # 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
 DIRECT_QUERY_LENGTH = 32
-_TILE_TOKENS = 1024
+_REBUILT_TOKENS = 1024  # at a time, on the "tiles" path
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def available_paths() -> tuple[AttentionPath, ...]:
     return (
         AttentionPath("dense", "prefill and contexts too short to seal: torch's SDPA on exact tensors"),
         AttentionPath("direct", f"up to {DIRECT_QUERY_LENGTH} queries at a time: torch products on the stored codes"),
-        AttentionPath("tiles", f"more queries: blocks rebuilt {_TILE_TOKENS:,} tokens at a time"),
+        AttentionPath("tiles", f"more queries: blocks rebuilt {_REBUILT_TOKENS:,} tokens at a time"),
         AttentionPath(
             "native",
             f"up to {DIRECT_QUERY_LENGTH} queries at a time on a CPU: a compiled kernel on the spectral codec's codes"
@@ -70,5 +70,5 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:
     """The same tokens as dense tiles, one at a time, so that the whole cache is never rebuilt at once."""
     for block in blocks:
-        for tile in block.tiles(_TILE_TOKENS):
+        for tile in block.tiles(_REBUILT_TOKENS):
             yield ExactBlock(*tile.reconstruct())

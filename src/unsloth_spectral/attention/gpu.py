@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unsloth_spectral.attention.rotary_tables import cosines_and_sines
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.spectral import keys, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths
-from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, TILE_TOKENS, places_in_quads
+from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, places_in_quads
 from unsloth_spectral.log import logger
 
 _NAME = "triton kernel"
@@ -157,13 +158,13 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
             )
         first_split += run.num_splits
     output = query.new_empty(batch, num_attention_heads, query_length, value_dim, dtype=torch.float32)
-    sinks = options.sinks
+    sink_logits = options.sink_logits
     gpu_kernels.merge[(row_blocks, batch * num_heads, -(-value_dim // _CHUNK))](
         partial,
         maxima,
         totals,
-        query if sinks is None else sinks.detach(),
-        _turn(value_dim, query.device),
+        query if sink_logits is None else sink_logits.detach(),
+        _hadamard(value_dim, query.device),
         output,
         num_heads,
         num_rows,
@@ -172,7 +173,7 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         num_coded,
         num_splits,
         VALUE_DIM=constants["VALUE_DIM"],
-        HAS_SINKS=sinks is not None,
+        HAS_SINK_LOGITS=sink_logits is not None,
     )
     return output
 
@@ -187,7 +188,7 @@ class _Run(NamedTuple):
 
 
 def _runs(blocks: Sequence[Block], most_splits: int) -> list[_Run]:
-    """The blocks that hold tokens, the coded ones first: their sums are rotated, and turned back together."""
+    """The blocks that hold tokens, the coded ones first: their sums take the Hadamard matrix together."""
     found, first_token = [], 0
     for block in blocks:
         is_coded = isinstance(block, SpectralBlock)
@@ -204,7 +205,7 @@ def _power(number: int) -> int:
 
 
 @lru_cache
-def _turn(dim: int, device: torch.device) -> Tensor:
+def _hadamard(dim: int, device: torch.device) -> Tensor:
     return values.hadamard(dim).to(device)
 
 
@@ -304,15 +305,4 @@ def _rotation(own: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
     start = torch.view_as_real(rotation.start.to(torch.complex64)).contiguous()
     start_batch = 0 if len(start) == 1 else start.stride(0)
     step = rotation.step.double()
-    return fixed, (first, second, start, start_batch, step, *_waves(step.cpu().numpy().tobytes(), device))
-
-
-@lru_cache(maxsize=8)
-def _waves(steps: bytes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[P, 128]`` float32 of the angles within a tile, the same for all blocks of a model.
-
-    ``steps`` are the angles from token to token, float64.
-    """
-    step = torch.frombuffer(bytearray(steps), dtype=torch.float64)
-    angles = step[:, None] * torch.arange(TILE_TOKENS, dtype=torch.float64, device="cpu")
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return fixed, (first, second, start, start_batch, step, *cosines_and_sines(step))

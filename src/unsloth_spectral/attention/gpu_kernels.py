@@ -18,7 +18,7 @@ TILE = tl.constexpr(packing.TILE_TOKENS)
 # Of larger pieces, the two sides of a dot take more shared memory than small cards have.
 CHUNK = tl.constexpr(32)
 _ZERO = tl.constexpr(scales.ZERO)
-_TURN = tl.constexpr(6.283185307179586)
+_TWO_PI = tl.constexpr(6.283185307179586)
 # Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
 _CHANGING = ("mask_batch", "mask_row", "mask_token", "first_token", "first_split", "num_splits")
 
@@ -124,7 +124,7 @@ def project(
     COMPONENTS: tl.constexpr,
 ):
     """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with what of the mean does not
-    turn, ``[B, H, rows]``."""
+    rotate, ``[B, H, rows]``."""
     row_block, batch_head = tl.program_id(0), tl.program_id(1)
     begin = tl.program_id(2) * CHUNK
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
@@ -227,7 +227,7 @@ def attend_coded(
     constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
     own, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
 
-    # Pairs of the mean, which turn.
+    # Pairs of the mean, which rotate.
     if PAIRS > 0:
         pairs = tl.arange(0, PAIRS)
         is_pair = pairs < num_pairs
@@ -289,15 +289,15 @@ def attend_coded(
             scores += _dot_codes(share, codes) - tl.sum(share * centre[None, :], 1)[:, None]
         if PAIRS > 0:
             # The angle of the tile's first token, in float64: it grows with the context.
-            turns = angle_step * (tile * TILE) / _TURN
-            angle = ((turns - tl.floor(turns)) * _TURN).to(tl.float32)
-            turn_real = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
-            turn_imaginary = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
+            revolutions = angle_step * (tile * TILE) / _TWO_PI
+            angle = ((revolutions - tl.floor(revolutions)) * _TWO_PI).to(tl.float32)
+            tile_real = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
+            tile_imaginary = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
             within = pairs[:, None] * TILE + tokens[None, :]
             cosine = tl.load(cosines + within, mask=is_pair[:, None], other=0.0)
             sine = tl.load(sines + within, mask=is_pair[:, None], other=0.0)
-            scores += _dot(along * turn_real[None, :] + across * turn_imaginary[None, :], cosine)
-            scores += _dot(across * turn_real[None, :] - along * turn_imaginary[None, :], sine)
+            scores += _dot(along * tile_real[None, :] + across * tile_imaginary[None, :], cosine)
+            scores += _dot(across * tile_real[None, :] - along * tile_imaginary[None, :], sine)
         is_real = place < num_tokens
         weights, maximum, total, fade = _weighed(
             scores, maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
@@ -391,8 +391,8 @@ def merge(
     partial,
     maxima,
     totals,
-    sinks,
-    turn,
+    sink_logits,
+    hadamard,
     output,
     num_heads,
     num_rows,
@@ -401,9 +401,10 @@ def merge(
     num_coded,
     num_splits,
     VALUE_DIM: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    HAS_SINK_LOGITS: tl.constexpr,
 ):
-    """Splits add up; the first ``num_coded`` hold rotated values, which ``turn [value_dim, value_dim]`` turns back.
+    """Splits add up; the first ``num_coded`` hold values that are still to be multiplied with
+    ``hadamard [value_dim, value_dim]``.
 
     A program answers for a few of the value's dimensions.
     """
@@ -415,16 +416,16 @@ def merge(
     is_value = is_row[:, None] & (dims < value_dim)[None, :]
     is_column = is_row[:, None] & (columns < value_dim)[None, :]
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    if HAS_SINKS:
+    if HAS_SINK_LOGITS:
         group = (num_rows // query_length) * (batch_head % num_heads) + rows // query_length
-        sink = tl.load(sinks + group, mask=is_row, other=float("-inf")).to(tl.float32)
+        sink = tl.load(sink_logits + group, mask=is_row, other=float("-inf")).to(tl.float32)
         maximum = tl.maximum(maximum, sink)
     for split in range(num_splits):
         at = (batch_head * num_splits + split) * num_rows + rows
         maximum = tl.maximum(maximum, tl.load(maxima + at, mask=is_row, other=float("-inf")))
     level = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if HAS_SINKS:
+    if HAS_SINK_LOGITS:
         # A learned sink is a token with a score and the value zero.
         total += tl.exp(sink - level)
     rotated = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
@@ -438,7 +439,7 @@ def merge(
             rotated += share[:, None] * tl.load(at + dims[None, :], mask=is_value, other=0.0)
         else:
             result += share[:, None] * tl.load(at + columns[None, :], mask=is_column, other=0.0)
-    across = turn + dims[:, None] * value_dim + columns[None, :]
+    across = hadamard + dims[:, None] * value_dim + columns[None, :]
     square = (dims < value_dim)[:, None] & (columns < value_dim)[None, :]
     result += _dot(rotated, tl.load(across, mask=square, other=0.0))
     # Zeros for a row that may attend to nothing.

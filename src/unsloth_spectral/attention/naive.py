@@ -9,8 +9,8 @@ from unsloth_spectral.attention.scores import (
     ScoreOptions,
     apply_mask,
     group_heads,
+    grouped_sink_logits,
     scale_and_cap,
-    sink_logits,
     ungroup_heads,
 )
 from unsloth_spectral.codec.block import Block
@@ -29,9 +29,9 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     num_key_value_heads, query_length = keys.shape[1], query.shape[2]
     grouped = group_heads(query.to(dtype), num_key_value_heads)
     scores = apply_mask(scale_and_cap(grouped @ keys.mT, options), mask, query_length)
-    sinks = sink_logits(options, num_key_value_heads, query_length)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    sink_logits = grouped_sink_logits(options, num_key_value_heads, query_length)
+    if sink_logits is not None:
+        scores = torch.cat([scores, sink_logits.to(dtype).expand(*scores.shape[:-1], 1)], dim=-1)
     # A row masked throughout is 0/0 in a softmax; like torch's SDPA it gets zeros.
     masked_out = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.softmax(-1).masked_fill(masked_out, 0.0)

@@ -13,12 +13,12 @@ class ScoreOptions:
     Attributes:
         scaling: factor on the dot products, usually ``head_dim ** -0.5``.
         softcap: scores pass through ``softcap * tanh(score / softcap)`` (Gemma 2).
-        sinks: ``[num_attention_heads]`` learned logits that join the softmax and carry no value (gpt-oss).
+        sink_logits: ``[num_attention_heads]`` learned logits that join the softmax and carry no value (gpt-oss).
     """
 
     scaling: float
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
 
 
 def group_heads(query: Tensor, num_key_value_heads: int) -> Tensor:
@@ -60,9 +60,9 @@ def scale_and_cap(scores: Tensor, options: ScoreOptions) -> Tensor:
     return scores
 
 
-def sink_logits(options: ScoreOptions, num_key_value_heads: int, query_length: int) -> Tensor | None:
+def grouped_sink_logits(options: ScoreOptions, num_key_value_heads: int, query_length: int) -> Tensor | None:
     """The learned sink logits as ``[1, num_key_value_heads, group * query_length, 1]`` float32, or None."""
-    if options.sinks is None:
+    if options.sink_logits is None:
         return None
-    grouped = options.sinks.float().view(1, num_key_value_heads, -1, 1)
+    grouped = options.sink_logits.float().view(1, num_key_value_heads, -1, 1)
     return grouped.repeat_interleave(query_length, dim=2)

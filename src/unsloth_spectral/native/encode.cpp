@@ -1,6 +1,6 @@
 // Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/spectral).
 //
-// codec/spectral/kernel.py checks shapes and calls; nothing is checked here.
+// codec/spectral/kernel.py fills in the structures of abi.h and checks everything: nothing is checked here.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,6 +8,7 @@
 #include <omp.h>
 #endif
 
+#include "abi.h"
 #include "simd.h"
 
 namespace spectral {
@@ -48,19 +49,19 @@ INLINE uint64_t every_fourth(uint64_t bits) {
 void join_quad(uint8_t* planes, const int32_t* widths) {
     const int shared = std::min({widths[0], widths[1], widths[2], widths[3]});
     uint8_t apart[4 * 8 * PLANE];
-    const uint8_t* own[4];
+    const uint8_t* quad[4];
     for (int k = 0, place = 0; k < 4; place += widths[k++]) {
-        own[k] = apart + place * PLANE;
+        quad[k] = apart + place * PLANE;
         std::memcpy(apart + place * PLANE, planes + place * PLANE, static_cast<size_t>(widths[k]) * PLANE);
     }
     for (int run = 0; run < TILE / QUAD_TOKENS; ++run)
         for (int plane = 0; plane < shared; ++plane, planes += QUAD_PLANE) {
             uint64_t joined = 0;
-            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(own[k] + plane * PLANE + 2 * run)) << k;
+            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(quad[k] + plane * PLANE + 2 * run)) << k;
             store(planes, joined);
         }
     for (int k = 0; k < 4; planes += (widths[k++] - shared) * PLANE)
-        std::memcpy(planes, own[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
+        std::memcpy(planes, quad[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
 }
 
 struct Quantized {
@@ -90,7 +91,7 @@ Quantized quantize(const float* from, int count, int nbits, const float* clips, 
             energy += value * value;
         }
         // The error once the scale is the least-squares one for these codes.
-        const float found = sum(overlap), along = found * found / sum(energy);
+        const float product = sum(overlap), along = product * product / sum(energy);
         if (along > best) best = along, step = trial;
     }
     const float inverse = 1.0f / step;
@@ -110,19 +111,6 @@ Quantized quantize(const float* from, int count, int nbits, const float* clips, 
 
 }  // namespace
 
-struct KeyEncoding {
-    const float* coefficients;  // [batch, component, token]
-    const int32_t* widths;      // [component]
-    const int32_t* places;      // [component] its first plane
-    uint8_t* planes;            // [batch, tile, plane, 16]
-    float* scales;              // [batch, component, tile]
-    float* energies;            // [batch, component, tile] squared lengths
-    float* squares;             // [batch, component, tile] squared lengths of the codes around zero
-    const float* clips;
-    const int32_t* counts;      // [head] components
-    int64_t batch, num_components, num_tokens, num_planes, num_clips, num_heads, num_threads;
-};
-
 extern "C" void spectral_encode_keys(const KeyEncoding* given) {
     const KeyEncoding& call = *given;
     const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_components;
@@ -141,11 +129,11 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                 std::fill(std::copy(place, place + count, rest), rest + TILE, 0.0f);
                 place = rest;
             }
-            const Quantized found =
+            const Quantized quantized =
                 quantize(place, count, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes);
-            call.scales[row * tiles + tile] = found.scale;
-            call.energies[row * tiles + tile] = found.energy;
-            call.squares[row * tiles + tile] = found.square;
+            call.scales[row * tiles + tile] = quantized.scale;
+            call.energies[row * tiles + tile] = quantized.energy;
+            call.squares[row * tiles + tile] = quantized.square;
             pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
         }
     }
@@ -158,16 +146,6 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                 join_quad(call.planes + (tile * call.num_planes + call.places[c]) * PLANE, call.widths + c);
 }
 
-struct ValueEncoding {
-    const float* turned;  // [batch, head, dim, token]
-    uint8_t* planes;      // [batch, tile, head, dim, bit, 16]
-    float* energies;      // [batch, head, token] squared lengths
-    float* overlaps;      // [batch, head, token] products with the codes around zero
-    float* squares;       // [batch, head, token] squared lengths of these
-    int64_t batch, num_heads, head_dim, num_tokens, nbits, num_threads;
-    float step;           // of the quantizer of a unit Gaussian
-};
-
 extern "C" void spectral_encode_values(const ValueEncoding* given) {
     const ValueEncoding& call = *given;
     const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_heads * tiles;
@@ -177,7 +155,7 @@ extern "C" void spectral_encode_values(const ValueEncoding* given) {
 #endif
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t head = row / tiles, tile = row % tiles, b = head / call.num_heads, h = head % call.num_heads;
-        const float* from = call.turned + head * call.head_dim * call.num_tokens + tile * TILE;
+        const float* from = call.values + head * call.head_dim * call.num_tokens + tile * TILE;
         const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
         float energy[TILE] = {}, inverse[TILE], overlap[TILE] = {}, square[TILE] = {}, buffer[TILE] = {};
         uint8_t codes[TILE];

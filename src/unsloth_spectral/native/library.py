@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.native import abi
+
 FOLDER = Path(__file__).parent
 # Written by the build (hatch_build.py) where it failed.
 REASON = FOLDER / "not_built.txt"
@@ -45,12 +48,28 @@ def load(variant: str | None = None) -> ctypes.CDLL | None:
 
 @lru_cache
 def function(name: str, variant: str | None = None) -> Any:
-    """A function of the library that ``load`` finds, there being one; it takes a pointer and answers nothing."""
-    found = load(variant)
-    assert found is not None, f"no kernel {variant or ''} here: {obstacle()}"
-    entry = getattr(found, name)
+    """A function of the library that ``load`` finds, there being one; it takes a pointer and answers nothing.
+
+    Raises:
+        InvalidArgumentError: the library was compiled from other sources than this package's.
+    """
+    entry = getattr(_checked(variant), name)
     entry.restype, entry.argtypes = None, [ctypes.c_void_p]
     return entry
+
+
+@lru_cache
+def _checked(variant: str | None) -> ctypes.CDLL:
+    """The library, after a check that both sides lay out their structures alike."""
+    loaded = load(variant)
+    assert loaded is not None, f"no kernel {variant or ''} here: {obstacle()}"
+    different = abi.differences(loaded)
+    if different:
+        raise InvalidArgumentError(
+            "the compiled kernel is of another version: install unsloth-spectral again (the layouts of "
+            f"{', '.join(different[:3])} differ)"
+        )
+    return loaded
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find by themselves.
+// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find on their own.
 //
 // Everything else is written with the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2, NEON and
 // whatever else there is: each library is this source compiled for one of them.
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -53,6 +54,8 @@ INLINE void store(void* to, Vector value) {
 
 INLINE Floats all(float value) { return Floats{} + value; }
 
+INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
+
 template <typename To, typename From>
 INLINE To bits(From value) {
     static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
@@ -93,9 +96,9 @@ INLINE float largest(Floats v) {
 #if defined(__AVX512BW__)
     return _mm512_reduce_max_ps(bits<__m512>(v));
 #else
-    float found = v[0];
-    for (int lane = 1; lane < LANES; ++lane) found = v[lane] > found ? v[lane] : found;
-    return found;
+    float most = v[0];
+    for (int lane = 1; lane < LANES; ++lane) most = v[lane] > most ? v[lane] : most;
+    return most;
 #endif
 }
 
@@ -208,10 +211,10 @@ INLINE __m512i load_bytes(const uint8_t* from) {
 // exist the last of 64 bytes.
 template <int NBITS, int EACH>
 constexpr int64_t places(int eight) {
-    uint64_t found = 0;
+    uint64_t index = 0;
     for (int plane = 7; plane >= 0; --plane)
-        found |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
-    return static_cast<int64_t>(found);
+        index |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
+    return static_cast<int64_t>(index);
 }
 #endif
 
@@ -219,7 +222,7 @@ constexpr int64_t places(int eight) {
 template <int NBITS, int EACH>
 INLINE Bytes expand(const uint8_t* planes, int part) {
 #if defined(__AVX512BW__)
-    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and turned by the
+    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and transposed by the
     // multiplication with a matrix of bits.
     const int k = 8 * part;
     const __m512i index = _mm512_set_epi64(
@@ -254,6 +257,21 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
     }
     return value;
 #endif
+}
+
+// Calls function(constant) with nbits, 1 to 8, as a constant of the compiler's.
+template <typename Function>
+INLINE void with_nbits(int nbits, const Function& function) {
+    switch (nbits) {
+        case 1: return function(std::integral_constant<int, 1>());
+        case 2: return function(std::integral_constant<int, 2>());
+        case 3: return function(std::integral_constant<int, 3>());
+        case 4: return function(std::integral_constant<int, 4>());
+        case 5: return function(std::integral_constant<int, 5>());
+        case 6: return function(std::integral_constant<int, 6>());
+        case 7: return function(std::integral_constant<int, 7>());
+        default: return function(std::integral_constant<int, 8>());
+    }
 }
 
 // Lanes of the v'th vector of a tile's tokens, with `worth` where the token's bit is set in a plane.
@@ -348,7 +366,8 @@ struct Sums {
 #else
     Ints both;
     INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
-        sums.both = add_products(add_products(sums.both, codes.even, bits<Shorts>(first)), codes.odd, bits<Shorts>(second));
+        sums.both = add_products(sums.both, codes.even, bits<Shorts>(first));
+        sums.both = add_products(sums.both, codes.odd, bits<Shorts>(second));
     }
     INLINE Floats total(const Sums& sums) { return to_floats(sums.both); }
 #endif

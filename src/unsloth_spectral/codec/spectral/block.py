@@ -14,7 +14,7 @@ from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 
-_TILE_TOKENS = 2048  # of a product over un-rotated keys, which have to be rebuilt for it
+_REBUILT_TOKENS = 2048  # at a time, for scores over un-rotated keys
 
 
 class Memo(dict[str, Any]):
@@ -83,9 +83,9 @@ class SpectralBlock:
         return () if self.keys.rotation is None else self.keys.rotation.tensors
 
     def scores(self, query: Tensor) -> Tensor:
-        if self.keys.is_rotated or self.num_tokens <= _TILE_TOKENS:
+        if self.keys.is_rotated or self.num_tokens <= _REBUILT_TOKENS:
             return self.keys.scores(query)
-        return torch.cat([tile.keys.scores(query) for tile in self._split(_TILE_TOKENS)], dim=-1)
+        return torch.cat([tile.keys.scores(query) for tile in self._split(_REBUILT_TOKENS)], dim=-1)
 
     def combine(self, weights: Tensor) -> Tensor:
         return self.values.combine(weights)

@@ -2,53 +2,14 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_void_p
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles
-from unsloth_spectral.native import library
+from unsloth_spectral.native import abi, library
 from unsloth_spectral.native.pointers import address, require
-
-
-class _KeyEncoding(ctypes.Structure):
-    _fields_ = [
-        ("coefficients", c_void_p),
-        ("widths", c_void_p),
-        ("places", c_void_p),
-        ("planes", c_void_p),
-        ("scales", c_void_p),
-        ("energies", c_void_p),
-        ("squares", c_void_p),
-        ("clips", c_void_p),
-        ("counts", c_void_p),
-        ("batch", c_int64),
-        ("num_components", c_int64),
-        ("num_tokens", c_int64),
-        ("num_planes", c_int64),
-        ("num_clips", c_int64),
-        ("num_heads", c_int64),
-        ("num_threads", c_int64),
-    ]
-
-
-class _ValueEncoding(ctypes.Structure):
-    _fields_ = [
-        ("turned", c_void_p),
-        ("planes", c_void_p),
-        ("energies", c_void_p),
-        ("overlaps", c_void_p),
-        ("squares", c_void_p),
-        ("batch", c_int64),
-        ("num_heads", c_int64),
-        ("head_dim", c_int64),
-        ("num_tokens", c_int64),
-        ("nbits", c_int64),
-        ("num_threads", c_int64),
-        ("step", c_float),
-    ]
 
 
 def serves(tensor: Tensor) -> bool:
@@ -81,23 +42,23 @@ def encode_keys(
         for numbers in (flat, list(accumulate(flat, initial=0))[:-1], heads)
     )
     ratios = torch.tensor(clips, dtype=torch.float32, device="cpu")
-    call = _KeyEncoding(
-        address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
-        address("widths", nbits, torch.int32, (count,)),
-        address("places", places, torch.int32, (count,)),
-        address("planes", planes, torch.uint8, (batch, tiles, total, PLANE_BYTES)),
-        address("scales", scales, torch.float32, by_tile),
-        address("energies", energies, torch.float32, by_tile),
-        address("squares", squares, torch.float32, by_tile),
-        address("clips", ratios, torch.float32, (len(clips),)),
-        address("counts", counts, torch.int32, (len(heads),)),
-        batch,
-        count,
-        num_tokens,
-        total,
-        len(clips),
-        len(heads),
-        torch.get_num_threads(),
+    call = abi.KeyEncoding(
+        coefficients=address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
+        widths=address("widths", nbits, torch.int32, (count,)),
+        places=address("places", places, torch.int32, (count,)),
+        planes=address("planes", planes, torch.uint8, (batch, tiles, total, PLANE_BYTES)),
+        scales=address("scales", scales, torch.float32, by_tile),
+        energies=address("energies", energies, torch.float32, by_tile),
+        squares=address("squares", squares, torch.float32, by_tile),
+        clips=address("clips", ratios, torch.float32, (len(clips),)),
+        counts=address("counts", counts, torch.int32, (len(heads),)),
+        batch=batch,
+        num_components=count,
+        num_tokens=num_tokens,
+        num_planes=total,
+        num_clips=len(clips),
+        num_heads=len(heads),
+        num_threads=torch.get_num_threads(),
     )
     library.function("spectral_encode_keys", variant)(ctypes.byref(call))
     return planes, scales, energies, squares
@@ -119,19 +80,19 @@ def encode_values(
     turned = turned.contiguous()
     planes = torch.empty(by_plane, dtype=torch.uint8, device="cpu")
     energies, overlaps, squares = torch.empty(3, *by_token, dtype=torch.float32, device="cpu").unbind()
-    call = _ValueEncoding(
-        address("turned values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
-        address("planes", planes, torch.uint8, by_plane),
-        address("energies", energies, torch.float32, by_token),
-        address("overlaps", overlaps, torch.float32, by_token),
-        address("squares", squares, torch.float32, by_token),
-        batch,
-        num_heads,
-        head_dim,
-        num_tokens,
-        nbits,
-        torch.get_num_threads(),
-        step,
+    call = abi.ValueEncoding(
+        values=address("turned values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
+        planes=address("planes", planes, torch.uint8, by_plane),
+        energies=address("energies", energies, torch.float32, by_token),
+        overlaps=address("overlaps", overlaps, torch.float32, by_token),
+        squares=address("squares", squares, torch.float32, by_token),
+        batch=batch,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_tokens=num_tokens,
+        nbits=nbits,
+        num_threads=torch.get_num_threads(),
+        step=step,
     )
     library.function("spectral_encode_values", variant)(ctypes.byref(call))
     return planes, energies, overlaps, squares

@@ -48,7 +48,7 @@ def attend(
     options = ScoreOptions(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sink_logits=kwargs.get("s_aux"),
     )
     if not isinstance(key, CompressedStates):
         return _attend_dense(module, query, ExactBlock(key, value), attention_mask, options, dropout, kwargs), None
@@ -101,14 +101,15 @@ def _attend_dense(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    if options.softcap is None and options.sinks is None:
+    if options.softcap is None and options.sink_logits is None:
         return sdpa_attention_forward(
             module, query, dense.keys, dense.values, mask, dropout=dropout, scaling=options.scaling, **kwargs
         )[0]
     if dropout:
         raise SpectralError(
-            f"{type(module).__name__} wants attention dropout ({dropout}) together with a soft cap or sinks, which the "
-            "spectral attention function does not offer: call unpatch_unsloth_attention(model) before training"
+            f"{type(module).__name__} wants attention dropout ({dropout}) together with a soft cap or sink logits, "
+            "which the spectral attention function does not offer: call unpatch_unsloth_attention(model) before "
+            "training"
         )
     if mask is None and query.shape[2] > 1:
         mask = causal_mask(query.shape[2], dense.num_tokens, query.device)

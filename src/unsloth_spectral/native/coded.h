@@ -1,0 +1,78 @@
+// A run of coded tokens: scores from the codes, the softmax, values summed as codes.
+#pragma once
+
+#include <algorithm>
+
+#include "keys.h"
+#include "numbers.h"
+#include "softmax.h"
+#include "values.h"
+#include "weights.h"
+#include "worker.h"
+
+namespace spectral {
+namespace {
+
+template <int ROWS>
+void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
+                  int64_t column, Partial* partials) {
+    const Call& call = w.call;
+    const bool rebuilds = !block.keys.is_rotated && block.rotation.num_pairs > 0;
+    const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
+    const int64_t first_tile = token / TILE;
+    const int64_t value_bytes = call.value_dim * block.values.nbits * PLANE;
+    const int64_t value_stride = call.num_heads * value_bytes;
+    const uint8_t* value_planes = block.values.planes + (b * tiles + first_tile) * value_stride + h * value_bytes;
+    const uint8_t* scale_codes = block.values.scales + (b * call.num_heads + h) * tiles * TILE + token;
+    const int padded = round_up(length, TILE);
+    fetch(scale_codes, padded);
+    Weighed weighed[ROWS];
+    bool any = false;
+    for (int done = 0; done < length; done += TILE) {
+        const int64_t tile = first_tile + done / TILE;
+        const int64_t plane = (b * tiles + tile) * block.keys.num_planes + w.components.first_plane;
+        const uint8_t* planes = block.keys.planes + plane * PLANE;
+        if (tile + 1 < tiles) {
+            w.next_keys.expect(planes + block.keys.num_planes * PLANE, w.components.num_planes * PLANE);
+            fetch(levels_of(w, block, b, tile + 1), w.components.count);
+        }
+        w.next_values.expect(value_planes + done / TILE * value_stride, value_bytes);
+        start_tile(w, block, b, tile);
+        expand_tile(w, planes, rebuilds);
+        if (rebuilds) {
+            scale_basis(w);
+            score_rebuilt<ROWS>(w, row, std::min(TILE, length - done), w.scores.data() + done);
+        } else {
+            score_tile<ROWS>(w, block, planes, row, std::min(TILE, length - done), w.scores.data() + done);
+        }
+        w.next_values.fetch_rest();
+        if (done + TILE < length) w.next_keys.fetch_rest();
+    }
+    const float largest_scale = block.values.largest[b * call.num_heads + h];
+    scales_of(scale_codes, padded, call.value_levels, largest_scale, w.token_scales.data());
+    for (int r = 0; r < ROWS; ++r) {
+        float* scores = w.scores.data() + r * RUN;
+        weighed[r] = {};
+        int32_t *first = &w.shares[0][r * RUN / 4], *second = &w.shares[1][r * RUN / 4];
+        float most = 0.0f;
+        if (!exponentiate<true>(call, scores, length, b, row + r, column, partials[r], w.value_dim,
+                                w.token_scales.data(), most)) {
+            std::fill(first, first + padded / 4, 0);
+            std::fill(second, second + padded / 4, 0);
+            continue;
+        }
+        any = true;
+        if (block.values.nbits <= ROUGH_NBITS)
+            weighed[r] = to_byte_weights(scores, most, first, padded);
+        else
+            weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
+    }
+    if (!any) return;
+    with_nbits(static_cast<int>(block.values.nbits), [&](auto constant) {
+        add_values<decltype(constant)::value, ROWS>(w, value_planes, value_stride, length, weighed, partials);
+    });
+    w.next_keys.fetch_rest();
+}
+
+}  // namespace
+}  // namespace spectral

@@ -1,0 +1,67 @@
+// Sums of coded values.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "softmax.h"
+#include "weights.h"
+#include "worker.h"
+
+namespace spectral {
+namespace {
+
+// Values of a run under their shares, which `weighed` belong to.
+template <int NBITS, int ROWS>
+void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int length, const Weighed* weighed,
+                const Partial* partials) {
+    constexpr bool ROUGH = NBITS <= ROUGH_NBITS;
+    constexpr int TOGETHER = ROUGH ? 4 : 2;  // dimensions, so that shares are read less often
+    const int tiles = round_up(length, TILE) / TILE;
+    const int64_t dims = w.call.value_dim;
+    for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
+        Floats totals[ROWS][LANES];
+        const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
+        for (int k = count; k < LANES; ++k)
+            for (int r = 0; r < ROWS; ++r) totals[r][k] = Floats{};
+        for (int k = 0; k < count; k += TOGETHER) {
+            std::conditional_t<ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
+            const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
+            w.next_keys.fetch(TOGETHER / 2);
+            int next[TOGETHER];  // the last one again, for lanes that are not read
+            for (int i = 0; i < TOGETHER; ++i) next[i] = std::min(i, count - 1 - k) * NBITS * PLANE;
+            for (int tile = 0; tile < tiles; ++tile, from += tile_stride)
+                for (int part = 0; part < PARTS; ++part) {
+                    const int share = (tile * TILE + part * BYTES) / 4;
+                    Bytes codes[TOGETHER];
+                    for (int i = 0; i < TOGETHER; ++i) codes[i] = expand<NBITS, PLANE>(from + next[i], part);
+                    for (int r = 0; r < ROWS; ++r) {
+                        const Ints first = load<Ints>(&w.shares[0][r * RUN / 4 + share]);
+                        if constexpr (ROUGH) {
+                            for (int i = 0; i < TOGETHER; ++i)
+                                sums[r][i] = add_byte_products(sums[r][i], bits<Ints>(codes[i]), bits<Bytes>(first));
+                        } else {
+                            const Ints second = load<Ints>(&w.shares[1][r * RUN / 4 + share]);
+                            for (int i = 0; i < TOGETHER; ++i)
+                                Sums::add(sums[r][i], Codes::of(codes[i]), first, second);
+                        }
+                    }
+                }
+            for (int r = 0; r < ROWS; ++r)
+                for (int i = 0; i < TOGETHER; ++i) {
+                    if constexpr (ROUGH)
+                        totals[r][k + i] = to_floats(sums[r][i]);
+                    else
+                        totals[r][k + i] = Sums::total(sums[r][i]);
+                }
+        }
+        constexpr float OFFSET = 0.5f * static_cast<float>((1 << NBITS) - 1);
+        for (int r = 0; r < ROWS; ++r) {
+            float* to = partials[r].coded + d0;
+            store(to, load<Floats>(to) + (spectral::sums(totals[r]) - OFFSET * weighed[r].sum) * weighed[r].worth);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace spectral
