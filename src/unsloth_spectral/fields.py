@@ -108,11 +108,11 @@ class Fields:
 
     def dtype(self, name: str) -> torch.dtype:
         """A floating point type by its name."""
-        found = getattr(torch, self.text(name), None)
-        good = isinstance(found, torch.dtype) and found.is_floating_point
+        dtype = getattr(torch, self.text(name), None)
+        good = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         self.require(good, f"a floating point dtype as {name!r}")
-        assert isinstance(found, torch.dtype)
-        return found
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     def integer_lists(self, name: str, least: int, most: int) -> tuple[tuple[int, ...], ...]:
         rows = self._list(name)
@@ -162,14 +162,14 @@ class Fields:
         self, reference: Any, name: str, dtype: torch.dtype | None, shape: Shape | None, on_host: bool
     ) -> Tensor:
         self.require(_is_reference(reference), f"a tensor as {name!r}")
-        found = self._source(reference[_REFERENCE], _HOST if on_host else self._device)
-        self.require(dtype is None or found.dtype == dtype, f"{dtype} as {name!r}, not {found.dtype}")
+        tensor = self._source(reference[_REFERENCE], _HOST if on_host else self._device)
+        self.require(dtype is None or tensor.dtype == dtype, f"{dtype} as {name!r}, not {tensor.dtype}")
         if shape is not None:
-            fits = [wanted in (None, size) for size, wanted in zip(found.shape, shape, strict=False)]
+            fits = [wanted in (None, size) for size, wanted in zip(tensor.shape, shape, strict=False)]
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            is_same = found.ndim == len(shape) and all(fits)
-            self.require(is_same, f"a tensor [{wanted}] as {name!r}, not {list(found.shape)}")
-        return found
+            is_same = tensor.ndim == len(shape) and all(fits)
+            self.require(is_same, f"a tensor [{wanted}] as {name!r}, not {list(tensor.shape)}")
+        return tensor
 
     def _list(self, name: str) -> list[Any]:
         items = self._get(name)

@@ -152,8 +152,8 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
     if not len(A):
         return SVDResult(M.new_empty(*batch, m, k), M.new_empty(*batch, k), M.new_empty(*batch, k, n))
     with no_autocast(A.device):
-        found = body(A if m >= n else A.mT)
-    U, S, Vh = found if m >= n else (found.Vh.mT, found.S, found.U.mT)
+        factors = body(A if m >= n else A.mT)
+    U, S, Vh = factors if m >= n else (factors.Vh.mT, factors.S, factors.U.mT)
     if M.dtype != A.dtype:
         U, S, Vh = U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
     if not math.isfinite(float(S.amax())):
@@ -161,7 +161,7 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
     if len(batch) != 1:
         U, S, Vh = U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n)
     result = SVDResult(U, S, Vh)
-    result.num_fallbacks, result.fallback_reason = found.num_fallbacks, found.fallback_reason
+    result.num_fallbacks, result.fallback_reason = factors.num_fallbacks, factors.fallback_reason
     return result
 
 
@@ -174,16 +174,16 @@ def _check_finite(A: Tensor) -> None:
 def _exact(A: Tensor, k: int, reason: str) -> SVDResult:
     _check_finite(A)
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    found = SVDResult(U[..., :k], S[..., :k], Vh[..., :k, :])
-    found.num_fallbacks, found.fallback_reason = len(A), reason
-    return found
+    result = SVDResult(U[..., :k], S[..., :k], Vh[..., :k, :])
+    result.num_fallbacks, result.fallback_reason = len(A), reason
+    return result
 
 
-def _replace(found: SVDResult, where: Tensor, redone: SVDResult) -> None:
-    for old, new in zip(found, redone, strict=True):
+def _replace(result: SVDResult, where: Tensor, redone: SVDResult) -> None:
+    for old, new in zip(result, redone, strict=True):
         old[where] = new
     if redone.num_fallbacks:
-        found.num_fallbacks, found.fallback_reason = redone.num_fallbacks, redone.fallback_reason
+        result.num_fallbacks, result.fallback_reason = redone.num_fallbacks, redone.fallback_reason
 
 
 def _randomized(A: Tensor, k: int, n_iter: int, oversampling: int, generator: torch.Generator | None) -> SVDResult:
@@ -263,12 +263,12 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     condition = S[:, 0] / S[:, -1]
     worst = float(condition.amax())
     U = torch.bmm((W / S[:, None]).float().mT, C).mT
-    found = SVDResult(U, S.float(), torch.bmm(W.mT.float(), P))
+    result = SVDResult(U, S.float(), torch.bmm(W.mT.float(), P))
     if worst < _MAX_CONDITION:
-        return found
+        return result
     steep = ~failed & ~(condition < _MAX_CONDITION)
     if bool(steep.any()):
-        _replace(found, steep, _project(A[steep], Z[steep], k))
+        _replace(result, steep, _project(A[steep], Z[steep], k))
     if bool(failed.any()):
         num_extreme = int(extreme.sum())
         num_failed = int(failed.sum()) - num_extreme
@@ -277,8 +277,8 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
         )
         if num_failed:
             warn_once("batched_randomized_svd uses the exact SVD: %s", reason)
-        _replace(found, failed, _exact(A[failed], k, reason))
-    return found
+        _replace(result, failed, _exact(A[failed], k, reason))
+    return result
 
 
 def _inverse_cholesky(Z: Tensor, eye: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +320,7 @@ def _gram(A: Tensor, k: int, dtypes: list[torch.dtype]) -> SVDResult:
     R = torch.linalg.cholesky_ex(torch.bmm(torch.bmm(T.mT, squares), T)).L.mT
     eye = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)
     U = torch.bmm(US, torch.bmm(T, torch.linalg.solve_triangular(R, eye, upper=True)))
-    found = SVDResult(U.to(A.dtype), (S * peaks).to(A.dtype), V.mT.to(A.dtype))
+    result = SVDResult(U.to(A.dtype), (S * peaks).to(A.dtype), V.mT.to(A.dtype))
     if bool(weak.any()):
-        _replace(found, weak, _gram(A[weak], k, dtypes[1:]))
-    return found
+        _replace(result, weak, _gram(A[weak], k, dtypes[1:]))
+    return result

@@ -115,7 +115,7 @@ def _constants(value_dim: int) -> _Constants:
     return _Constants(
         (hadamard, *levels),
         address("hadamard", hadamard, torch.float32, (value_dim, value_dim)),
-        *(address("levels", each, torch.float32, (256,)) for each in levels),
+        *(address("levels", table, torch.float32, (256,)) for table in levels),
     )
 
 

@@ -111,29 +111,29 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         common = (partial, maxima, totals, options.scaling, options.softcap or 1.0)
         counts = (num_heads, num_rows, query_length, key_dim, value_dim)
         if isinstance(block, SpectralBlock):
-            own = _coded(block)
-            components = own.constants["COMPONENTS"]
+            prepared = _coded(block)
+            components = prepared.constants["COMPONENTS"]
             projected = query.new_empty(batch, num_heads, num_rows, components, dtype=torch.float32)
             fixed = query.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
             gpu_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
-                query, *own.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
+                query, *prepared.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
             )
             gpu_kernels.attend_coded[grid](
                 query,
-                *own.arguments,
+                *prepared.arguments,
                 projected,
                 fixed,
                 *covering,
                 *common,
                 *counts,
-                own.num_pairs,
+                prepared.num_pairs,
                 block.num_tokens,
                 run.size,
                 run.first_token,
                 first_split,
                 num_splits,
                 **constants,
-                **own.constants,
+                **prepared.constants,
                 PIECE=_PIECE,
                 num_warps=_WARPS,
             )
@@ -189,14 +189,14 @@ class _Run(NamedTuple):
 
 def _runs(blocks: Sequence[Block], most_splits: int) -> list[_Run]:
     """The blocks that hold tokens, the coded ones first: their sums take the Hadamard matrix together."""
-    found, first_token = [], 0
+    runs, first_token = [], 0
     for block in blocks:
         is_coded = isinstance(block, SpectralBlock)
         units = -(-block.num_tokens // (_PIECE if is_coded else _EXACT_TOKENS))
         size = max(1, -(-units // most_splits)) if is_coded else 1
-        found.append(_Run(block, first_token, size, -(-units // size)))
+        runs.append(_Run(block, first_token, size, -(-units // size)))
         first_token += block.num_tokens
-    return sorted((run for run in found if run.num_splits), key=lambda run: isinstance(run.block, ExactBlock))
+    return sorted((run for run in runs if run.num_splits), key=lambda run: isinstance(run.block, ExactBlock))
 
 
 def _power(number: int) -> int:
@@ -229,22 +229,22 @@ class _Coded:
 
 def _coded(block: SpectralBlock) -> _Coded:
     # A sealed block never changes: what was found out about it once holds.
-    found: _Coded | None = block.memo.get(_NAME)
-    if found is None:
-        found = block.memo[_NAME] = _prepare(block)
-    return found
+    prepared: _Coded | None = block.memo.get(_NAME)
+    if prepared is None:
+        prepared = block.memo[_NAME] = _prepare(block)
+    return prepared
 
 
 def _prepare(block: SpectralBlock) -> _Coded:
-    own, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
-    heads, components = _components(own.widths, own.planes.device)
-    fixed, turning = _rotation(own, key_dim)
-    mean = _strided(own.mean, 1)
+    codes, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
+    heads, components = _components(codes.widths, codes.planes.device)
+    fixed, turning = _rotation(codes, key_dim)
+    mean = _strided(codes.mean, 1)
     # Slices of a block are views: batches, tiles and heads come with their strides.
-    basis = (*_strided(own.vectors, 1), *_strided(own.vector_scales, 1), *mean, heads, fixed)
+    basis = (*_strided(codes.vectors, 1), *_strided(codes.vector_scales, 1), *mean, heads, fixed)
     arguments = (
-        *_strided(own.planes, 2),
-        *_strided(own.scales, 2),
+        *_strided(codes.planes, 2),
+        *_strided(codes.scales, 2),
         *mean,
         heads,
         components,
@@ -253,9 +253,9 @@ def _prepare(block: SpectralBlock) -> _Coded:
         *_strided(coded.scales, 2),
         *_strided(coded.largest, 1),
     )
-    num_pairs = 0 if own.rotation is None else own.rotation.unit.shape[-1]
+    num_pairs = 0 if codes.rotation is None else codes.rotation.unit.shape[-1]
     constants = {
-        "COMPONENTS": max(1, -(-max(map(len, own.widths)) // _CHUNK)) * _CHUNK,
+        "COMPONENTS": max(1, -(-max(map(len, codes.widths)) // _CHUNK)) * _CHUNK,
         "PAIRS": _power(num_pairs) if num_pairs else 0,
         "VALUE_NBITS": coded.nbits,
         "KEY_STEPS": keys.STEPS_PER_OCTAVE,
@@ -279,7 +279,7 @@ def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     planes that its quad has in common, the first byte of these, its place in the quad, and the first byte of its
     further planes.
     """
-    counts = [len(own) for own in widths]
+    counts = [len(head_widths) for head_widths in widths]
     heads = list(zip(accumulate(counts, initial=0), counts, strict=False))
     components = [
         (place.nbits, place.common, place.quad * PLANE_BYTES, place.lane, place.single * PLANE_BYTES)
@@ -292,9 +292,9 @@ def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rotation(own: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
+def _rotation(codes: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
     """Which dimensions are not rotated, ``[D]`` int32, and the kernel's arguments from ``first`` to ``sines``."""
-    device, rotation = own.planes.device, own.rotation
+    device, rotation = codes.planes.device, codes.rotation
     fixed = torch.ones(key_dim, dtype=torch.int32, device=device)
     if rotation is None:
         # Never read.

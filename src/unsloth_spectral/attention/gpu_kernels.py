@@ -225,7 +225,7 @@ def attend_coded(
     queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
     in_basis = projected + ((batch * num_heads + head) * num_rows + rows)[:, None] * COMPONENTS
     constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
-    own, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
+    first_component, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
 
     # Pairs of the mean, which rotate.
     if PAIRS > 0:
@@ -264,7 +264,7 @@ def attend_coded(
             slots = begin + tl.arange(0, CHUNK)
             is_slot = slots < count
             # Where the components' planes lie: of the quad's common planes, then of those of its own.
-            table = components + (own + slots) * 5
+            table = components + (first_component + slots) * 5
             width = tl.load(table, mask=is_slot, other=0)
             common = tl.load(table + 1, mask=is_slot, other=0)
             quad = tl.load(table + 2, mask=is_slot, other=0)
@@ -275,13 +275,13 @@ def attend_coded(
             in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
             codes = tl.zeros([CHUNK, PIECE], dtype=tl.int32)
             # Widths fall, so the first has the most planes.
-            for plane in range(tl.load(components + (own + begin) * 5)):
+            for plane in range(tl.load(components + (first_component + begin) * 5)):
                 is_common = (plane < common)[:, None]
                 byte = tl.where(is_common, in_quad + plane * 8, in_single + plane * 16)
                 shift = tl.where(is_common, bit % 8, (tokens % 8)[None, :])
-                held = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
-                codes |= ((held >> shift) & 1) << plane
-            scale = scales + batch * scales_batch + tile * scales_tile + own + slots
+                packed = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
+                codes |= ((packed >> shift) & 1) << plane
+            scale = scales + batch * scales_batch + tile * scales_tile + first_component + slots
             scale = _decoded(tl.load(scale, mask=is_slot, other=_ZERO), KEY_STEPS)
             share = tl.load(in_basis + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
             share *= scale[None, :]
@@ -308,8 +308,8 @@ def attend_coded(
         coded = tl.zeros([PIECE, VALUE_DIM], dtype=tl.int32)
         for plane in tl.static_range(VALUE_NBITS):
             byte = value_rows[None, :] + plane * 16 + (tokens // 8)[:, None]
-            held = tl.load(at + byte, mask=is_value, other=0).to(tl.int32)
-            coded |= ((held >> (tokens % 8)[:, None]) & 1) << plane
+            packed = tl.load(at + byte, mask=is_value, other=0).to(tl.int32)
+            coded |= ((packed >> (tokens % 8)[:, None]) & 1) << plane
         at = value_scales + batch * value_scales_batch + head * value_scales_head
         weights *= (_decoded(tl.load(at + place), VALUE_STEPS) * top)[None, :]
         half: tl.constexpr = 2 ** (VALUE_NBITS - 1) - 0.5

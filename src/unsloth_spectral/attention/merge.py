@@ -29,9 +29,13 @@ class Partial:
             torch.where(other.total == 0, self.maximum, torch.maximum(self.maximum, other.maximum)),
         )
         # An empty side has total 0 and output 0; clamping keeps exp from making 0 * inf there.
-        own = (self.maximum - maximum).clamp_max(0).exp()
-        their = (other.maximum - maximum).clamp_max(0).exp()
-        return Partial(self.output * own + other.output * their, maximum, self.total * own + other.total * their)
+        own_weight = (self.maximum - maximum).clamp_max(0).exp()
+        other_weight = (other.maximum - maximum).clamp_max(0).exp()
+        return Partial(
+            self.output * own_weight + other.output * other_weight,
+            maximum,
+            self.total * own_weight + other.total * other_weight,
+        )
 
     def finish(self) -> Tensor:
         """The attention output; zeros for a row that may attend to nothing, as torch's SDPA has it."""

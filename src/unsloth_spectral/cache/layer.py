@@ -136,13 +136,13 @@ class SpectralLayer:
         positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]`` bool, on the
         CPU, leaves out the queries of padding.
         """
-        held = self._tiers
-        if not self.uses_queries or held.residual is None:
+        tiers = self._tiers
+        if not self.uses_queries or tiers.residual is None:
             return
         new = query.shape[2]
-        held.positions.append(None, held.residual.num_tokens - new - held.positions.num_tokens)
-        held.positions.append(rotation, new)
-        held.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
+        tiers.positions.append(None, tiers.residual.num_tokens - new - tiers.positions.num_tokens)
+        tiers.positions.append(rotation, new)
+        tiers.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
@@ -154,13 +154,13 @@ class SpectralLayer:
             padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding`` was
                 told. Rows keep their own first tokens as sinks, and padding is zeroed so that it takes no rank.
         """
-        config, held, residual = self.config, self._tiers, self._tiers.residual
+        config, tiers, residual = self.config, self._tiers, self._tiers.residual
         first_time = not self.is_sealed
         if residual is None or self._num_missing:
             return
-        noted = held.padding if padding is None else padding.cpu()
+        noted = tiers.padding if padding is None else padding.cpu()
         padding = self._padding_of_residual(noted)
-        before, sinks = held.num_before_residual, held.sinks
+        before, sinks = tiers.num_before_residual, tiers.sinks
         if first_time and config.num_sink_tokens:
             sinks = SinkTokens.of(residual.block, config.num_sink_tokens, padding)
         elif sinks is not None and padding is not None and noted is not None:
@@ -175,22 +175,22 @@ class SpectralLayer:
             old = without_padding(old, real)
 
         def observe(first: int, last: int) -> Observed:
-            rotation = held.positions.range(start + first, start + last)
-            seen = held.queries.sample(before + start + first, last - first)
+            rotation = tiers.positions.range(start + first, start + last)
+            seen = tiers.queries.sample(before + start + first, last - first)
             hidden = None if padding is None else (padding - start - first).clamp(0, last - first)
             return Observed(rotation, *seen, hidden)
 
         with no_autocast(old.keys.device):
-            made = list(Sealing(self._codec, old, real, observe, unit, config.block_size).blocks())
-        cold = list(held.cold)
-        for block in made:
+            blocks = list(Sealing(self._codec, old, real, observe, unit, config.block_size).blocks())
+        cold = list(tiers.cold)
+        for block in blocks:
             join_last(self._codec, cold, block)
-        kept, positions = residual.copy(stop, residual.num_tokens), copy(held.positions)
+        kept, positions = residual.copy(stop, residual.num_tokens), copy(tiers.positions)
         positions.drop(stop)
-        tally = held.tally.add(made, config.block_size, time.perf_counter() - started)
+        tally = tiers.tally.add(blocks, config.block_size, time.perf_counter() - started)
         # Once the first tokens of every row are among those sealed, the sinks hold where they stand.
         waits = noted is not None and bool((noted >= before + stop).any())
-        self._tiers = Tiers(sinks, cold, kept, noted if waits else None, positions, newest=held.newest, tally=tally)
+        self._tiers = Tiers(sinks, cold, kept, noted if waits else None, positions, newest=tiers.newest, tally=tally)
         released(old.keys.nbytes + old.values.nbytes)
 
     def crop(self, num_tokens: int) -> None:
@@ -247,21 +247,21 @@ class SpectralLayer:
         Raises:
             LoadError: a field is missing, or does not fit the others.
         """
-        held = Tiers.from_fields(fields.sub("tokens"))
-        self._codec.restore(fields.sub("sealer"), held.shape)
-        self._tiers = held
+        tiers = Tiers.from_fields(fields.sub("tokens"))
+        self._codec.restore(fields.sub("sealer"), tiers.shape)
+        self._tiers = tiers
 
     # Counting
 
     def stats(self, shared: SharedBytes | None = None) -> LayerStats:
         """Tokens, bytes, ranks and errors of this layer; without the bytes that are in ``shared`` already."""
-        held = self._tiers
-        if held.residual is None:
+        tiers = self._tiers
+        if tiers.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
         shared = SharedBytes() if shared is None else shared
-        noted = held.queries.nbytes + (0 if held.padding is None else shared.of([held.padding]))
+        noted = tiers.queries.nbytes + (0 if tiers.padding is None else shared.of([tiers.padding]))
         return count(
-            held.sinks, held.cold, held.residual, held.positions, self._codec.nbytes, noted, held.tally, shared
+            tiers.sinks, tiers.cold, tiers.residual, tiers.positions, self._codec.nbytes, noted, tiers.tally, shared
         )
 
     # Inside

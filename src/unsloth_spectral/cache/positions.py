@@ -44,17 +44,17 @@ class PositionLog:
 
     def range(self, start: int, stop: int) -> Rotation | None:
         """Tokens ``start`` to ``stop``; None unless the places of all of them are known."""
-        found, begin = [], 0
+        rotations, begin = [], 0
         for piece in self._pieces:
             end = begin + piece.num_tokens
             if begin < stop and end > start:
                 if piece.rotation is None:
                     return None
-                found.append(piece.rotation.slice(max(start - begin, 0), min(stop, end) - begin))
+                rotations.append(piece.rotation.slice(max(start - begin, 0), min(stop, end) - begin))
             begin = end
-        if not found or begin < stop:
+        if not rotations or begin < stop:
             return None
-        return found[0] if len(found) == 1 else join_rotations(found)
+        return rotations[0] if len(rotations) == 1 else join_rotations(rotations)
 
     def drop(self, num_tokens: int) -> None:
         """Forget the oldest ``num_tokens`` tokens."""

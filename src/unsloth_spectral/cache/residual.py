@@ -64,7 +64,7 @@ class ResidualBuffer:
         return self._keys.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def check_tokens(keys: Tensor, values: Tensor, config: CodecConfig, held: ExactBlock | None) -> None:
+def check_tokens(keys: Tensor, values: Tensor, config: CodecConfig, earlier: ExactBlock | None) -> None:
     """Refuse new tokens that fit neither each other, nor ``config``, nor those ``held``.
 
     Raises:
@@ -75,10 +75,10 @@ def check_tokens(keys: Tensor, values: Tensor, config: CodecConfig, held: ExactB
             "keys and values must both be (batch, num_key_value_heads, seq_len, head_dim), "
             f"got {tuple(keys.shape)} and {tuple(values.shape)}"
         )
-    if held is None:
+    if earlier is None:
         config.check_head_dim(min(keys.shape[-1], values.shape[-1]))
         return
-    for name, new, old in (("keys", keys, held.keys), ("values", values, held.values)):
+    for name, new, old in (("keys", keys, earlier.keys), ("values", values, earlier.values)):
         if (*new.shape[:2], new.shape[3]) != (*old.shape[:2], old.shape[3]):
             raise InvalidArgumentError(
                 f"this cache holds {old.shape[0]} sequences of {old.shape[1]} heads with head_dim {old.shape[3]}, "

@@ -86,10 +86,10 @@ class SinkTokens:
             return ExactBlock(
                 torch.cat([self.block.keys, tokens.keys], -2), torch.cat([self.block.values, tokens.values], -2)
             )
-        own = ExactBlock(self.block.keys.to(tokens.keys.dtype), self.block.values.to(tokens.values.dtype))
+        sinks = ExactBlock(self.block.keys.to(tokens.keys.dtype), self.block.values.to(tokens.values.dtype))
         return ExactBlock(
-            tokens.keys.scatter(-2, _index(positions, own.keys), own.keys),
-            tokens.values.scatter(-2, _index(positions, own.values), own.values),
+            tokens.keys.scatter(-2, _index(positions, sinks.keys), sinks.keys),
+            tokens.values.scatter(-2, _index(positions, sinks.values), sinks.values),
         )
 
     def map_batch(self, function: TensorFunction) -> "SinkTokens":

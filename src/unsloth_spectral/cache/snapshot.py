@@ -100,12 +100,12 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
         raise LoadError(f"the snapshot {title!r} cannot be mapped ({error}): check the memory and the disk") from error
     with file:
         record = _record_of(title, file.metadata())
-        held = _Tensors(title, file, record["tensors"])
+        tensors = _Tensors(title, file, record["tensors"])
         for number in range(len(record["tensors"])) if check_tensors else ():
-            held.check(number)
+            tensors.check(number)
     name = f"the snapshot {title!r}"
-    header, fields = (Fields(record[part], held, title=name) for part in ("header", "fields"))
-    return Snapshot(header, fields, len(record["tensors"]), held.nbytes)
+    header, fields = (Fields(record[part], tensors, title=name) for part in ("header", "fields"))
+    return Snapshot(header, fields, len(record["tensors"]), tensors.nbytes)
 
 
 class _Tensors:
@@ -162,15 +162,15 @@ def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
     if _digest_of(record) != metadata.get("record_sha256"):
         raise LoadError(f"{title!r} was altered: the checksum of its record differs; make it anew")
     try:
-        found: dict[str, Any] = json.loads(record)
+        parsed: dict[str, Any] = json.loads(record)
         names = {"dtype", "shape", "sha256", "order", "is_complex"}
-        good = all(set(entry) == names for entry in found["tensors"])
-        good = good and {"header", "fields"} <= set(found)
+        good = all(set(entry) == names for entry in parsed["tensors"])
+        good = good and {"header", "fields"} <= set(parsed)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise LoadError(f"{title!r} holds no record that can be read: make it anew")
-    return found
+    return parsed
 
 
 def _storable(tensor: Tensor) -> Tensor:
@@ -191,12 +191,12 @@ def _order(tensor: Tensor) -> list[int]:
 def _without_aliases(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of those whose storage another has too, which safetensors refuses."""
     seen: set[int] = set()
-    found = []
+    distinct = []
     for tensor in tensors:
         place = tensor.untyped_storage().data_ptr()
-        found.append(tensor.clone() if place in seen else tensor)
+        distinct.append(tensor.clone() if place in seen else tensor)
         seen.add(place)
-    return found
+    return distinct
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

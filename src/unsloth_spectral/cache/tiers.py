@@ -129,13 +129,13 @@ class Tiers:
         shape = TokenShape(batch, heads, key_dim, value_dim, fields.dtype("dtype"), fields.dtype("value_dtype"))
         residual = ExactBlock.from_fields(fields.sub("residual"), shape)
         cold = [block_from_fields(block, shape) for block in fields.subs("cold")]
-        held = cls(None, cold, ResidualBuffer(residual.keys, residual.values))
-        num_tokens = held.num_before_residual + residual.num_tokens
+        tiers = cls(None, cold, ResidualBuffer(residual.keys, residual.values))
+        num_tokens = tiers.num_before_residual + residual.num_tokens
         if fields.has("sinks"):
-            held.sinks = SinkTokens.from_fields(fields.sub("sinks"), shape, num_tokens)
+            tiers.sinks = SinkTokens.from_fields(fields.sub("sinks"), shape, num_tokens)
         if fields.has("padding"):
-            held.padding = fields.tensor("padding", torch.int64, (shape.batch,), on_host=True)
-        held.positions = PositionLog.from_fields(fields.sub("positions"), shape)
-        held.queries = QuerySampler.from_fields(fields.sub("queries"), shape)
-        held.newest, held.tally = fields.integer("newest"), Tally.from_fields(fields.sub("tally"))
-        return held
+            tiers.padding = fields.tensor("padding", torch.int64, (shape.batch,), on_host=True)
+        tiers.positions = PositionLog.from_fields(fields.sub("positions"), shape)
+        tiers.queries = QuerySampler.from_fields(fields.sub("queries"), shape)
+        tiers.newest, tiers.tally = fields.integer("newest"), Tally.from_fields(fields.sub("tally"))
+        return tiers

@@ -37,10 +37,10 @@ def token_hashes(input_ids: Tensor, counts: Iterable[int]) -> dict[int, str]:
     prefixes. Counts above ``n`` are left out.
     """
     by_position = input_ids.detach().cpu().long().T.contiguous().numpy().astype("<i8")
-    digest, done, found = hashlib.sha256(len(input_ids).to_bytes(8, "little")), 0, {}
+    digest, done, hashes = hashlib.sha256(len(input_ids).to_bytes(8, "little")), 0, {}
     for count in sorted(set(counts)):
         if count <= len(by_position):
             digest.update(by_position[done:count].tobytes())
             done = count
-            found[count] = digest.hexdigest()
-    return found
+            hashes[count] = digest.hexdigest()
+    return hashes

@@ -41,7 +41,11 @@ class ModelProfile:
         keys = fields.tensor("key_sensitivities", torch.float64, numbers, on_host=True)
         variances = fields.tensors("key_variances", torch.float64, (None,), on_host=True)
         fields.require(len(variances) == num_layers, f"variances of {num_layers} layers")
-        return cls(tuple(values.tolist()), tuple(keys.tolist()), tuple(tuple(own.tolist()) for own in variances))
+        return cls(
+            tuple(values.tolist()),
+            tuple(keys.tolist()),
+            tuple(tuple(layer_variances.tolist()) for layer_variances in variances),
+        )
 
 
 def _numbers(values: tuple[float, ...]) -> Tensor:

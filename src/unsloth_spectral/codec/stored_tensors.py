@@ -90,11 +90,11 @@ class StoredTensors:
         """Tokens ``start``, a multiple of 128, to ``stop``, as views."""
         last = -(-stop // GROUP_SIZE)
         spans = {"tiles": (start // GROUP_SIZE, last), "padded_tokens": (start, last * GROUP_SIZE)}
-        found = {}
+        sliced = {}
         for name, dim, along in self._along(spans):
             first, end = spans[dim]
-            found[name] = getattr(self, name).narrow(along, first, end - first)
-        return self._with(found)
+            sliced[name] = getattr(self, name).narrow(along, first, end - first)
+        return self._with(sliced)
 
     def append_tensors(self: _Self, other: _Self) -> _Self:
         """These tokens, whole tiles, followed by ``other``'s; what has no dimension of tokens stays as it is."""

@@ -79,14 +79,14 @@ def obstacle() -> str | None:
         return None
     if REASON.exists():
         return REASON.read_text(encoding="utf-8").strip()
-    found = [name for name in VARIANTS if path_of(name).exists()]
-    if not found:
+    built = [name for name in VARIANTS if path_of(name).exists()]
+    if not built:
         return "the kernel was not built: install from source with a C++ compiler at hand, or from a wheel"
     try:
-        ctypes.CDLL(str(path_of(found[-1])))
+        ctypes.CDLL(str(path_of(built[-1])))
     except OSError as error:
         return f"the kernel cannot be loaded: {error}"
-    return f"this processor lacks the instructions of the kernels that were built ({', '.join(found)})"
+    return f"this processor lacks the instructions of the kernels that were built ({', '.join(built)})"
 
 
 @lru_cache

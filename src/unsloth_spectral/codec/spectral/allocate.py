@@ -83,23 +83,23 @@ class Budget:
         ``fixed_cost`` is what the layer costs whatever its widths, in bits a token; ``value_elements`` are its values
         a token, if the budget is for them too.
         """
-        own = self.weighted(layer, variances)
+        weighted = self.weighted(layer, variances)
         if layer not in self._levels:
             share = self.bits_per_element * variances.numel() - fixed_cost
             self._left += share
-            coming = [each for each in range(self.num_layers) if each not in self._levels and each != layer]
+            coming = [other for other in range(self.num_layers) if other not in self._levels and other != layer]
             self.seen[layer] = variances.float()
-            demands = [(_Demand(own.flatten(), first_bit_cost), 1.0)]
+            demands = [(_Demand(weighted.flatten(), first_bit_cost), 1.0)]
             if coming:
                 others = self._expected(coming)
-                demands.append((_Demand(others, first_bit_cost), len(coming) * own.numel() / others.numel()))
+                demands.append((_Demand(others, first_bit_cost), len(coming) * weighted.numel() / others.numel()))
             values = None if self.profile is None else _ValueDemand(self.profile, [layer, *coming], value_elements)
             level = _common_level(self._left + len(coming) * share, demands, values)
             # Whatever is expected of the layers to come, each of them finds half of its share.
             own_values = None if self.profile is None else _ValueDemand(self.profile, [layer], value_elements)
             level = max(level, _common_level(self._left + len(coming) * share / 2, demands[:1], own_values))
             self._levels[layer] = level
-            spent = cost(widths_at(level, own, first_bit_cost), first_bit_cost)
+            spent = cost(widths_at(level, weighted, first_bit_cost), first_bit_cost)
             self._left -= spent
             if own_values is not None:
                 nbits = own_values.nbits_at(level)
@@ -109,7 +109,7 @@ class Budget:
             self._balances[layer] = share - spent
             if not coming:
                 self.seen.clear()
-        return widths_at(self._levels[layer], own, first_bit_cost)
+        return widths_at(self._levels[layer], weighted, first_bit_cost)
 
     def weighted(self, layer: int, variances: Tensor) -> Tensor:
         """``variances`` in the unit of the level: nats where a profile tells what they are worth, else as they are."""
@@ -155,38 +155,43 @@ class Budget:
         evenly = fields.number("left") / max(1, sum(levels.has(str(layer)) for layer in range(self.num_layers)))
         for layer in range(self.num_layers):
             self.forget(layer)
-        for each in range(self.num_layers):
-            name = str(each)
+        for layer in range(self.num_layers):
+            name = str(layer)
             if seen.has(name):
-                self.seen[each] = seen.tensor(name, torch.float32, (None, None))
+                self.seen[layer] = seen.tensor(name, torch.float32, (None, None))
             if levels.has(name):
-                self._levels[each] = levels.number(name)
-                self._balances[each] = evenly if balances is None else balances.number(name)
+                self._levels[layer] = levels.number(name)
+                self._balances[layer] = evenly if balances is None else balances.number(name)
             if nbits.has(name):
-                self._value_nbits[each] = nbits.integer(name, 1)
+                self._value_nbits[layer] = nbits.integer(name, 1)
         self._left = fields.number("left")
 
     def _expected(self, layers: Sequence[int]) -> Tensor:
         """Weighted variances that layers still to come are likely to have."""
         if self.profile is None:
-            return torch.cat([each.flatten() for each in self.seen.values()])
+            return torch.cat([variances.flatten() for variances in self.seen.values()])
         known = _known(self.profile)
         # This text may be louder or softer than the profile's were, throughout.
-        ratios = [float(own.sum()) / max(known[layer][1], _TINY) for layer, own in self.seen.items()]
-        ratio = math.exp(sum(math.log(max(each, _TINY)) for each in ratios) / len(ratios))
+        ratios = [float(variances.sum()) / max(known[layer][1], _TINY) for layer, variances in self.seen.items()]
+        ratio = math.exp(sum(math.log(max(quotient, _TINY)) for quotient in ratios) / len(ratios))
         return ratio * torch.cat([known[layer][0] for layer in layers])
 
 
 @lru_cache(maxsize=4)
 def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
     """Of each layer the variances its keys had, weighted, and their sum without weights."""
-    variances = [torch.tensor(own, dtype=torch.float32, device="cpu") for own in profile.key_variances]
-    return [(own * weight, float(own.sum())) for own, weight in zip(variances, profile.key_sensitivities, strict=True)]
+    variances = [
+        torch.tensor(layer_variances, dtype=torch.float32, device="cpu") for layer_variances in profile.key_variances
+    ]
+    return [
+        (layer_variances * weight, float(layer_variances.sum()))
+        for layer_variances, weight in zip(variances, profile.key_sensitivities, strict=True)
+    ]
 
 
 def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:
     """The level at which all ``demands``, each times its share, and the ``values`` cost ``budget`` bits a token."""
-    ranges = [found for demand, _ in demands if (found := demand.range()) is not None]
+    ranges = [span for demand, _ in demands if (span := demand.range()) is not None]
     if not ranges:
         return 1.0
     low, high = math.log2(min(ranges)[0]) - 20, math.log2(max(most for _, most in ranges)) + 2
@@ -208,10 +213,10 @@ class _Demand:
 
     def __init__(self, variances: Tensor, first_bit_cost: float) -> None:
         gains = _gains_per_bit(first_bit_cost)
-        own = variances.cpu().numpy()
-        self._positive = own[own > 0]
-        self._first = np.sort(own * gains[0].numpy())
-        self._all = np.sort(np.outer(gains.numpy(), own), axis=None)
+        numbers = variances.cpu().numpy()
+        self._positive = numbers[numbers > 0]
+        self._first = np.sort(numbers * gains[0].numpy())
+        self._all = np.sort(np.outer(gains.numpy(), numbers), axis=None)
         self._first_bit_cost = first_bit_cost
 
     def at(self, level: float) -> float:

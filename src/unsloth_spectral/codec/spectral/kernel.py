@@ -29,7 +29,7 @@ def encode_keys(
         InvalidArgumentError: the coefficients are no float32 tensor on the CPU, or the widths not theirs.
     """
     batch, count, num_tokens = coefficients.shape
-    flat, heads = tuple(chain.from_iterable(widths)), [len(own) for own in widths]
+    flat, heads = tuple(chain.from_iterable(widths)), [len(head_widths) for head_widths in widths]
     require(len(flat) == count, "widths", f"one for each of {count} components", len(flat))
     require(all(1 <= nbits <= MAX_NBITS for nbits in flat), "widths", f"1 to {MAX_NBITS} bits each", flat)
     tiles, total = num_tiles(num_tokens), sum(flat)

@@ -151,7 +151,7 @@ def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> 
 
 def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
     widths = fields.integer_lists("widths", 1, MAX_NBITS)
-    falling = all(list(own) == sorted(own, reverse=True) and len(own) <= shape.key_dim for own in widths)
+    falling = all(list(row) == sorted(row, reverse=True) and len(row) <= shape.key_dim for row in widths)
     fields.require(len(widths) == shape.heads and falling, f"falling widths of {shape.heads} heads")
     return widths
 
@@ -170,7 +170,7 @@ def _as_tensor(widths: tuple[int, ...], device: torch.device) -> Tensor:
 def _slots(widths: Widths, device: torch.device) -> Tensor:
     """Where each of ``C`` components goes when every head gets room for the most any head has."""
     most = max(map(len, widths))
-    slots = [head * most + place for head, own in enumerate(widths) for place in range(len(own))]
+    slots = [head * most + place for head, row in enumerate(widths) for place in range(len(row))]
     return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
@@ -178,7 +178,7 @@ def _by_head(components: Tensor, widths: Widths) -> Tensor:
     """``[B, C, n]`` as ``[B, num_heads, most, n]``, filled up with zeros."""
     batch, _, count = components.shape
     most = max(map(len, widths))
-    if all(len(own) == most for own in widths):
+    if all(len(row) == most for row in widths):
         return components.unflatten(1, (len(widths), most))
     empty = components.new_zeros(batch, len(widths) * most, count)
     return empty.index_copy_(1, _slots(widths, components.device), components).unflatten(1, (len(widths), most))
@@ -216,7 +216,7 @@ class KeyPlan(StoredTensors):
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
     """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
-    kept: Widths = tuple(tuple(sorted((width for width in own if width), reverse=True)) for own in widths.tolist())
+    kept: Widths = tuple(tuple(sorted((width for width in row if width), reverse=True)) for row in widths.tolist())
     order = (widths.argsort(dim=-1, descending=True, stable=True) + _first_of(widths)).flatten()
     order = order[widths.flatten()[order] > 0]
     rows = basis.vectors.flatten(1, 2)[:, order]
@@ -237,7 +237,7 @@ def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]
     rows = plan.vectors.float() * plan.row_scales
     basis = _by_head(rows, plan.widths)
     project = projection(basis, metric)
-    coefficients = torch.cat([project[:, h, :, : len(own)].mT @ x[:, h].mT for h, own in enumerate(plan.widths)], 1)
+    coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
     if kernel.serves(coefficients):
         planes, scales, energies, squares = kernel.encode_keys(coefficients, plan.widths, CLIPS)
     else:

@@ -72,18 +72,18 @@ class Place(NamedTuple):
 
 def places_in_quads(widths: Sequence[Sequence[int]]) -> list[Place]:
     """Of each component, head by head, as ``pack_quads`` puts them."""
-    return _places([own[at : at + QUAD] for own in widths for at in range(0, len(own), QUAD)])
+    return _places([head_widths[at : at + QUAD] for head_widths in widths for at in range(0, len(head_widths), QUAD)])
 
 
 def _places(runs: Sequence[Sequence[int]]) -> list[Place]:
-    found, row = [], 0
+    places, row = [], 0
     for run in runs:
         common = min(run) if len(run) == QUAD else 0
         quad, row = row, row + QUAD * common
         for lane, nbits in enumerate(run):
-            found.append(Place(nbits, common, quad, lane, row))
+            places.append(Place(nbits, common, quad, lane, row))
             row += nbits - common
-    return found
+    return places
 
 
 class _Layout(NamedTuple):
@@ -127,8 +127,8 @@ class _Layout(NamedTuple):
                 components.append(component)
                 rows.append(place.single + plane - place.common)
         tensors = [
-            {key: (_integers(first, device), _integers(rows, device)) for key, (first, rows) in found.items()}
-            for found in (shared, single)
+            {key: (_integers(first, device), _integers(rows, device)) for key, (first, rows) in part.items()}
+            for part in (shared, single)
         ]
         quads = {
             key: (first[:, None] + torch.arange(QUAD, dtype=torch.int64, device=device), rows)
@@ -158,12 +158,12 @@ def _unpack(planes: Tensor, layout: _Layout) -> Tensor:
     # Eight bits become one int64, a byte each, so that one shift or sum serves all eight.
     lanes = torch.zeros(batch, layout.num_components, tiles, PLANE_BYTES, dtype=torch.int64, device=planes.device)
     for count, (components, rows) in layout.shared.items():
-        own = planes[:, :, rows].reshape(batch, tiles, len(components), -1, count, PLANE_BYTES // 2)
-        parts = spread[own.int()]
-        found = parts[..., 0, :]
+        shared_planes = planes[:, :, rows].reshape(batch, tiles, len(components), -1, count, PLANE_BYTES // 2)
+        parts = spread[shared_planes.int()]
+        joined = parts[..., 0, :]
         for plane in range(1, count):
-            found = found | (parts[..., plane, :] << plane)
-        apart = found.flatten(3).view(torch.uint8).unflatten(-1, (-1, QUAD)).movedim(-1, 3).contiguous()
+            joined = joined | (parts[..., plane, :] << plane)
+        apart = joined.flatten(3).view(torch.uint8).unflatten(-1, (-1, QUAD)).movedim(-1, 3).contiguous()
         lanes[:, components] = apart.view(torch.int64).permute(0, 2, 3, 1, 4)
     for plane, (components, rows) in layout.single.items():
         lanes[:, components] |= spread[planes[:, :, rows].transpose(1, 2).int()] << plane
