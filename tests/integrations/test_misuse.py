@@ -1,6 +1,7 @@
 """A cache that meets a model which cannot read it explains itself and names the line that mends it."""
 
 import copy
+import gc
 import logging
 import operator
 from collections.abc import Callable
@@ -47,12 +48,18 @@ def test_an_attention_set_anew_is_named_and_the_line_given_mends_it(family: str,
     assert min(sealed_tokens(cache)) > 0
 
 
+@pytest.mark.parametrize("is_alive", [True, False])
 @torch.no_grad()
-def test_a_cache_made_for_another_model_that_was_never_switched() -> None:
-    spectral = SpectralCache(build("Llama"), config=LOSSLESS)
+def test_a_cache_made_for_another_model_that_was_never_switched(is_alive: bool) -> None:
+    owner = build("Llama")
+    spectral = SpectralCache(owner, config=LOSSLESS)
+    if not is_alive:
+        del owner
+        gc.collect()
     with pytest.raises(SpectralError, match=MEND) as caught:
         build("Qwen2")(token_ids(), **cache_argument(spectral))
-    assert "another model than the cache's LlamaForCausalLM" in str(caught.value)
+    name = " LlamaForCausalLM" if is_alive else ""
+    assert f"read by another model than the cache's{name}, or after unpatching" in str(caught.value)
     assert "for this very model" in str(caught.value)
 
 

@@ -163,7 +163,7 @@ def test_block_size_and_ranks_by_position(model: LlamaForCausalLM) -> None:
     ("options", "words"),
     [
         ({"preset": "small", "k_rank_keys": 8}, "ranks choose the rank codec, preset belongs to the spectral one"),
-        ({"config": SpectralConfig(), "preset": "small"}, "preset and config both set how to compress"),
+        ({"config": SpectralConfig(), "preset": "small"}, "preset and config both say how to compress"),
         ({"config": SpectralConfig(), "block_size": 128}, "block_size and config both say"),
         ({"config": "small"}, "config must be a SpectralConfig, got str"),
         ({"block_size": 100}, "block_size must be a multiple of 128"),

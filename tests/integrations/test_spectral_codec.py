@@ -130,10 +130,13 @@ def test_unpatching_removes_all_hooks(tiny_llama: Build) -> None:
     before = model.config._attn_implementation
     SpectralCache(model)
     SpectralCache(model)
-    hooked = [module for module in model.modules() if module._forward_pre_hooks]
-    # Attention of each layer, the rotary embeddings, and the model.
-    assert len(hooked) == model.config.num_hidden_layers + 2
-    assert all(len(module._forward_pre_hooks) == 1 for module in hooked)
+    before_passes = [module for module in model.modules() if module._forward_pre_hooks]
+    after_passes = [module for module in model.modules() if module._forward_hooks]
+    # Attention of each layer, and the model; the rotary embeddings, and the model.
+    assert len(before_passes) == model.config.num_hidden_layers + 1
+    assert len(after_passes) == 2
+    assert all(len(module._forward_pre_hooks) == 1 for module in before_passes)
+    assert all(len(module._forward_hooks) == 1 for module in after_passes)
     unpatch_unsloth_attention(model)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert model.config._attn_implementation == before

@@ -22,5 +22,5 @@ def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
             f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...)"
         )
     if given:
-        raise InvalidArgumentError(f"{', '.join(given)} and config both set how to compress: give only one of them")
+        raise InvalidArgumentError(f"{', '.join(given)} and config both say how to compress: give one of them")
     return config

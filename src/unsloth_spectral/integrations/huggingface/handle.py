@@ -106,28 +106,20 @@ def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
     Raises:
         SpectralError: always.
     """
+    subject = f"the keys and values in a spectral cache are compressed and {problem}"
     handle = handles[0] if handles else None
-    model = None if handle is None or handle.model is None else handle.model()
-    call = None if handle is None else handle.call
-    computes = model is not None and call is not None and _computes_with_keys(model, call)
-    if model is not None and computes:
-        rebuild_from_now_on(model)
-    raise SpectralError(
-        f"the keys and values in a spectral cache are compressed and {problem}: {_fix(model, call, computes)}"
-    )
-
-
-def _fix(model: PreTrainedModel | None, call: AttentionCall | None, computes: bool) -> str:
-    if model is None:
-        return f"cache.stats() says what it holds, and model(..., {CACHE_NAME}=cache) reads it"
-    if call is not None and computes:
-        return (
-            f"{type(call.module).__name__} computes with them itself, before attention; from now on a new cache "
-            "rebuilds them for it at every step: cache = SpectralCache(model)"
+    if handle is None or handle.model is None:
+        raise SpectralError(f"{subject}: cache.stats() says what it holds, and model(..., {CACHE_NAME}=cache) reads it")
+    model, call = handle.model(), handle.call
+    if model is None or call is None or not _computes_with_keys(model, call):
+        raise SpectralError(
+            f"{subject}: {_reader(model, call)}; make the cache for this very model, and after any "
+            "model.set_attn_implementation(...): cache = SpectralCache(model)"
         )
-    return (
-        f"{_reader(model, call)}; make the cache for this very model, and after any "
-        "model.set_attn_implementation(...): cache = SpectralCache(model)"
+    rebuild_from_now_on(model)
+    raise SpectralError(
+        f"{subject}: {type(call.module).__name__} computes with them itself, before attention; from now on a new cache "
+        "rebuilds them for it at every step: cache = SpectralCache(model)"
     )
 
 
@@ -136,17 +128,20 @@ def _computes_with_keys(model: PreTrainedModel, call: AttentionCall) -> bool:
     return _attention(model, call) == ATTENTION_NAME and any(module is call.module for module in model.modules())
 
 
-def _attention(model: PreTrainedModel, call: AttentionCall) -> str | None:
+def _attention(model: PreTrainedModel | None, call: AttentionCall) -> str | None:
     """The attention implementation of the module of ``call``; ``model``'s where the module does not say."""
-    config = getattr(call.module, "config", None)
-    return attention_of(config) or attention_of(model.config.get_text_config(decoder=True))
+    attention = attention_of(getattr(call.module, "config", None))
+    if attention is None and model is not None:
+        return attention_of(model.config.get_text_config(decoder=True))
+    return attention
 
 
-def _reader(model: PreTrainedModel, call: AttentionCall | None) -> str:
-    """Who read the keys and values of ``model``'s cache without the spectral attention function, as a sentence."""
+def _reader(model: PreTrainedModel | None, call: AttentionCall | None) -> str:
+    """Who read the keys and values without the spectral attention function, as a sentence; None: ``model`` is gone."""
+    owner = "the cache's" if model is None else f"the cache's {type(model).__name__}"
     if call is None:
-        return f"they were read by another model than the cache's {type(model).__name__}, or after unpatching"
+        return f"they were read by another model than {owner}, or after unpatching"
     reader, attention = type(call.module).__name__, _attention(model, call)
     if attention == ATTENTION_NAME:
-        return f"{reader} is a module of another model than the cache's {type(model).__name__}"
+        return f"{reader} is a module of another model than {owner}"
     return f"{reader} attends with {attention!r}, not with the spectral attention function"

@@ -53,7 +53,7 @@ def media_hashes(model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> dic
 def media_difference(stored: Fields, batch: int, model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> str | None:
     """The first difference between ``model_inputs`` and those whose hashes were ``stored``; None if there is none.
 
-    Further rows may follow the stored ones, but in a batch: its inputs are compared as a whole.
+    Further rows may follow the stored ones, except in a batch, whose inputs are compared as a whole.
 
     Raises:
         InvalidArgumentError: as ``media_hashes``.
