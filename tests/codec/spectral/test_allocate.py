@@ -233,6 +233,18 @@ def spend_both(budget: Budget, layers: list[torch.Tensor]) -> tuple[float, list[
     return total / (ELEMENTS * len(layers)), widths, nbits
 
 
+def test_layers_that_the_profile_calls_frugal_still_find_half_of_their_share() -> None:
+    share, flat = 3.0 * ELEMENTS, torch.ones(HEADS, HEAD_DIM)
+    frugal = tuple((1e-12 * flat.flatten()).tolist())
+    profile = ModelProfile((1e-9,) * 4, (1.0,) * 4, (tuple(flat.flatten().tolist()), frugal, frugal, frugal))
+    budget, left = Budget(3.0, 4, profile), 4 * share
+    # Every layer turns out to want all that there is.
+    for layer in range(4):
+        widths = budget.allocate(layer, flat, 1.1, 8.0, ELEMENTS)
+        left -= cost(widths, 1.1) + 8.0 + ELEMENTS * budget.value_nbits_of(layer)
+        assert left >= (3 - layer) * share / 2 - 1e-6
+
+
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(bits=st.floats(2.4, 8.0), num_layers=st.integers(1, 12), size=st.floats(-6, 6), seed=st.integers(0, 1000))
 def test_keys_and_values_stay_within_one_budget(bits: float, num_layers: int, size: float, seed: int) -> None:
