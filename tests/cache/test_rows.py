@@ -13,6 +13,7 @@ from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.metric import metric_of
 
 LONG, SINKS, RESIDUAL = 700, 4, 16
 NEVER = torch.iinfo(torch.int64).max
@@ -103,18 +104,18 @@ def test_the_metric_of_a_row_is_the_one_it_has_alone(
     rotation, queries = new_tokens(0, 512, 1, 0)[2], queries_of(2, 256)
     queries[1, :, length:] = 0
     distances = torch.stack([2 * torch.arange(256) + 1, torch.where(torch.arange(256) < length, 512, 0)])
-    together = Observed(rotation, queries, distances, torch.tensor([0, hidden])).metric(HEADS, HEAD_DIM, is_rotated)
-    first = Observed(rotation, queries[:1], distances[:1]).metric(HEADS, HEAD_DIM, is_rotated)
+    together = metric_of(Observed(rotation, queries, distances, torch.tensor([0, hidden])), HEADS, HEAD_DIM, is_rotated)
+    first = metric_of(Observed(rotation, queries[:1], distances[:1]), HEADS, HEAD_DIM, is_rotated)
     count = min(length, 256)
     own = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
     assert_close(together[:1], first, 1e-5)
-    assert_close(together[1:], own.metric(HEADS, HEAD_DIM, is_rotated), 1e-5)
+    assert_close(together[1:], metric_of(own, HEADS, HEAD_DIM, is_rotated), 1e-5)
 
 
 def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -> None:
     queries, distances = queries_of(2, 64), torch.full((2, 64), 64)
     queries[1], distances[1] = 0, 0
-    metric = Observed(None, queries, distances).metric(HEADS, HEAD_DIM, True)
+    metric = metric_of(Observed(None, queries, distances), HEADS, HEAD_DIM, True)
     assert torch.allclose(*metric.diagonal(dim1=-2, dim2=-1).sum(-1), rtol=1e-4)
     assert torch.allclose(metric[1], metric[1, :, 0, 0][:, None, None] * torch.eye(HEAD_DIM))
 

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import unsloth_spectral
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec import block
+from unsloth_spectral.codec.rank import block
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 PROCESSES, NEW_TOKENS = 2, 40
@@ -29,7 +29,7 @@ LOSSY = SpectralConfig(preset="balanced", block_size=128, residual_length=16)
 def generated(model: LlamaForCausalLM) -> dict[str, Any]:
     """Tokens under the lossless configuration, and what a lossy one seals of a longer prompt."""
     ids = token_ids()
-    with patch.object(block.rank_codec, "encode", unrounded_encode):
+    with patch.object(block.factors, "encode", unrounded_encode):
         cache = SpectralCache(model, config=LOSSLESS)
         tokens = model.generate(ids, **cache_argument(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
     long, lossy = token_ids(length=300), SpectralCache(model, config=LOSSY)

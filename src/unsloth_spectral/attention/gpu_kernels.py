@@ -60,7 +60,7 @@ def _capped(scores, scaling, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _decoded(codes, STEPS: tl.constexpr):
-    """Scales over the largest of their row, see ``codec.logscale``."""
+    """Scales over the largest of their row, see ``codec.spectral.scales``."""
     return tl.where(codes == _ZERO, 0.0, tl.exp2(codes.to(tl.float32) * (-1.0 / STEPS)))
 
 
