@@ -241,3 +241,15 @@ def test_exact_blocks_keep_their_padding_zeroed_in_later_chunks() -> None:
         chunk.keys[1, :, : max(0, min(400, 900 - start))] = float("nan")
         chunk.feed(layer)
     assert not any(isinstance(block, ExactBlock) for block in layer.blocks[1:-1])
+
+
+@frames
+def test_queries_of_padding_do_not_shape_the_codes(frame: str) -> None:
+    rebuilt = []
+    for size in (0.0, 100.0):
+        layer, queries = SpectralLayer(config_of(frame, bits_per_element=2)), queries_of(2, LONG)
+        queries[1, :, :200] = size * random(HEADS * GROUPS, 200, HEAD_DIM, seed=5)
+        Chunk(0, LONG, torch.tensor([0, 200]), queries).feed(layer)
+        assert layer.stats().sealed_tokens
+        rebuilt.append(layer.reconstruct())
+    assert torch.equal(rebuilt[0][0], rebuilt[1][0])
