@@ -71,9 +71,8 @@ class Budget:
     seen: dict[int, Tensor] = field(default_factory=dict)
     _levels: dict[int, float] = field(default_factory=dict)
     _value_nbits: dict[int, int] = field(default_factory=dict)
-    # What each layer was given and has not spent, and the sum: negative where a layer took from the others.
+    # By layer, its share less what it spent: negative where it took from the others.
     _balances: dict[int, float] = field(default_factory=dict)
-    _left: float = 0.0
 
     def allocate(
         self, layer: int, variances: Tensor, first_bit_cost: float, fixed_cost: float, value_elements: int = 0
@@ -86,7 +85,7 @@ class Budget:
         weighted = self.weighted(layer, variances)
         if layer not in self._levels:
             share = self.bits_per_element * variances.numel() - fixed_cost
-            self._left += share
+            left = sum(self._balances.values()) + share
             coming = [other for other in range(self.num_layers) if other not in self._levels and other != layer]
             self.seen[layer] = variances.float()
             demands = [(_Demand(weighted.flatten(), first_bit_cost), 1.0)]
@@ -94,17 +93,15 @@ class Budget:
                 others = self._expected(coming)
                 demands.append((_Demand(others, first_bit_cost), len(coming) * weighted.numel() / others.numel()))
             values = None if self.profile is None else _ValueDemand(self.profile, [layer, *coming], value_elements)
-            level = _common_level(self._left + len(coming) * share, demands, values)
+            level = _common_level(left + len(coming) * share, demands, values)
             # Whatever is expected of the layers to come, each of them finds half of its share.
             own_values = None if self.profile is None else _ValueDemand(self.profile, [layer], value_elements)
-            level = max(level, _common_level(self._left + len(coming) * share / 2, demands[:1], own_values))
+            level = max(level, _common_level(left + len(coming) * share / 2, demands[:1], own_values))
             self._levels[layer] = level
             spent = cost(widths_at(level, weighted, first_bit_cost), first_bit_cost)
-            self._left -= spent
             if own_values is not None:
                 nbits = own_values.nbits_at(level)
                 self._value_nbits[layer] = nbits
-                self._left -= nbits * value_elements
                 spent += nbits * value_elements
             self._balances[layer] = share - spent
             if not coming:
@@ -129,9 +126,7 @@ class Budget:
             return
         self.seen.pop(layer, None)
         self._value_nbits.pop(layer, None)
-        self._left -= self._balances.pop(layer)
-        if not self._levels:
-            self._left = 0.0
+        del self._balances[layer]
 
     def to_fields(self) -> dict[str, Field]:
         """What was spent: all that changes."""
@@ -140,7 +135,6 @@ class Budget:
             "levels": {str(layer): level for layer, level in self._levels.items()},
             "value_nbits": {str(layer): nbits for layer, nbits in self._value_nbits.items()},
             "balances": {str(layer): balance for layer, balance in self._balances.items()},
-            "left": self._left,
         }
 
     def restore(self, fields: Fields) -> None:
@@ -152,7 +146,7 @@ class Budget:
         seen, levels, nbits = (fields.sub(name) for name in ("seen", "levels", "value_nbits"))
         # The first snapshots of this format do not tell which layer left how much.
         balances = fields.sub("balances") if fields.has("balances") else None
-        evenly = fields.number("left") / max(1, sum(levels.has(str(layer)) for layer in range(self.num_layers)))
+        evenly = 0.0 if balances is not None else fields.number("left") / max(1, len(levels.names()))
         for layer in range(self.num_layers):
             self.forget(layer)
         for layer in range(self.num_layers):
@@ -164,7 +158,6 @@ class Budget:
                 self._balances[layer] = evenly if balances is None else balances.number(name)
             if nbits.has(name):
                 self._value_nbits[layer] = nbits.integer(name, 1)
-        self._left = fields.number("left")
 
     def _expected(self, layers: Sequence[int]) -> Tensor:
         """Weighted variances that layers still to come are likely to have."""
