@@ -4,7 +4,6 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.methods.base import DENSE
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
 from unsloth_spectral.eval.prompt import Prompt, build_prompt, chat_frame, check_question, token_ids
-from unsloth_spectral.eval.tasks.asking import continue_on, end_tokens, fill, greedy_tokens, positions_of
+from unsloth_spectral.eval.tasks.asking import answer_text, continue_on, fill, greedy_tokens, positions_of
 from unsloth_spectral.integrations.huggingface import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache import dense_cache
 from unsloth_spectral.integrations.models import LoadedModel
@@ -226,15 +225,11 @@ class _Run:
         """
         tokens: list[int] = []
         times: list[float] = []
-        for token in islice(greedy_tokens(self._loaded, cache, self._question), self._max_new_tokens):
+        stage, most = f"{name}: decode", self._max_new_tokens
+        for token in greedy_tokens(self._loaded, cache, self._question, most, stage, self._on_progress):
             tokens.append(token)
             times.append(time.perf_counter())
-            if self._on_progress is not None:
-                self._on_progress(f"{name}: decode", len(tokens), self._max_new_tokens)
-        ends = end_tokens(self._loaded)
-        answer = list(takewhile(lambda token: token not in ends, tokens))
-        text = str(self._loaded.tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        return text, (len(times) - 1) / (times[-1] - times[0])
+        return answer_text(self._loaded, tokens).strip(), (len(times) - 1) / (times[-1] - times[0])
 
     def _bytes_at(self, length: int, config: CodecConfig) -> int:
         """Stored bytes of all full-attention layers after a prefill of ``length`` tokens.

@@ -1,9 +1,9 @@
 """Prefill, continue and decode on a cache: the steps that all tasks and `compare` share."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -65,23 +65,33 @@ def decode_on(
     on_progress: OnProgress | None = None,
 ) -> str:
     """The text that the model writes greedily behind ``tokens [1, n]``, up to its end token. ``cache`` grows."""
-    ends, written = end_tokens(loaded), []
-    for step, chosen in enumerate(islice(greedy_tokens(loaded, cache, tokens), max_new_tokens), start=1):
+    return answer_text(loaded, greedy_tokens(loaded, cache, tokens, max_new_tokens, stage, on_progress))
+
+
+def answer_text(loaded: LoadedModel, tokens: Iterable[int]) -> str:
+    """The text of ``tokens`` up to the first end token."""
+    ends = end_tokens(loaded)
+    answer = list(takewhile(lambda token: token not in ends, tokens))
+    return str(loaded.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def greedy_tokens(
+    loaded: LoadedModel,
+    cache: Any,
+    tokens: Tensor,
+    max_new_tokens: int,
+    stage: str = "decode",
+    on_progress: OnProgress | None = None,
+) -> Iterator[int]:
+    """The ``max_new_tokens`` tokens that the model chooses greedily behind ``tokens [1, n]``, past its end tokens.
+
+    ``cache`` grows. ``generate`` is not used: a checkpoint's generation settings (repetition penalties ...) would
+    change the outcome.
+    """
+    for step in range(1, max_new_tokens + 1):
+        chosen = int(_forward(loaded, tokens, cache, logits_to_keep=1)[0, -1].argmax())
         if on_progress is not None:
             on_progress(stage, step, max_new_tokens)
-        if chosen in ends:
-            break
-        written.append(chosen)
-    return str(loaded.tokenizer.decode(written, skip_special_tokens=True))
-
-
-def greedy_tokens(loaded: LoadedModel, cache: Any, tokens: Tensor) -> Iterator[int]:
-    """Tokens that the model chooses greedily behind ``tokens [1, n]``, without end. ``cache`` grows.
-
-    ``generate`` is not used: a checkpoint's generation settings (repetition penalties ...) would change the outcome.
-    """
-    while True:
-        chosen = int(_forward(loaded, tokens, cache, logits_to_keep=1)[0, -1].argmax())
         yield chosen
         tokens = row_of([chosen])
 
