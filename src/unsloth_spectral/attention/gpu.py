@@ -36,8 +36,8 @@ def give_up(device: torch.device, error: Exception) -> None:
     if device not in _failed:
         _failed[device] = f"{type(error).__name__}: {error}"
         logger.warning(
-            "The Triton kernels of unsloth-spectral do not run on %s (%s). Decoding goes on in torch, which is slower "
-            "and as right; please report this with the name of your GPU.",
+            "The Triton kernels of unsloth-spectral do not run on %s (%s). Decoding goes on in torch, which is slower, "
+            "but equally accurate; please report this with the name of your GPU.",
             device,
             _failed[device].splitlines()[0][:300],
         )
@@ -228,7 +228,7 @@ class _Coded:
 
 
 def _coded(block: SpectralBlock) -> _Coded:
-    # A sealed block never changes: what was found out about it once holds.
+    # Cached: sealed blocks are immutable.
     prepared: _Coded | None = block.memo.get(_NAME)
     if prepared is None:
         prepared = block.memo[_NAME] = _prepare(block)

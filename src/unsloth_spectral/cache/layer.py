@@ -46,7 +46,7 @@ class SpectralLayer:
 
     @property
     def uses_queries(self) -> bool:
-        """Whether ``observe`` is of any use to the codec."""
+        """True if the codec uses what ``observe`` notes."""
         return codec_of(self.config).uses_queries
 
     # Reading

@@ -21,6 +21,7 @@ import unsloth_spectral.cli.spectrum as spectrum
 from unsloth_spectral import __version__
 from unsloth_spectral.cli.shared import err, out, plain
 from unsloth_spectral.errors import SpectralError
+from unsloth_spectral.log import logger
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 1
@@ -83,7 +84,7 @@ def main() -> None:
 
     Success ends in 0, an interrupt in 130 and a closed output pipe in 1; typer sets all three.
     """
-    logging.getLogger("unsloth_spectral").addHandler(logging.StreamHandler())
+    logger.addHandler(logging.StreamHandler())
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on stderr: letters that the terminal's encoding lacks are escaped instead of failing the command.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What a cache layer is made of: runs of tokens, exact or sealed by a codec, that attention can read.
+"""Blocks: runs of tokens of a cache layer, exact or sealed by a codec, that attention can read.
 
 All kinds answer the same calls, so attention never asks which one it holds: ``scores`` and ``combine`` for the direct
 path, ``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are

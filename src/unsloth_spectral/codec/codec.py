@@ -1,4 +1,4 @@
-"""What a codec is: options and shared state of one cache, and a small state for each of its layers."""
+"""The interface of a codec: one object per cache for options and shared state, and one per layer."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
@@ -37,7 +37,7 @@ class CodecConfig(Protocol):
 
     @property
     def title(self) -> str:
-        """What tables call a cache with these options."""
+        """The name of these options in tables."""
         ...
 
     def check_head_dim(self, head_dim: int) -> None:
@@ -87,7 +87,7 @@ class LayerCodec(ABC):
         self.forget()
 
     def to_fields(self) -> dict[str, Field]:
-        """What later sealings depend on, besides what layers share."""
+        """This layer's state between sealings, without the state that layers share."""
         return {}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:  # noqa: B027
@@ -125,7 +125,7 @@ class Codec(ABC):
         """The state of layer ``number``, 0 to ``num_layers - 1``, empty."""
 
     def to_fields(self) -> dict[str, Field]:
-        """What layers share."""
+        """The state that layers share."""
         return {}
 
     def restore(self, fields: Fields) -> None:  # noqa: B027

@@ -35,7 +35,7 @@ def make_codec(config: CodecConfig, num_layers: int, profile: ModelProfile | Non
 
 
 def is_config(config: Any) -> bool:
-    """Whether ``config`` holds the options of a registered codec."""
+    """True if ``config`` holds the options of a registered codec."""
     return any(isinstance(config, codec.config_type) for codec in codecs())
 
 

@@ -57,10 +57,6 @@ class _RecordingBudget(Budget):
         super().__init__(bits_per_element, num_layers)
         self.variances: dict[int, Tensor] = {}
 
-    @classmethod
-    def like(cls, budget: Budget) -> "_RecordingBudget":
-        return cls(budget.bits_per_element, budget.num_layers)
-
     def allocate(self, layer: int, variances: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.variances[layer] = variances.float()
         return super().allocate(layer, variances, *args, **kwargs)
@@ -104,7 +100,8 @@ def _measure(
 ) -> _Measured:
     coarse = SpectralCache(model, config=_COARSE, use_profile=False)
     assert isinstance(coarse.codec, SpectralCodec)
-    budget = coarse.codec.budget = _RecordingBudget.like(coarse.codec.budget)
+    replaced = coarse.codec.budget
+    budget = coarse.codec.budget = _RecordingBudget(replaced.bits_per_element, replaced.num_layers)
     model(input_ids=ids[:, :prefix], **cache_argument(coarse), use_cache=True, logits_to_keep=1)
     unpatch_unsloth_attention(model)
     layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]

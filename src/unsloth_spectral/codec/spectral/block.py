@@ -18,7 +18,7 @@ _REBUILT_TOKENS = 2048  # at a time, for scores over un-rotated keys
 
 
 class Memo(dict[str, Any]):
-    """What was found out about one block. A copy of the block has other tensors, so it starts anew."""
+    """Results that attention paths cache with a block. A copy of the block has other tensors, so it starts empty."""
 
     def __deepcopy__(self, memo: object) -> "Memo":
         return Memo()
@@ -34,7 +34,7 @@ class SpectralBlock:
     Attributes:
         keys, values: the codes.
         dtype: the model's dtype, in which ``reconstruct`` answers.
-        memo: room for what an attention path found out about the block, by the path's name; goes with the block.
+        memo: what an attention path cached for the block, by the path's name; it goes with the block.
     """
 
     kind: ClassVar[str] = "coded"

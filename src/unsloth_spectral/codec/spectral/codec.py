@@ -131,7 +131,7 @@ class SpectralLayerCodec(LayerCodec):
         if plan is None or mean is None or largest is None:
             return
         tops = None if plan.tops is None else function(plan.tops)
-        self._plan = replace(plan, vectors=function(plan.vectors), row_scales=function(plan.row_scales), tops=tops)
+        self._plan = replace(plan.map_tensors(function), tops=tops)
         self._mean, self._largest = function(mean), function(largest)
 
     def forget(self) -> None:
@@ -224,7 +224,7 @@ class SpectralLayerCodec(LayerCodec):
         return (8 * KeyCodes.bytes_of("mean", self._key_sizes(run)) + positions) / run.num_tokens + value_scales
 
     def _key_sizes(self, run: KeyStatistics) -> dict[str, int]:
-        """Of one row, without components."""
+        """The sizes of one row's codes, without components."""
         _, heads, num_tokens, head_dim = run.x.shape
         return key_codec.key_sizes(1, head_dim, ((),) * heads, num_tokens)
 
