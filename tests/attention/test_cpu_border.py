@@ -14,6 +14,8 @@ from unsloth_spectral.attention.rotary_tables import WaveTables
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.spectral.block import SpectralBlock
+from unsloth_spectral.codec.spectral.keys import KeyCodes
+from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
 from unsloth_spectral.rope import Rotation
@@ -35,8 +37,8 @@ WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "device": lambda tensor: tensor.to("meta"),
 }
 STORED = [
-    *(("keys", name) for name in ("planes", "scales", "vectors", "vector_scales", "mean")),
-    *(("values", name) for name in ("planes", "scales", "largest")),
+    *(("keys", name) for name in KeyCodes.content()),
+    *(("values", name) for name in ValueCodes.content()),
 ]
 TABLES = [name for name, kind in WaveTables.__annotations__.items() if kind is torch.Tensor and name != "order"]
 every_wrong = pytest.mark.parametrize("wrong", WRONG)

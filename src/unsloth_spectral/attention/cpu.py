@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.spectral import keys, scales, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, TILE_TOKENS
+from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.native import abi, library
 from unsloth_spectral.native.pointers import address, refusal, require
 from unsloth_spectral.rope import Rotation
@@ -175,6 +176,12 @@ class _Kept:
         self.tensors.append(tensor)
         return address(name, tensor, dtype, shape)
 
+    def stored(self, owner: str, codes: StoredTensors, name: str, sizes: Sizes) -> int:
+        """The address of a tensor of ``codes``, once it is as declared; ``owner`` is whose, in the error."""
+        declared = codes.declarations()[name]
+        label = f"{owner} {name.replace('_', ' ')}"
+        return self.address(label, codes.tensors[name], declared.dtype, declared.sizes(sizes))
+
 
 def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Prepared:
     batch, num_heads, key_dim, value_dim = shape
@@ -193,7 +200,6 @@ def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Pre
 
 def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedKeys:
     batch, num_heads, key_dim = shape
-    tiles, components, num_planes = num_tiles(codes.num_tokens), sum(map(len, codes.widths)), codes.num_bits
     stored_dim = codes.vectors.shape[-1]
     require(key_dim == stored_dim, "the query's head_dim", f"{stored_dim}, as that of the keys", key_dim)
     require(len(codes.widths) == num_heads, "widths", f"one row for each of {num_heads} heads", codes.widths)
@@ -202,28 +208,31 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], kept: _Kept) 
         require(falling, "widths", f"1 to {MAX_NBITS} bits each, falling,", widths)
     by_width = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in codes.widths]
     counts = torch.tensor(by_width, dtype=torch.int32, device="cpu")
+    sizes = keys.key_sizes(batch, key_dim, codes.widths, codes.num_tokens)
+    stored = partial(kept.stored, "key", codes, sizes=sizes)
     return abi.CodedKeys(
-        planes=kept.address("key planes", codes.planes, torch.uint8, (batch, tiles, num_planes, PLANE_BYTES)),
-        scales=kept.address("key scales", codes.scales, torch.uint8, (batch, tiles, components)),
-        vectors=kept.address("vectors", codes.vectors, torch.int8, (batch, components, key_dim)),
-        vector_scales=kept.address("vector scales", codes.vector_scales, torch.float32, (batch, components, 1)),
-        mean=kept.address("mean", codes.mean, torch.float16, (batch, num_heads, key_dim)),
+        planes=stored("planes"),
+        scales=stored("scales"),
+        vectors=stored("vectors"),
+        vector_scales=stored("vector_scales"),
+        mean=stored("mean"),
         counts=kept.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
-        num_components=components,
-        num_planes=num_planes,
+        num_components=sizes["components"],
+        num_planes=sizes["planes"],
         is_rotated=codes.is_rotated,
     )
 
 
 def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedValues:
     batch, num_heads, value_dim = shape
-    tiles, nbits = num_tiles(codes.num_tokens), codes.nbits
+    nbits = codes.nbits
     require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
-    planes_shape = (batch, tiles, num_heads * value_dim * nbits, PLANE_BYTES)
+    sizes = values.value_sizes(batch, num_heads, value_dim, nbits, codes.num_tokens)
+    stored = partial(kept.stored, "value", codes, sizes=sizes)
     return abi.CodedValues(
-        planes=kept.address("value planes", codes.planes, torch.uint8, planes_shape),
-        scales=kept.address("value scales", codes.scales, torch.uint8, (batch, num_heads, tiles * TILE_TOKENS)),
-        largest=kept.address("largest", codes.largest, torch.float32, (batch, num_heads, 1)),
+        planes=stored("planes"),
+        scales=stored("scales"),
+        largest=stored("largest"),
         nbits=nbits,
     )
 

@@ -61,6 +61,11 @@ class StoredTensors:
         return _declarations(cast(Any, cls))
 
     @classmethod
+    def content(cls) -> Mapping[str, Stored]:
+        """The declarations of the tensors that tokens are rebuilt from, in order."""
+        return {name: declared for name, declared in cls.declarations().items() if not declared.is_statistic}
+
+    @classmethod
     def bytes_of(cls, name: str, sizes: Sizes) -> int:
         """Bytes of one tensor."""
         declared = cls.declarations()[name]

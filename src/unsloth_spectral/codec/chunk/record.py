@@ -14,7 +14,7 @@ from torch import Tensor
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, key_sizes
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
-from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
+from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation
 
@@ -48,7 +48,7 @@ class LayerShape:
         """What goes whatever the keys' widths: those themselves, the mean, the values and the exact tokens."""
         numbers = self.num_heads * (self.key_dim + self.value_dim)
         values = self.value_sizes(value_nbits)
-        coded_values = sum(ValueCodes.bytes_of(name, values) for name in _recorded(ValueCodes))
+        coded_values = sum(ValueCodes.bytes_of(name, values) for name in ValueCodes.content())
         mean, widths = KeyCodes.bytes_of("mean", self._key_sizes), -(-self.num_heads * self.key_dim // 2)
         return widths + mean + coded_values + self.num_exact * numbers * self.dtype.itemsize
 
@@ -66,11 +66,6 @@ class LayerShape:
         return self.key_sizes(((),) * self.num_heads)
 
 
-def _recorded(codes: type[StoredTensors]) -> dict[str, Stored]:
-    """The declared tensors that take part in rebuilding tokens."""
-    return {name: stored for name, stored in codes.declarations().items() if not stored.is_statistic}
-
-
 def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_values: Tensor) -> list[Tensor]:
     """The bytes of one layer, in pieces; the exact keys and values ``[H, num_exact, dim]`` are the first tokens'."""
     widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8, device="cpu")
@@ -79,7 +74,7 @@ def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_va
     flat = torch.nn.functional.pad(widths.flatten(), (0, widths.numel() % 2))
     parts = [flat[0::2] | flat[1::2] << 4]
     for codes in (keys, values):
-        for name, stored in _recorded(type(codes)).items():
+        for name, stored in codes.content().items():
             is_padded = "padded_tokens" in stored.shape
             parts.append(codes.tensors[name][..., : codes.num_tokens] if is_padded else codes.tensors[name])
     return [part.contiguous().view(torch.uint8).flatten() for part in [*parts, exact_keys, exact_values]]
@@ -122,7 +117,7 @@ class Reader:
 
     def _tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Tensor]:
         tensors = {}
-        for name, stored in _recorded(codes).items():
+        for name, stored in codes.content().items():
             tensor = self._take(stored.dtype, *stored.sizes(sizes))
             if "padded_tokens" in stored.shape:
                 tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % TILE_TOKENS), value=stored.filling)
