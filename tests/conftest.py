@@ -26,7 +26,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _warned_of_nothing() -> None:
     """Each test sees the warnings that are given once."""
-    log._told.clear()
+    log._logged.clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 
 def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
-    """``config``, or one of those ``options`` that are given (not None).
+    """``config``, or a new one from those ``options`` that are not None.
 
     Raises:
         InvalidArgumentError: both are given, or an option is out of its range.
