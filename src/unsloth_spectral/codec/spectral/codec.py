@@ -98,7 +98,7 @@ class SpectralLayerCodec(LayerCodec):
         metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], is_rotated)
         run = KeyStatistics.of(tokens.keys, metric, observed.rotation, is_rotated, self._mean, real)
         basis = run.basis()
-        keys, plan = self._encode_by_plan(run, basis) or self._encode_anew(run, basis, tokens.values)
+        keys, plan = self._encode_keys(run, basis, tokens.values)
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
         values = value_codec.encode(tokens.values, self._value_nbits(run), self._largest if is_by_plan else None)
         limit = config.error_limit
@@ -154,31 +154,26 @@ class SpectralLayerCodec(LayerCodec):
             largest = fields.tensor("largest", torch.float32, (*rows, 1))
             self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
 
-    def _encode_by_plan(self, run: KeyStatistics, basis: Basis) -> tuple[KeyCodes, KeyPlan] | None:
-        """Encode the keys in the basis of earlier blocks; None if there is none, or it does not suit every row."""
-        if self._plan is None or not bool(run.has_tokens.any()):
-            return None
-        widths = self._widths_at(self._plan.level, run, basis, self._first_bit_cost(run))
-        keys, plan = key_codec.encode(run, self._plan)
-        # Row by row: an average over rows would hide a row that the basis does not suit.
-        lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
-        expected = key_codec.expected_error(basis.variances, widths).sum(-1)
-        return (keys, plan) if bool((lost <= _WORTH_A_BASIS * expected).all()) else None
-
-    def _encode_anew(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
-        """Encode the keys in a basis of their own."""
-        first_bit_cost = self._first_bit_cost(run)
+    def _encode_keys(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
+        """Encode the keys in the basis of earlier blocks or, if it does not suit every row, in a basis of their own."""
         if not bool(run.has_tokens.any()):
             # All rows are padding: there is no variance to allocate bits by.
             widths, level = torch.zeros_like(run.over_tokens(basis.variances), dtype=torch.int64), 1.0
         elif self._plan is None:
             budget, elements = self._budget(run), values.shape[1] * values.shape[-1]
             variances = run.over_tokens(basis.variances)
-            widths = budget.allocate(self._number, variances, first_bit_cost, self._fixed_cost(run), elements)
+            fixed_cost = self._fixed_cost(run)
+            widths = budget.allocate(self._number, variances, self._first_bit_cost(run), fixed_cost, elements)
             level = budget.level_of(self._number)
         else:
             level = self._plan.level
-            widths = self._widths_at(level, run, basis, first_bit_cost)
+            widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
+            keys, plan = key_codec.encode(run, self._plan)
+            # Row by row: an average over rows would hide a row that the basis does not suit.
+            lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
+            expected = key_codec.expected_error(basis.variances, widths).sum(-1)
+            if bool((lost <= _WORTH_A_BASIS * expected).all()):
+                return keys, plan
         return key_codec.encode(run, key_codec.plan(basis, widths, level))
 
     def _keys_within(
