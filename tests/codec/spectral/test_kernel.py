@@ -57,11 +57,11 @@ def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
 @pytest.mark.parametrize("nbits", range(1, 9))
 @pytest.mark.parametrize(("head_dim", "tokens"), [(64, 500), (60, 128), (40, 1), (128, 63)])
 def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: int) -> None:
-    turned = heavy(2, 3, head_dim, tokens)
-    turned[0, 1, :, 0] = 0
+    rotated = heavy(2, 3, head_dim, tokens)
+    rotated[0, 1, :, 0] = 0
     step = 0.5**nbits
-    expected = value_codec.quantize(turned, nbits, step)
-    found = kernel.encode_values(turned, nbits, step, variant)
+    expected = value_codec.quantize(rotated, nbits, step)
+    found = kernel.encode_values(rotated, nbits, step, variant)
     widths = (nbits,) * (3 * head_dim)
     both = [unpack(planes, widths)[..., :tokens] for planes in (found[0], expected[0])]
     assert (both[0] != both[1]).float().mean() < 0.002
@@ -117,7 +117,7 @@ def test_the_encoders_refuse_tensors_made_for_the_call_that_are_not_theirs(facto
 def test_the_encoders_refuse_numbers_of_another_dtype_or_device(change: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"coefficients must be .*float32"):
         kernel.encode_keys(change(heavy(1, 8, 200)), HEADS, key_codec.CLIPS)
-    with pytest.raises(InvalidArgumentError, match=r"turned values must be .*float32"):
+    with pytest.raises(InvalidArgumentError, match=r"rotated values must be .*float32"):
         kernel.encode_values(change(heavy(1, 2, 64, 200)), 3, 0.5)
 
 
