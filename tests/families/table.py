@@ -28,7 +28,8 @@ not edit it by hand.
 
 - ✓ works; – transformers refuses it with a dense cache too; ✗ `SpectralCache` refuses it in one line.
 - ‡ unsafe in transformers with a dense cache too: the model's RoPE tables follow the longest text it has seen.
-- Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep their native cache.
+- Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep transformers' own
+  cache.
 - Rebuilt: the model computes with its keys and values itself. They are stored compressed and rebuilt at every step, one
   layer at a time: this saves memory, but no time.
 - Layers on disk (`device_map`), tensor parallelism in two processes and a forward under `torch.compile` are tested on a
