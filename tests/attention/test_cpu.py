@@ -40,10 +40,10 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
     else:
         tolerance = TOLERANCE_OF_CODEC if of_codec else TOLERANCE
     expected = naive.attend(query, blocks, mask, options)
-    found = cpu.attend(query, blocks, mask, options, variant)
-    assert found.shape == expected.shape
-    assert found.dtype == torch.float32
-    assert_close(found, expected, tolerance)
+    output = cpu.attend(query, blocks, mask, options, variant)
+    assert output.shape == expected.shape
+    assert output.dtype == torch.float32
+    assert_close(output, expected, tolerance)
 
 
 @every_variant
@@ -124,9 +124,9 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
     block = make_codec(config, 1).layer(0).seal(ExactBlock(keys, values), None, Observed())
     dense = naive.attend(query, [ExactBlock(keys, values)], None, options)
     coded = naive.attend(query, [block], None, options)
-    found = cpu.attend(query, [block], None, options, variant)
+    output = cpu.attend(query, [block], None, options, variant)
     assert block.keys.num_bits < 2 * 64 * 4
-    assert (found - coded).norm() < 0.1 * (coded - dense).norm()
+    assert (output - coded).norm() < 0.1 * (coded - dense).norm()
 
 
 @every_variant
@@ -134,8 +134,8 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
 def test_heads_without_any_component(assert_close, variant: str, frame: str) -> None:
     widths = torch.zeros(3, 64, dtype=torch.int64)
     widths[1, 7] = 3
-    for kept in (widths, torch.zeros_like(widths)):
-        blocks = [coded_block(1, 3, 64, 200, frame, widths=kept)]
+    for widths_kept in (widths, torch.zeros_like(widths)):
+        blocks = [coded_block(1, 3, 64, 200, frame, widths=widths_kept)]
         check(random(1, 6, 1, 64), blocks, None, ScoreOptions(0.125), variant, assert_close)
 
 
@@ -177,19 +177,19 @@ def test_rows_that_see_nothing_give_zeros(variant: str) -> None:
     blocks = [exact(2, 2, 4, 64), coded_block(2, 2, 64, 700)]
     mask = torch.ones(2, 1, 1, 704, dtype=torch.bool)
     mask[1] = False
-    found = cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125), variant)
-    assert not found[1].any()
-    assert found[0].isfinite().all()
-    assert found[0].any()
+    output = cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125), variant)
+    assert not output[1].any()
+    assert output[0].isfinite().all()
+    assert output[0].any()
 
 
 @every_variant
 def test_what_is_not_finite_shows(variant: str) -> None:
     block = exact(1, 2, 10, 64)
     block.keys[0, 0, 3, 5] = torch.nan
-    found = cpu.attend(random(1, 4, 1, 64), [block, coded_block(1, 2, 64, 200)], None, ScoreOptions(0.125), variant)
-    assert found[0, :2].isnan().all()
-    assert found[0, 2:].isfinite().all()
+    output = cpu.attend(random(1, 4, 1, 64), [block, coded_block(1, 2, 64, 200)], None, ScoreOptions(0.125), variant)
+    assert output[0, :2].isnan().all()
+    assert output[0, 2:].isfinite().all()
 
 
 @every_variant
@@ -201,8 +201,8 @@ def test_sharp_attention_finds_its_token(assert_close, variant: str, frame: str)
     longest = int(keys.norm(dim=-1).argmax())
     query = 50 * keys[:, :, longest : longest + 1] / keys[:, :, longest : longest + 1].norm()
     check(query, [block], None, ScoreOptions(1.0), variant, assert_close)
-    found = cpu.attend(query, [block], None, ScoreOptions(1.0), variant)
-    assert (found[0, 0, 0] - values[0, 0, longest]).norm() < 0.02 * values[0, 0, longest].norm()
+    output = cpu.attend(query, [block], None, ScoreOptions(1.0), variant)
+    assert (output[0, 0, 0] - values[0, 0, longest]).norm() < 0.02 * values[0, 0, longest].norm()
 
 
 @every_variant

@@ -57,8 +57,8 @@ def check(layer: SpectralLayer, dense: list[torch.Tensor]) -> None:
     count = dense[0].shape[-2]
     assert layer.num_tokens == count == sum(block.num_tokens for block in layer.blocks)
     rebuilt = [torch.cat(parts, -2) for parts in zip(*(block.reconstruct() for block in layer.blocks), strict=True)]
-    for found in (layer.reconstruct(), rebuilt):
-        for part, expected in zip(found, dense, strict=True):
+    for actual in (layer.reconstruct(), rebuilt):
+        for part, expected in zip(actual, dense, strict=True):
             assert part.shape == expected.shape
             assert float((part - expected).norm() / expected.norm()) < NEAR
             worst = (part - expected).norm(dim=-1) / expected.norm(dim=-1).mean()

@@ -148,10 +148,10 @@ class Pair:
             self.layer.spectral.seal()
             self.dense.seal()
         elif kind == "crop":
-            kept = max(0, self.dense.num_tokens - amount)
+            num_kept = max(0, self.dense.num_tokens - amount)
             self.layer.crop(-amount)
-            if kept < self.dense.num_tokens:
-                self.dense.crop(kept)
+            if num_kept < self.dense.num_tokens:
+                self.dense.crop(num_kept)
             self.dense.seal()  # as `crop` does, for assisted decoding
         elif kind == "reset":
             self.layer.reset()
@@ -225,18 +225,18 @@ class Pair:
         copies = sum(tiers) - dense.num_tokens
         assert copies in (0, dense.config.num_sink_tokens)
         assert (tiers[0] if isinstance(layer.blocks[0], ExactBlock) else 0) >= dense.num_sinks
-        for found, came in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
-            assert found.shape == came.shape
+        for actual, expected in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
+            assert actual.shape == expected.shape
             # A crop below the sinks brings sealed padding back to the residual; no query sees what is there.
-            is_exact = (found == came) | (~dense.real[:, None, :, None] & found.isfinite())
+            is_exact = (actual == expected) | (~dense.real[:, None, :, None] & actual.isfinite())
             assert bool(is_exact[:, :, : cold.start].all()), "sinks are exact"
             assert bool(is_exact[:, :, cold.stop :].all()), "the residual is exact"
             for row, is_real in enumerate(dense.real[:, cold]):
                 if is_real.any():
-                    tokens = came[row, :, cold][:, is_real]
-                    error = (found[row, :, cold][:, is_real] - tokens).norm(dim=-1)
+                    tokens = expected[row, :, cold][:, is_real]
+                    error = (actual[row, :, cold][:, is_real] - tokens).norm(dim=-1)
                     assert float(error.norm() / tokens.norm()) < NEAR
-                    size = came[row, :, dense.real[row]].norm(dim=-1).mean()
+                    size = expected[row, :, dense.real[row]].norm(dim=-1).mean()
                     assert float(error.max() / size) < WORST, "a token is lost or out of its place"
         start = -copies
         for block in layer.blocks:

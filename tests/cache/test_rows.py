@@ -59,10 +59,10 @@ def check_rows(layer: SpectralLayer, chunks: list[Chunk], near: float = NEAR) ->
     """Every real token is there, in its place, and the first ones of each row are exact."""
     real = torch.cat([chunk.real for chunk in chunks], 1)
     for name, rebuilt in zip(("keys", "values"), layer.reconstruct(), strict=True):
-        came = torch.cat([getattr(chunk, name) for chunk in chunks], 2)
+        original = torch.cat([getattr(chunk, name) for chunk in chunks], 2)
         for row, is_real in enumerate(real):
             if is_real.any():
-                tokens, expected = rebuilt[row][:, is_real], came[row][:, is_real]
+                tokens, expected = rebuilt[row][:, is_real], original[row][:, is_real]
                 assert float((tokens - expected).norm() / expected.norm()) < near, row
                 assert torch.equal(tokens[:, :SINKS], expected[:, :SINKS]), "sinks"
 
@@ -107,9 +107,9 @@ def test_the_metric_of_a_row_is_the_one_it_has_alone(
     together = metric_of(Observed(rotation, queries, distances, torch.tensor([0, hidden])), HEADS, HEAD_DIM, is_rotated)
     first = metric_of(Observed(rotation, queries[:1], distances[:1]), HEADS, HEAD_DIM, is_rotated)
     count = min(length, 256)
-    own = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
+    row_observed = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
     assert_close(together[:1], first, 1e-5)
-    assert_close(together[1:], metric_of(own, HEADS, HEAD_DIM, is_rotated), 1e-5)
+    assert_close(together[1:], metric_of(row_observed, HEADS, HEAD_DIM, is_rotated), 1e-5)
 
 
 def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -> None:

@@ -59,9 +59,9 @@ def test_random_histories_match_a_dense_cache(
         elif kind == "seal":
             layer.seal()
         elif kind == "crop":
-            kept = max(1, int(amount * dense[0].shape[-2]))
-            layer.crop(kept)
-            dense = [tensor[..., :kept, :] for tensor in dense]
+            num_kept = max(1, int(amount * dense[0].shape[-2]))
+            layer.crop(num_kept)
+            dense = [tensor[..., :num_kept, :] for tensor in dense]
         else:
             picked = (
                 torch.tensor([row % rows for row in amount])
@@ -200,8 +200,8 @@ def test_attention_over_the_blocks_is_near_the_dense_one(frame: str) -> None:
     options = ScoreOptions(scaling=HEAD_DIM**-0.5)
     exact = naive.attend(query, [ExactBlock(*dense)], None, options)
     for attend in (direct.attend, naive.attend):
-        found = attend(query, layer.blocks, None, options)
-        assert float((found - exact).norm() / exact.norm()) < NEAR
+        output = attend(query, layer.blocks, None, options)
+        assert float((output - exact).norm() / exact.norm()) < NEAR
 
 
 @frames
@@ -238,9 +238,9 @@ def test_few_queries_do_not_decide_alone(frame: str, since: str) -> None:
     query = random(2, HEADS, 50, HEAD_DIM, seed=11)
     sealed = slice(4 + 128, 4 + 256)  # the tail of the prefill
     exact = query @ dense[0][..., sealed, :].mT
-    found = query @ layer.reconstruct()[0][..., sealed, :].mT
+    scores = query @ layer.reconstruct()[0][..., sealed, :].mT
     # Without the floor for scarce queries this is .4 to .6.
-    assert float((found - exact).norm() / exact.norm()) < 0.1
+    assert float((scores - exact).norm() / exact.norm()) < 0.1
 
 
 def test_reset_forgets_all() -> None:

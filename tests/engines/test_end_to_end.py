@@ -40,10 +40,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     length = CHUNK * NUM_CHUNKS + 40
     ids = tokens_of(default_document(), AutoTokenizer.from_pretrained(embedded_folder()), 60_000 + length + NUM_PLACES)
     texts = [ids[0, start : start + length + NUM_PLACES].tolist() for start in (20_000, 40_000, 60_000)]
-    asked = [(text[:length], NUM_NEW) for text in texts]
-    asked += [(text[: length + place], 1) for text in texts for place in range(NUM_PLACES)]
+    requests = [(text[:length], NUM_NEW) for text in texts]
+    requests += [(text[: length + place], 1) for text in texts for place in range(NUM_PLACES)]
     path = tmp_path_factory.mktemp("engines") / "prompts.json"
-    path.write_text(json.dumps(asked))
+    path.write_text(json.dumps(requests))
     return path
 
 

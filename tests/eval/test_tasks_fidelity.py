@@ -135,14 +135,14 @@ def test_without_a_dense_run_of_this_case_it_is_made_up_for(loaded: LoadedModel,
 
 def test_bits_by_layer_of_caches_that_know_them(loaded: LoadedModel, task: Fidelity) -> None:
     config = SpectralConfig(bits_per_element=6.0, block_size=128, residual_length=16)
-    made: list[SpectralCache] = []
+    caches: list[SpectralCache] = []
 
     def make(model: Any) -> SpectralCache:
-        made.append(SpectralCache(model, config=config))
-        return made[-1]
+        caches.append(SpectralCache(model, config=config))
+        return caches[-1]
 
     series = task.run(loaded, Method("spectral", "spectral", make, Footprint.counted, bits_by_layer), "start=0").series
-    layers = made[0].stats().layers
+    layers = caches[0].stats().layers
     assert series == {
         "bits_keys": [layer.bits_keys for layer in layers], "bits_values": [layer.bits_values for layer in layers]
     }  # fmt: skip

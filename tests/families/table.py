@@ -52,10 +52,10 @@ def table(cells: dict[str, dict[str, str]]) -> str:
     lines = ["| family | rebuilt | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
     for family, row in FAMILIES.items():
         if row.refusal is None:
-            found = [cells.get(family, {}).get(way) for way in WAYS]
+            outcomes = [cells.get(family, {}).get(way) for way in WAYS]
         else:
-            found = ["unsupported" if "unsupported" in cells.get(family, {}).values() else None] * len(WAYS)
-        marks = [NOT_RUN if outcome is None else MARKS[outcome] for outcome in found]
+            outcomes = ["unsupported" if "unsupported" in cells.get(family, {}).values() else None] * len(WAYS)
+        marks = [NOT_RUN if outcome is None else MARKS[outcome] for outcome in outcomes]
         lines.append(f"| {family} | {'yes' if row.is_materialised else ''} | " + " | ".join(marks) + " |")
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def token_ids(batch: int = 1, count: int = PROMPT, seed: int = 0) -> torch.Tenso
 
 def new_tensors() -> Counter[str]:
     """Those made since ``gc.freeze()``, by shape and dtype."""
-    kinds = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    kinds = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     return Counter(f"{list(tensor.shape)} {tensor.dtype}" for tensor in kinds)
 
 

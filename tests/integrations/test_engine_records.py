@@ -79,10 +79,10 @@ def test_what_is_stored_raw_comes_back_exactly_and_is_counted_with_its_reason(
     assert torch.equal(back, group)
     stats = records.stats()
     assert (stats["chunks"], stats["raw"]) == (1, 1)
-    ((told, count),) = stats["raw_because"].items()
-    assert reason in told
+    ((stored_reason, count),) = stats["raw_because"].items()
+    assert reason in stored_reason
     assert count == 1
-    assert [record.getMessage() for record in caplog.records] == [f"stored raw: 1 of 1 chunks so far: {told}"]
+    assert [record.getMessage() for record in caplog.records] == [f"stored raw: 1 of 1 chunks so far: {stored_reason}"]
 
 
 def test_the_log_says_how_many_chunks_were_stored_raw(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,20 +51,20 @@ kinds = pytest.mark.parametrize("kind", CONFIGS)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def held(thing: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Every tensor in ``thing`` by each path that leads to it, through attributes, slots and containers."""
-    if isinstance(thing, torch.Tensor):
-        yield path, thing
+def held(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Every tensor in ``value`` by each path that leads to it, through attributes, slots and containers."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
         return
-    if isinstance(thing, str | bytes | int | float | None | type | torch.dtype) or callable(thing):
+    if isinstance(value, str | bytes | int | float | None | type | torch.dtype) or callable(value):
         return
-    if isinstance(thing, dict):
-        parts = list(thing.items())
-    elif isinstance(thing, list | tuple | set):
-        parts = list(enumerate(thing))
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple | set):
+        parts = list(enumerate(value))
     else:
-        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-        parts = [(name, getattr(thing, name)) for name in [*getattr(thing, "__dict__", ()), *slots]]
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        parts = [(name, getattr(value, name)) for name in [*getattr(value, "__dict__", ()), *slots]]
     for name, part in parts:
         yield from held(part, (*path, str(name)))
 
@@ -233,12 +233,12 @@ def check_process(kind: str, source: str) -> None:
     command = [sys.executable, __file__, kind, source]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["dense"] > 200 * MB
-    assert abs(found["control"] - found["control_expected"]) < 0.02 * found["control_expected"] + MB, found
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["dense"] > 200 * MB
+    assert abs(record["control"] - record["control_expected"]) < 0.02 * record["control_expected"] + MB, record
     # A tenth and 3 MB: pages begun, and tables of the process. Less than one dense layer, which is 6 to 9 MB.
-    assert abs(found["growth"] - found["stored"]) < 0.1 * found["stored"] + 3 * MB, found
-    assert found["growth"] < 0.25 * found["dense"], found
+    assert abs(record["growth"] - record["stored"]) < 0.1 * record["stored"] + 3 * MB, record
+    assert record["growth"] < 0.25 * record["dense"], record
 
 
 @linux
