@@ -1,4 +1,4 @@
-"""Figures: they show what they say they show, and are written whole or not at all."""
+"""Figures show the data that their titles name, and are written completely or not at all."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""What no line of the library may do, read off its source: rely on torch's defaults, pass a pointer unchecked, or keep
-tensors alive by a function that refers to itself."""
+"""Rules for the source: no use of torch's defaults, no unchecked pointer, no function that refers to itself."""
 
 import ast
 import ctypes

@@ -25,11 +25,11 @@ FRAMES = ("rotated", "unrotated", "none")
 pytestmark = pytest.mark.skipif(not VARIANTS, reason=f"no kernel here: {library.obstacle()}")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 # Weights have 15 bits. Components of random widths have steps of all sizes, and the largest sets the weights' unit for
-# codes up to 255; the codec's own widths have steps alike, where the error is a tenth of that.
+# codes up to 255; the codec's own widths have similar steps, and the error is a tenth of that.
 TOLERANCE, TOLERANCE_OF_CODEC = 6e-3, 6e-4
-# The AVX-512 build rounds what codes of up to 3 bits are multiplied with to a byte, a 254th of the largest. Outputs
-# here are means over hundreds of random tokens, small beside what each of them is; how little it is beside the error
-# of the codes themselves is tested by itself.
+# The AVX-512 build rounds the factors of codes of up to 3 bits to a byte, a 254th of the largest. Outputs here are
+# means over hundreds of random tokens and thus much smaller than each token. A separate test compares this rounding
+# with the error of the codes themselves.
 ROUGH_TOLERANCE, ROUGH_TOLERANCE_OF_CODEC = 5e-2, 5e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -21,13 +21,13 @@ if gpu.missing() is not None and not IS_INTERPRETED:
 
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 OBSTACLE = "queries on cpu" if IS_INTERPRETED else None
-# Two products in half precision for one in single, and softmax in single.
+# Two products in half precision replace one in single precision; softmax is in single precision.
 TOLERANCE = 2e-5
 
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs one after another."""
+    """The interpreter runs programs one after another."""
     if IS_INTERPRETED:
         monkeypatch.setattr(gpu, "_PROGRAMS", 6)
 

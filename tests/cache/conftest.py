@@ -1,4 +1,4 @@
-"""What the tests of the cache share."""
+"""Fixtures of the cache tests."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _nan_in_empty_tensors() -> Iterator[None]:
-    """Uninitialized memory is NaN in these tests, so that reading a buffer's spare room would be seen."""
+    """Uninitialized memory is NaN in these tests, so that reading a buffer's spare room fails a test."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -44,7 +44,7 @@ def kinds(layer: SpectralLayer) -> list[tuple[type, int]]:
 
 
 def check_kept(layer: SpectralLayer, tokens: tuple[torch.Tensor, ...], exact: set[int]) -> None:
-    """The blocks of ``exact`` are bit for bit what came, the others near, none is missing."""
+    """The blocks of ``exact`` equal the input bit for bit, the others are close to it, none is missing."""
     assert layer.num_tokens == TOKENS
     for rebuilt, expected in zip(layer.reconstruct(), tokens, strict=True):
         for index in range(NUM_BLOCKS):

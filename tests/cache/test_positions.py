@@ -1,4 +1,4 @@
-"""The positions of the exact tail against a plain list, and the sample of queries that look at it."""
+"""The positions of the exact tail against a plain list, and the sample of queries that attend to it."""
 
 import random
 
@@ -112,7 +112,7 @@ def test_a_prefill_is_sampled_evenly() -> None:
     assert places[-1] == 999
     assert (places.diff() <= 5).all()
     assert (places.diff() >= 3).all()
-    # A query saw itself and all before it, from token 4 on and no more than there are.
+    # A query saw itself and all tokens before it, from token 4 on.
     assert torch.equal(distances[1], (places.long() + 1 - 4).clamp(max=900))
     assert sampler.nbytes == 256 * (2 * 3 * 5 * 4 + 8)  # both rows were asked at the same positions
 
@@ -161,7 +161,7 @@ def sampled(sampler: QuerySampler) -> list[int]:
 
 
 def test_of_tokens_that_come_together_every_fourth_is_held() -> None:
-    """Whatever is taken back: in assisted decoding that is most often the newest."""
+    """Whichever tokens are taken back; in assisted decoding these are mostly the newest."""
     sampler, num_held = QuerySampler(), 1000
     while num_held < 1200:
         sampler.note(queries(6, num_held), num_held + 6, missing=1220 - num_held - 6)

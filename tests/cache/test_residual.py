@@ -1,4 +1,4 @@
-"""The exact tail: grows in place, holds exactly what was put in, gives bytes back."""
+"""The exact tail grows in place, returns exactly the tokens appended to it, and frees memory."""
 
 import copy
 

@@ -21,7 +21,7 @@ RANK = SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, SINKS, RESIDUAL)
 
 
 def queries_of(rows: int, count: int, seed: int = 2) -> torch.Tensor:
-    """Each row's look at directions of its own, more or less."""
+    """Queries of each row weight different directions."""
     looks = torch.stack([torch.logspace(0, -2, HEAD_DIM).roll(row) for row in range(rows)])[:, None, None]
     return random(rows, HEADS * GROUPS, count, HEAD_DIM, seed=seed) * looks
 
@@ -56,7 +56,7 @@ def coded(layer: SpectralLayer) -> list[SpectralBlock]:
 
 
 def check_rows(layer: SpectralLayer, chunks: list[Chunk], near: float = NEAR) -> None:
-    """Every real token is there, in its place, and the first ones of each row are exact."""
+    """Every token that is not padding is in its place, and the first ones of each row are exact."""
     real = torch.cat([chunk.real for chunk in chunks], 1)
     for name, rebuilt in zip(("keys", "values"), layer.reconstruct(), strict=True):
         original = torch.cat([getattr(chunk, name) for chunk in chunks], 2)
@@ -144,7 +144,7 @@ def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
     chunk = Chunk(0, LONG, padding, queries_of(len(lengths), LONG))
 
     def errors(rows: list[int]) -> list[float]:
-        """Of the scores of each row's own queries, over its own tokens."""
+        """Error of the scores of each row's own queries over its own tokens."""
         layer = SpectralLayer(config_of(frame, bits_per_element=3))
         picked = chunk.pick(rows)
         picked.feed(layer)
@@ -163,7 +163,7 @@ def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
 def test_a_row_that_begins_in_a_later_chunk(
     config: SpectralConfig, late: int, allocated_bytes: Callable[[Any], int]
 ) -> None:
-    """Eight rows, seven of them long: one without a basis of its own must not be outvoted."""
+    """Eight rows, seven of them long: the bases of the seven must not decide for the other."""
     padding, layer, chunks = torch.tensor([0] * 7 + [late]), SpectralLayer(config), []
     for start in (0, 400, 800):
         chunks.append(Chunk(start, 400, padding, queries_of(8, 400, seed=start)))

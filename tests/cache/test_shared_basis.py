@@ -1,4 +1,4 @@
-"""What blocks sealed later share with earlier ones, whatever was done to the batch or the tail in between."""
+"""Blocks sealed later share the basis of earlier ones, whatever changed in the batch or the tail in between."""
 
 from collections.abc import Callable
 from typing import Any
@@ -173,7 +173,7 @@ def test_what_two_blocks_share_they_share_after_a_change_of_the_batch() -> None:
 
 
 def test_an_overflow_does_not_decide_the_basis_of_the_rest() -> None:
-    """The run with it cannot be sealed as a whole; its other blocks can."""
+    """The run that contains the block cannot be sealed as a whole; its other blocks can."""
     layer = SpectralLayer(config_of())
     feed(layer, 0, 4 + 4 * BLOCK + 16)
     layer._tiers.residual.block.keys[..., 4 + 2 * BLOCK + 5, :] = 1e30  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The file of a snapshot: what is written comes back, and whatever else is there is refused."""
+"""The file of a snapshot: reading returns what was written, and any other file is refused."""
 
 import json
 import multiprocessing
@@ -67,7 +67,7 @@ def test_everything_comes_back(path: Path) -> None:
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected), name
         assert tensor.untyped_storage().nbytes() == expected.numel() * expected.element_size(), name
-    # Products over it add up in the order they did.
+    # Products over it are summed in the same order as before.
     assert opened.fields.tensor("half, transposed", None, None).stride() == FIELDS["half, transposed"].stride()
     assert opened.num_tensors == len(FIELDS) - 1
 
@@ -92,7 +92,7 @@ def test_codes_are_mapped_and_writing_to_them_leaves_the_file_alone(path: Path) 
 
 
 def test_anyone_can_read_it(path: Path) -> None:
-    """It is plain safetensors."""
+    """The file is plain safetensors."""
     assert torch.equal(load_file(path)["0"], FIELDS["float"])
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
@@ -169,7 +169,7 @@ def rewrite(path: Path, **changes: str) -> None:
 
 
 def with_record(path: Path, change: Callable[[Any], None]) -> None:
-    """A file whose record was changed by someone who knows how to make a checksum."""
+    """A file whose record was changed and whose checksum was recomputed."""
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
     change(record)
@@ -293,7 +293,7 @@ def test_killed_at_any_moment_it_is_the_old_one_or_the_new_one(kills: int, tmp_p
         count = opened.header.integer("count", 1)
         assert torch.equal(opened.fields.tensor("all", torch.int64, (50_000,)), torch.full((50_000,), count))
         counts.add(count)
-        # What it was writing when it was killed.
+        # The temporary file of the killed process.
         for temporary in tmp_path.glob(".*"):
             temporary.unlink()
             left += 1

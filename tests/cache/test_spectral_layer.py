@@ -94,7 +94,7 @@ def test_a_long_decode_keeps_one_basis_and_one_block(frame: str, allocated_bytes
 
 
 def positions_are_right(layer: SpectralLayer, may_be_unknown: bool = False) -> bool:
-    """Whether every coded block knows where its tokens stand."""
+    """Whether every coded block has the positions of its tokens."""
     start, near = 0, []
     for block in layer.blocks:
         if isinstance(block, SpectralBlock):
@@ -121,7 +121,7 @@ def test_positions_stay_right_after_a_crop(frame: str, kept: int) -> None:
         dense = [torch.cat(pair, -2) for pair in zip(dense, new, strict=True)]
         layer.seal()
         check(layer, dense)
-    # The tokens themselves come out right under any rotation; the wrong one costs bits.
+    # Tokens are decoded correctly under any rotation; a wrong rotation costs bits.
     assert positions_are_right(layer)
 
 

@@ -1,4 +1,4 @@
-"""What a cache says of itself: bytes found by walking it, ranks, errors, and sums that add up."""
+"""Statistics of a cache: bytes found by walking it, ranks, errors, and consistent sums."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A codec of one's own: written and registered here, and used everywhere with nothing in the library changed."""
+"""A user's own codec: written and registered here, and used everywhere without a change of the library."""
 
 import copy
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class IdentityConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IdentityBlock:
-    """Sealed tokens as they came."""
+    """Sealed tokens, stored unchanged."""
 
     kind: ClassVar[str] = "identity"
     tokens: ExactBlock

@@ -1,4 +1,4 @@
-"""Agreement of logits, checked against numbers worked out another way."""
+"""Agreement of logits, checked against numbers computed in another way."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A conversation about a document: what is fed, what is kept, what is said."""
+"""A conversation about a document: the tokens fed, the tokens in the cache, and the answers."""
 
 from collections.abc import Callable
 from pathlib import Path

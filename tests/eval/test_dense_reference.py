@@ -8,7 +8,7 @@ from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 
 
 class Maker:
-    """Counts up, and tells how often it was asked."""
+    """Counts its calls and returns the count."""
 
     def __init__(self) -> None:
         self.count = 0

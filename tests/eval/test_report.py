@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, escaped, and with the right numbers first."""
+"""The page: complete, self-contained, escaped, and with the right numbers first."""
 
 import json
 import re
@@ -26,7 +26,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Every tag closed in turn; text, tags and addresses collected."""
+    """Checks that every tag is closed in order; collects text, tags and addresses."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Results folders: means are means, frontiers hold what compares, and a damaged file is named."""
+"""Results folders: means, frontiers of comparable methods, and the name of a damaged file in its error."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The runner: every method on every case, written as it comes, and gone on with after a kill at any byte."""
+"""The runner: every method on every case, written as it comes, and resumed after a kill at any byte."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Fidelity of slices of a document, against numbers worked out by hand, token by token, with no task's help."""
+"""Fidelity of slices of a document, against numbers computed by hand, token by token, without the task's code."""
 
 import math
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_a_close_cache_scores_better_than_a_poor_one(loaded: LoadedModel, task: 
 
 def test_a_cache_that_forgets_is_told_apart(loaded: LoadedModel, task: Fidelity) -> None:
     class Forgetful(DynamicCache):
-        """Zeroes all that was there before the newest tokens."""
+        """Zeroes all tokens before the newest."""
 
         def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
             all_keys, all_values = super().update(keys, values, layer_idx, *args, **options)

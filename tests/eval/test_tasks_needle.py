@@ -49,7 +49,7 @@ class TestNeedles:
     def test_kept_is_a_share_of_what_dense_finds(self, loaded: LoadedModel, task: Needles) -> None:
         task.run(loaded, recall_method("dense", HALF), "seed=0")
         assert task.run(loaded, recall_method("quarter", QUARTER), "seed=0").metrics["kept"] == 0.5
-        # Facts that the dense cache does not find count for nothing.
+        # Facts that the dense cache does not find are not counted.
         assert task.run(loaded, recall_method("all", 10_000), "seed=0").metrics["kept"] == 1
         # The other case has its own reference, here worked out anew as no dense run came before.
         assert task.run(loaded, recall_method("half", HALF), "seed=1").metrics["kept"] == 0.5
@@ -82,7 +82,7 @@ class TestNeedles:
     def test_a_spectral_cache_that_loses_nothing(
         self, tiny_llama: Callable[..., LlamaForCausalLM], character_tokenizer: Any, document: str
     ) -> None:
-        """A random model finds nothing, but writes the same behind both caches, and other things behind a poor one."""
+        """A random model finds nothing, but writes the same text after both caches, and another after a poor one."""
         loaded = LoadedModel(tiny_llama(initializer_range=0.2), character_tokenizer, "tiny")
         task = Needles(document=document, num_facts=3, context_length=400)
         texts = []

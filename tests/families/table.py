@@ -48,7 +48,7 @@ every column except "training", which uses no cache.
 
 
 def table(cells: dict[str, dict[str, str]]) -> str:
-    """The rows of ``cells``: family, then way, then what it came to."""
+    """The rows of ``cells``: family, then way, then the result."""
     lines = ["| family | rebuilt | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
     for family, row in FAMILIES.items():
         if row.refusal is None:

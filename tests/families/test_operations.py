@@ -1,4 +1,4 @@
-"""Operations on a cache between two passes, and several turns with one: as on a dense cache."""
+"""Operations on a cache between two passes, and several turns of a conversation with one cache: as on a dense cache."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Half precision and lossy presets: as near to the dense cache as the dtype, or the bits, explain."""
+"""Half precision and lossy presets: as close to the dense cache as the dtype or the number of bits allows."""
 
 from collections.abc import Callable
 from typing import Any

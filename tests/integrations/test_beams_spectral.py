@@ -1,4 +1,4 @@
-"""Beam search reorders the rows of a spectral cache at every step: that costs neither basis nor bytes."""
+"""Beam search reorders the rows of a spectral cache at every step: that costs neither a basis nor bytes."""
 
 from collections.abc import Callable
 

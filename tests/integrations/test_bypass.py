@@ -1,4 +1,4 @@
-"""Passes that are no step of a generation, steps that leave its cache aside, and what is said of them."""
+"""Passes that are not steps of a generation, steps that bypass its cache, and the messages about them."""
 
 import logging
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def fast(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
     def gated(*args: Any, **kwargs: Any) -> Any:
         if model._unsloth_fast_path:
-            # As the real one does: whatever cache there is, it gets nothing.
+            # As the real one does: no cache gets any tokens.
             kwargs |= cache_argument(DynamicCache(config=model.config))
         return forward(*args, **kwargs)
 

@@ -288,7 +288,7 @@ def test_a_cache_in_use_refuses_another_batch() -> None:
     assert spectral.get_seq_length() == 80
 
 
-# What the cache says of itself
+# Statistics of the cache
 
 
 @families

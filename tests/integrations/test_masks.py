@@ -1,4 +1,4 @@
-"""Masks that users make themselves: what no query has seen is padding, and nothing else."""
+"""Masks that users make themselves: tokens that no query has seen are padding, and no others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +96,7 @@ def test_tokens_masked_elsewhere_stay_what_they_are(
     unrounded: None,
     assert_close: Callable[..., None],
 ) -> None:
-    """They are no padding: a later query that sees them reads them."""
+    """They are not padding: a later query that sees them reads them."""
     mask = causal(120, 120).expand(2, -1, -1, -1).clone()
     mask[1, ..., hidden] = False
     first = {"input_ids": token_ids(2, 120), "attention_mask": form(mask)}

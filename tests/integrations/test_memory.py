@@ -1,4 +1,4 @@
-"""What ``stats()`` says against what is there: every storage a cache keeps alive, and the memory of the process.
+"""``stats()`` against the actual memory: every storage that a cache keeps alive, and the memory of the process.
 
 Run as a script, this file is the process that is measured: ``test_memory.py FRAME layers|model``.
 """
@@ -30,16 +30,17 @@ HEAD_DIM = 64
 
 # Transformers is imported where it is used: the process that does without starts in half the time.
 
-# Not the first holder, or of a few bytes: the codec's share in its blocks, variances between two
-# sealings, and what the kernel found out about a block, in its memo.
+# Tensors that a block counts already, or of a few bytes: those that the codec shares with its blocks, variances between
+# two sealings, and the kernel's memo of a block.
 NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
-# The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
-# numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
+# The kernel's tables, shared by all blocks of equal steps of positions; per rotary pair: cosines and sines within a
+# tile as numbers and as integers, their coefficients in up to 16 smooth functions, and the angles to the next token and
+# tile.
 TABLE_BYTES = (2 * 4 * 128 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
-# Counted by each that holds it: blocks in one basis that do not join share the basis.
+# Counted by each holder: blocks in one basis that do not join share the basis.
 COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
-# Counted once, by the first: all layers share what they are told of positions.
+# Counted once, by the first holder: all layers share the positions.
 SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_tiers.padding")
 
 CONFIGS = {
@@ -74,7 +75,7 @@ def ends_with(path: Path, endings: tuple[str, ...]) -> bool:
 
 
 def check_bytes(cache: Any) -> None:
-    """Every storage is counted, to the byte, by each that holds it; what nobody counts is next to nothing."""
+    """Every storage is counted, to the byte, by each of its holders; uncounted storages are negligible."""
     nbytes: dict[int, int] = {}
     holders: defaultdict[int, set[Path]] = defaultdict(set)
     steps = set()
@@ -175,7 +176,7 @@ def anonymous_bytes() -> int:
 
 
 def by_layers(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple[list[SpectralLayer], CacheStats]:
-    """Layers sealed one after another, so that one at most is dense."""
+    """Layers sealed one after another, so that at most one is dense."""
     heads, pairs = 4, HEAD_DIM // 2
     angle = torch.arange(num_tokens)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)
     table = torch.polar(torch.ones_like(angle), angle)[None]
@@ -192,7 +193,7 @@ def by_layers(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple
 
 
 def by_model(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple[list[SpectralLayer], CacheStats]:
-    """The prefill of a model that is all cache."""
+    """The prefill of a model whose weights are small beside its cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from unsloth_spectral import SpectralCache

@@ -1,4 +1,4 @@
-"""A cache that meets a model which cannot read it explains itself and names the line that mends it."""
+"""A cache used with a model that cannot read it gives an error that names the line to add."""
 
 import copy
 import gc

@@ -169,7 +169,7 @@ class TestLocalFolder:
 class TestFailures:
     @pytest.fixture(autouse=True)
     def _silence(self, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-        """A failure says all it has to say in its message."""
+        """A failure has its whole explanation in its message."""
         yield
         assert capfd.readouterr() == ("", "")
         assert caplog.record_tuples == []

@@ -48,7 +48,7 @@ def config_of(model: Any, **options: Any) -> SpectralConfig | None:
 
 
 class Worker:
-    """A thread that does one thing after another, each when it is told to."""
+    """A thread that runs actions one after another, each on request."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -79,7 +79,7 @@ class OpenScope:
 
 @dataclass
 class Expected:
-    """What the rules say, kept in step with the model."""
+    """The state that the rules predict, updated along with the model."""
 
     patch: SpectralConfig | None = None
     scopes: list[tuple[int, OpenScope]] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Expected:
 
 
 def step(choices: random.Random, model: Any, expected: Expected, number: int, worker: Worker) -> None:
-    """One random deed of one thread."""
+    """One random action of one thread."""
     scopes, config = expected.of(number), choices.choice(CONFIGS)
     deed = choices.choice(["enter", "exit", "patch", "unpatch", "cache", "use", "generate", "generate"])
     if deed == "enter":

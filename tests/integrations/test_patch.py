@@ -1,4 +1,4 @@
-"""The one line: patch, unpatch, and what is refused. Nothing but the caches of generate may change."""
+"""Patching, unpatching, and the models refused. Only the caches of generate may change."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""A saved cache goes on as the one that was saved, bit for bit; and what does not fit is refused in one line."""
+"""A loaded cache goes on like the one that was saved, bit for bit; a file that does not fit is refused in one line."""
 
 import copy
 import gc

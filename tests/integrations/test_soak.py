@@ -20,7 +20,7 @@ def live_storages() -> dict[int, torch.UntypedStorage]:
     return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
-# With the spectral codec the process has tables of its own too: constants, and one turn a rotary pair (8) and token.
+# With the spectral codec the process also has tables: constants, and one rotation per rotary pair (8) and token.
 @pytest.mark.parametrize(
     ("config", "constant", "per_token"),
     [

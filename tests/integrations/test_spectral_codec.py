@@ -12,7 +12,7 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 
 Build = Callable[..., LlamaForCausalLM]
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
-# A random model's logits differ by about 1.6 between tokens; a lost or turned key costs KL of .01 and more.
+# A random model's logits differ by about 1.6 between tokens; a lost or wrongly rotated key costs KL of .01 and more.
 NEAR = 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The store of prefixes: what was fed once is loaded, whoever asks, and the folder stays within its limit."""
+"""The store of prefixes: a prefix fed once is loaded by any later process, and the folder stays within its limit."""
 
 import json
 import logging

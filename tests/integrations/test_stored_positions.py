@@ -1,4 +1,4 @@
-"""What positions cost a cache: nothing to speak of, wherever its tokens stand."""
+"""Bytes that positions take in a cache: negligible, whatever the positions are."""
 
 import copy
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
     for table in (rotation.places.table for layer in layers for rotation in layer):
         if table is not None:
             assert by_content.setdefault(tuple(table.flatten().tolist()), table) is table, "equal positions are shared"
-    # Blocks of 128 tokens are dear; positions are not what makes them so.
+    # Blocks of 128 tokens take many bytes per token; positions are not the reason.
     tables = {id(rotation.places.table): rotation.places.table for layer in layers for rotation in layer}
     assert sum(table.nbytes for table in tables.values() if table is not None) < 0.03 * cache.stats().stored_bytes
 

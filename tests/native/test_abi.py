@@ -1,4 +1,4 @@
-"""Python and the compiler lay out the structures that they share alike, and a difference is found."""
+"""Python and the compiler lay out their shared structures identically, and a difference is detected."""
 
 import ctypes
 from itertools import combinations
@@ -82,7 +82,7 @@ def test_other_constants_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernel
 def test_a_library_that_cannot_tell_is_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     class Older:
-        """Has no ``spectral_layout``."""
+        """A library without ``spectral_layout``."""
 
     monkeypatch.setattr(library, "load", lambda variant=None: Older())
     with pytest.raises(InvalidArgumentError, match="of another version: install unsloth-spectral again"):

@@ -18,7 +18,7 @@ def spectrum(seed: int, octaves: float = 12.0, components: int = HEADS * HEAD_DI
 
 
 def greedy(variances: torch.Tensor, bits: int) -> list[int]:
-    """One bit after another to whoever gains most."""
+    """Each bit goes to the component that gains most."""
     widths = [0] * len(variances)
     for _ in range(bits):
         gains = [
@@ -65,7 +65,7 @@ def test_a_costly_first_bit_is_paid_only_where_it_is_worth_it(first_bit_cost: fl
     widths = widths_at(2.0**-6, variances, first_bit_cost)
     price = cost(widths, first_bit_cost)
     assert price == int(widths.sum()) + (first_bit_cost - 1) * int((widths > 0).sum())
-    # No other level of the free first bit does better for the same money.
+    # No other level of the free first bit has a lower error at the same cost.
     for exponent in range(-80, 0):
         other = widths_at(2.0 ** (exponent / 4), variances, 1.0)
         if cost(other, first_bit_cost) <= price:
@@ -239,7 +239,7 @@ def test_layers_that_the_profile_calls_frugal_still_find_half_of_their_share() -
     frugal = tuple((1e-12 * flat.flatten()).tolist())
     profile = ModelProfile((1e-9,) * 4, (1.0,) * 4, (tuple(flat.flatten().tolist()), frugal, frugal, frugal))
     budget, left = Budget(3.0, 4, profile), 4 * share
-    # Every layer turns out to want all that there is.
+    # Every layer needs more than the whole budget.
     for layer in range(4):
         widths = budget.allocate(layer, flat, 1.1, 8.0, ELEMENTS)
         left -= cost(widths, 1.1) + 8.0 + ELEMENTS * budget.value_nbits_of(layer)

@@ -87,7 +87,7 @@ def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int,
 
 
 class Spoiling(TorchFunctionMode):
-    """What ``factory`` makes is of another dtype, too short or elsewhere."""
+    """The tensor that ``factory`` makes has another dtype, is too short or is on another device."""
 
     def __init__(self, factory: Any, wrong: str) -> None:
         super().__init__()

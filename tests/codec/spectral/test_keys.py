@@ -1,4 +1,4 @@
-"""Coded keys: near the dense ones, unbiased, and the same whole, sliced, appended or asked for scores."""
+"""Coded keys: close to the dense ones, unbiased, and the same whole, sliced, appended or in scores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rotation_of(tokens: int, head_dim: int, start: int = 0) -> Rotation:
-    """Of the first three quarters of the dimensions."""
+    """A rotation of the first three quarters of the dimensions."""
     pairs = head_dim * 3 // 8
     angle = torch.arange(start, start + tokens)[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)
     first = torch.arange(pairs)
@@ -277,7 +277,7 @@ def test_no_components_leave_the_mean(frame: str, assert_close: Callable[..., No
     codes, _, x, _ = encoded(keys, rotation, frame, 0)
     assert codes.num_bits == 0
     assert codes.planes.numel() == 0
-    # What the coefficients would have added is missing.
+    # The contribution of the coefficients is missing.
     back = x if frame != "unrotated" or rotation is None else rotate(x, rotation.table()[:, None], rotation)
     assert_close(codes.reconstruct() + back, keys, 1e-3)
     query = random(BATCH, HEADS, 2, 16)

@@ -217,7 +217,7 @@ def layers_of(
 ) -> CacheStats:
     """A cache of layers whose keys differ tenfold in size, filled and sealed one layer after another.
 
-    Attention saw the newest ``seen`` tokens; where it did not see all, nobody knows where they stand.
+    Attention saw the newest ``seen`` tokens; where it did not see all, the positions of the others are unknown.
     """
     stats, rotation, shared = [], rotation_of(count, head_dim=head_dim), SharedBytes()
     codec = make_codec(config, num_layers, **options)
@@ -299,30 +299,30 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 32, 400])
 def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
-    """The floor for scarce queries says nothing of how much an error matters."""
+    """The floor for scarce queries does not tell how much an error matters."""
     codec, queries = codec_layer(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
     first = sealed(codec, tokens(512), Observed(None, queries, (torch.arange(512) + 1).expand(BATCH, -1)))
     few = Observed(None, queries[:, :, -count:], torch.full((BATCH, count), BLOCK))
     assert sealed(codec, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
     limited = sealed(codec, tokens(BLOCK, seed=1, kind=1), few)
     assert limited.keys.vectors is not first.keys.vectors
-    # The basis of a smaller block is dearer, so it has fewer bits for codes.
+    # The basis of a smaller block costs more bits per token, so it has fewer bits for codes.
     assert 0.6 * first.keys.num_bits < limited.keys.num_bits < 1.05 * first.keys.num_bits
 
 
 @pytest.mark.parametrize("is_rotated", [True, False])
-def test_the_metric_is_that_of_the_queries_turned_back(is_rotated: bool) -> None:
+def test_the_metric_is_that_of_the_unrotated_queries(is_rotated: bool) -> None:
     queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
     fixed = metric_of(Observed(None, queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
     seen = metric_of(Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
     assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
-    # Turning keeps lengths; the floor depends on the number of queries.
+    # Rotation keeps lengths; the floor depends on the number of queries.
     assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
     assert torch.equal(seen, fixed) == is_rotated
     first = metric_of(
         Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)), HEADS, HEAD_DIM, False
     )
-    assert torch.allclose(first, fixed, atol=5e-3), "who saw one token alone saw it at position 0, not turned"
+    assert torch.allclose(first, fixed, atol=5e-3), "a query that saw a single token saw it at position 0, unrotated"
     nothing = metric_of(Observed(rotation_of(64)), HEADS, HEAD_DIM, is_rotated)
     assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))
 

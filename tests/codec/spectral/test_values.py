@@ -1,4 +1,4 @@
-"""Coded values: every token unbiased, distortion near the Gaussian figures, the same whole, sliced or appended."""
+"""Coded values: unbiased tokens, distortion close to the Gaussian figures, slices and joins equal to the whole."""
 
 from collections.abc import Callable
 
