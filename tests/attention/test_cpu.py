@@ -223,7 +223,7 @@ MALFORMED = {
     "a tile missing": lambda block: {"keys": {"planes": block.keys.planes[:, :-1]}},
     "scales of another dtype": lambda block: {"keys": {"scales": block.keys.scales.int()}},
     "a basis row missing": lambda block: {"keys": {"vectors": block.keys.vectors[:, 1:]}},
-    "widths that rise": lambda block: {"keys": {"widths": tuple(own[::-1] for own in block.keys.widths)}},
+    "widths that rise": lambda block: {"keys": {"widths": tuple(widths[::-1] for widths in block.keys.widths)}},
     "another mean": lambda block: {"keys": {"mean": block.keys.mean[..., :-1]}},
     "value planes too short": lambda block: {"values": {"planes": block.values.planes[..., :-1]}},
     "value scales too short": lambda block: {"values": {"scales": block.values.scales[..., :-1]}},

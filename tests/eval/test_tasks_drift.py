@@ -21,13 +21,13 @@ DENSE = Method(
 )  # fmt: skip
 
 
-def spectral(rank: int, made: list[Any] | None = None) -> Method:
+def spectral(rank: int, caches: list[Any] | None = None) -> Method:
     config = SpectralConfig(rank_keys=rank, rank_values=rank, block_size=32, residual_length=16)
 
     def make(model: Any) -> SpectralCache:
         cache = SpectralCache(model, config=config)
-        if made is not None:
-            made.append(cache)
+        if caches is not None:
+            caches.append(cache)
         return cache
 
     return Method(f"spectral {rank}", "spectral", make, lambda cache: Footprint(cache.get_seq_length(), 1, None))

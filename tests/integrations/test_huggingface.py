@@ -61,10 +61,10 @@ def test_with_int8_codes_only_near_ties_are_decided_otherwise(family: str, padde
         for step in range(30):
             expected, actual = dense.logits[step][row], generated.logits[step][row]
             assert (actual - expected).abs().max() < NEAR
-            wanted, got = dense.sequences[row, 80 + step], generated.sequences[row, 80 + step]
-            agreed += int(wanted == got)
-            if wanted != got:  # the texts part here, and no later step can be compared
-                assert expected[wanted] - expected[got] < 2 * NEAR
+            dense_token, token = dense.sequences[row, 80 + step], generated.sequences[row, 80 + step]
+            agreed += int(dense_token == token)
+            if dense_token != token:  # the texts differ from here on, and no later step can be compared
+                assert expected[dense_token] - expected[token] < 2 * NEAR
                 break
     assert agreed >= 45
 

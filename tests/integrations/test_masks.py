@@ -48,10 +48,10 @@ def check(passes: list[dict[str, Any]], assert_close: Callable[..., None], rows:
         assert_close(answer[rows], wanted[rows], NEAR)
 
 
-def question(held: int, form: Callable[[torch.Tensor], torch.Tensor], rows: int = 1) -> dict[str, Any]:
+def question(num_cached: int, form: Callable[[torch.Tensor], torch.Tensor], rows: int = 1) -> dict[str, Any]:
     """Five tokens that see everything."""
-    mask = form(causal(5, held + 5).expand(rows, -1, -1, -1))
-    position_ids = torch.arange(held, held + 5)[None]
+    mask = form(causal(5, num_cached + 5).expand(rows, -1, -1, -1))
+    position_ids = torch.arange(num_cached, num_cached + 5)[None]
     return {"input_ids": token_ids(rows, 5, seed=9), "attention_mask": mask, "position_ids": position_ids}
 
 

@@ -27,12 +27,12 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
     raise refusal(name, wanted, f"a {tensor.dtype} one of shape {tuple(tensor.shape)} on {tensor.device}{gaps}")
 
 
-def require(holds: bool, name: str, wanted: object, got: object) -> None:
+def require(holds: bool, name: str, wanted: object, actual: object) -> None:
     """Raise InvalidArgumentError unless the condition ``holds``; the message says that ``name`` must be ``wanted``."""
     if not holds:
-        raise refusal(name, wanted, got)
+        raise refusal(name, wanted, actual)
 
 
-def refusal(name: str, wanted: object, got: object) -> InvalidArgumentError:
+def refusal(name: str, wanted: object, actual: object) -> InvalidArgumentError:
     """The error that ``require`` raises."""
-    return InvalidArgumentError(f"{name} must be {wanted} for the compiled kernel, got {got}")
+    return InvalidArgumentError(f"{name} must be {wanted} for the compiled kernel, got {actual}")

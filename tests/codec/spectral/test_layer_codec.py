@@ -51,10 +51,10 @@ def codec_layer(frame: str = "unrotated", bits: float = 3.0, limit: float | None
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 
 
-def sealed(codec: Any, what: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
-    block = codec.seal(what, None, Observed() if observed is None else observed)
-    assert isinstance(block, SpectralBlock)
-    return block
+def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
+    coded = codec.seal(block, None, Observed() if observed is None else observed)
+    assert isinstance(coded, SpectralBlock)
+    return coded
 
 
 @frames
