@@ -31,7 +31,7 @@ def _dot(a, b):
 
 @triton.jit
 def _dot_codes(a, codes):
-    """``a [ROWS, k]`` float32 times query_rows numbers ``codes [k, n]`` of up to 8 bits."""
+    """``a [ROWS, k]`` float32 times integers ``codes [k, n]`` of up to 8 bits."""
     largest = tl.maximum(tl.max(tl.abs(a), 1), 1e-30)
     a = a / largest[:, None]
     high = a.to(tl.float16)
