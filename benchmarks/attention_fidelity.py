@@ -47,22 +47,23 @@ def real_queries(subject: Subject, input_ids: Tensor) -> list[Tensor]:
 def main() -> None:
     options = arguments("attention_fidelity", __doc__ or "", repeats=1)
     generator = torch.Generator().manual_seed(0)
-    # Smooth random keys and values, as the original system was measured on: white noise has no spectrum to cut.
+    # Random keys and values with a smooth spectrum, as in the measurement of the original system, and white noise,
+    # which has no spectrum to cut.
     random = {}
     for name, decay in (("white noise", 0.0), ("spectrum j^-0.8", 0.8)):
         scale = torch.arange(1, 65).float() ** -decay
-        turn = torch.linalg.qr(torch.randn(3, 64, 64, generator=generator)).Q
-        keys, values = (torch.randn(1, 3, PREFIX, 64, generator=generator) * scale @ turn for _ in range(2))
+        mixing = torch.linalg.qr(torch.randn(3, 64, 64, generator=generator)).Q
+        keys, values = (torch.randn(1, 3, PREFIX, 64, generator=generator) * scale @ mixing for _ in range(2))
         query = torch.randn(1, 9, 64, 64, generator=generator)
         random[name] = correlation(query, keys / keys.std(), values / values.std())
         print(f"random data, {name}: correlation {random[name]:.4f}")
     subject = Subject()
-    part = next(subject.slices())
-    queries = real_queries(subject, part.input_ids[:, :PREFIX])
+    text_slice = next(subject.slices())
+    queries = real_queries(subject, text_slice.input_ids[:, :PREFIX])
     with torch.inference_mode():
         layers = [
             correlation(query, keys, values)
-            for query, keys, values in zip(queries, part.keys, part.values, strict=True)
+            for query, keys, values in zip(queries, text_slice.keys, text_slice.values, strict=True)
         ]
     mean = sum(layers) / len(layers)
     print(f"SmolLM2: mean {mean:.4f}, lowest {min(layers):.4f} (layer {layers.index(min(layers))})")

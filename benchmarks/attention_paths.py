@@ -1,4 +1,4 @@
-"""The direct path against rebuilt tiles, by the number of queries: where `attention.dispatch` should cross over."""
+"""The direct path against rebuilt tiles by the number of queries, to choose where `attention.dispatch` switches."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,6 +1,6 @@
 """Decoding: one attention step over a long cache, and SmolLM2's tokens per second, dense against spectral.
 
-The attention step takes layers in rotation, more than the processor's cache holds, so that every step reads memory as
+The attention step takes layers in rotation, which exceed the processor's cache, so that every step reads memory as
 decoding does. Peers: torch's sdpa on dense fp32 and bf16, plain products on dense fp32, and the library's own
 QuantizedCache, which rebuilds its tensors at each step.
 """
@@ -68,14 +68,14 @@ def dense_contenders(
     heads, query_heads, head_dim = shape
     pairs = [torch.randn(2, 1, heads, length, head_dim).unbind() for _ in range(count)]
     halves = [(keys.bfloat16(), values.bfloat16()) for keys, values in pairs]
-    turns = {name: cycle(halves if "bf16" in name else pairs) for name in DENSE}
+    pairs_in_rotation = {name: cycle(halves if "bf16" in name else pairs) for name in DENSE}
 
     def sdpa(name: str, query: Tensor) -> Any:
-        keys, values = next(turns[name])
+        keys, values = next(pairs_in_rotation[name])
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     def products() -> Any:
-        keys, values = next(turns["products fp32"])
+        keys, values = next(pairs_in_rotation["products fp32"])
         grouped = query.view(1, heads, query_heads // heads, head_dim)
         return ((grouped @ keys.mT) * head_dim**-0.5).softmax(-1) @ values
 
@@ -102,10 +102,10 @@ def peer_contender(shape: tuple[int, int, int], length: int, count: int, query: 
     cache = peers()[PEER].make_cache(holder)
     for layer in range(count):
         cache.update(*torch.randn(2, 1, heads, length, head_dim).unbind(), layer)
-    turns = cycle(range(count))
+    layer_numbers = cycle(range(count))
 
     def step() -> Any:
-        keys, values = cache.update(*torch.randn(2, 1, heads, 1, head_dim).unbind(), next(turns))
+        keys, values = cache.update(*torch.randn(2, 1, heads, 1, head_dim).unbind(), next(layer_numbers))
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     return step
@@ -132,7 +132,7 @@ def attention_steps(repeats: int) -> list[dict[str, Any]]:
                 if length <= PEER_TOKENS:
                     contenders[f"spectral {frame}, torch"] = stepper(direct.attend, query, layers, options)
             timings = alternate(contenders, repeats)
-            dense = min(timings[each].median for each in DENSE)
+            dense = min(timings[contender].median for contender in DENSE)
             for contender, timing in timings.items():
                 row = {"shape": name, "context": length, "contender": contender, **milliseconds(timing)}
                 row["times_faster_than_dense"] = dense / timing.median
@@ -146,8 +146,8 @@ def attention_steps(repeats: int) -> list[dict[str, Any]]:
 
 
 def stepper(attend: Any, query: Tensor, layers: list[list[Block]], options: ScoreOptions) -> Callable[[], Any]:
-    turns = cycle(layers)
-    return lambda: attend(query, next(turns), None, options)
+    layers_in_rotation = cycle(layers)
+    return lambda: attend(query, next(layers_in_rotation), None, options)
 
 
 def milliseconds(timing: Timing) -> dict[str, float]:
@@ -209,25 +209,25 @@ def targets_of(steps: list[dict[str, Any]], decoding: list[dict[str, Any]], band
     for row in steps:
         if row["contender"] not in [f"spectral {frame}" for frame in KEY_FRAMES]:
             continue
-        wanted = {1024: 1.0, 8192: 5.0, 32768: 5.0}.get(row["context"])
+        target = {1024: 1.0, 8192: 5.0, 32768: 5.0}.get(row["context"])
         place = f"{row['contender']}, {row['shape']} at {row['context']}"
-        if wanted is not None:
+        if target is not None:
             faster = row["times_faster_than_dense"]
-            targets.append(Target(f"attention step over dense, {place}", wanted, faster, at_least=True))
+            targets.append(Target(f"attention step over dense, {place}", target, faster, at_least=True))
         if row["context"] == LENGTHS[-1]:
             share = row["gigabytes_per_s"] / bandwidth
             targets.append(Target(f"share of the read bandwidth, {place}", 1 / 3, share, at_least=True))
     for row in decoding:
         if row["cache"].startswith("spectral"):
-            wanted = 2.5 if row["batch"] > 1 else 1.4 if row["context"] > 4096 else 1.0
+            target = 2.5 if row["batch"] > 1 else 1.4 if row["context"] > 4096 else 1.0
             place = f"{row['cache']}, batch {row['batch']} at {row['context']}"
             faster = row["times_faster_than_dense"]
-            targets.append(Target(f"tokens/s over dense, {place}", wanted, faster, at_least=True))
+            targets.append(Target(f"tokens/s over dense, {place}", target, faster, at_least=True))
     return targets
 
 
 def draw(steps: list[dict[str, Any]]) -> None:
-    """Cost of an attention step against context, both shapes, with the lines' slopes in the legend."""
+    """Draw the time of an attention step against context for both shapes, with the slopes in the legend."""
     figure = blank_figure(11, 4.5)
     for place, name in enumerate(SHAPES):
         axes = figure.add_subplot(1, len(SHAPES), place + 1)

@@ -50,8 +50,8 @@ def main() -> None:
     rows = []
     for kind in CACHES:
         command = [sys.executable, __file__, "--one", kind]
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append(json.loads(found.splitlines()[-1]))
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
         print(f"{kind:<9} peak {rows[-1]['peak_mb']:8.1f} MB")
     finish(options.json, {"benchmark": "decode_memory", "tokens": TOKENS, "rows": rows}, [])
 

@@ -29,7 +29,7 @@ def exact(*shape: int) -> ExactBlock:
 
 
 def tokens(batch: int, length: int) -> tuple[list[Block], ExactBlock]:
-    """SinkTokens, sealed tokens and a tail; the sealed tokens as they were."""
+    """Blocks of sink tokens, sealed tokens and a residual; and the sealed tokens before sealing."""
     dense = exact(batch, HEADS, length, HEAD_DIM)
     spectrum = torch.arange(1, HEAD_DIM + 1, device="cuda") ** -0.7
     dense = ExactBlock((dense.keys * spectrum + 0.5).bfloat16(), dense.values)
@@ -65,9 +65,9 @@ def main() -> None:
             "direct": lambda q=query, b=blocks: direct.attend(q, b, None, options),
             "kernels": replayed(blocks, query, options),
         }
-        found, wanted = gpu.attend(query, blocks, None, options), direct.attend(query, blocks, None, options)
+        by_kernels, by_torch = gpu.attend(query, blocks, None, options), direct.attend(query, blocks, None, options)
         milliseconds = {name: do_bench(run, return_mode="median") for name, run in runs.items()}
-        error = float((found - wanted).norm() / wanted.norm())
+        error = float((by_kernels - by_torch).norm() / by_torch.norm())
         rows.append({"batch": batch, "context": length, "milliseconds": milliseconds, "error": error})
         print(batch, length, {name: round(value, 4) for name, value in milliseconds.items()}, f"error {error:.1e}")
     finish(parsed.json, {"benchmark": "gpu_attention", "gpu": torch.cuda.get_device_name(), "rows": rows}, [])

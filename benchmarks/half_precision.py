@@ -1,7 +1,7 @@
 """SmolLM2 in float32 and bfloat16: bits, bytes and agreement, dense against spectral.
 
-Agreement is measured with the float32 model and its dense cache, so that what the type itself costs is seen beside
-what the codec adds, and with the dense cache in the same type. No profile is used.
+Agreement is measured with the dense cache of the float32 model, which shows the cost of the dtype beside that of the
+codec, and with the dense cache in the same dtype. No profile is used.
 """
 
 import copy
@@ -23,16 +23,16 @@ SLICES = STARTS[:1]
 
 
 class Run:
-    """The slices, read in one type after another."""
+    """Measures the slices in one dtype after another."""
 
     def __init__(self, subject: Subject) -> None:
         self._subject, self._model = subject, subject.model
         self._exact: list[Tensor] = []
 
     def rows(self, dtype: torch.dtype) -> list[dict[str, Any]]:
-        """One for each method, means over the slices; float32 comes first."""
+        """One row per method, means over the slices; float32 must come first."""
         self._subject.model = copy.deepcopy(self._model).to(dtype)
-        found: dict[str, list[tuple[Agreement, Agreement]]] = {method: [] for method in METHODS}
+        agreements: dict[str, list[tuple[Agreement, Agreement]]] = {method: [] for method in METHODS}
         sizes: dict[str, dict[str, float | None]] = {}
         for number, start in enumerate(SLICES):
             ids = self._subject.ids(start, PREFIX + CONTINUATION + 1)
@@ -48,10 +48,10 @@ class Run:
                 if len(self._exact) == number:
                     self._exact.append(logits)
                 targets = ids[0, PREFIX + 1 :]
-                found[method].append(
+                agreements[method].append(
                     (compare_logits(self._exact[number], logits, targets), compare_logits(dense, logits, targets))
                 )
-                print(f"{dtype} {method} {start}: KL {found[method][-1][0].kl:.4f}", flush=True)
+                print(f"{dtype} {method} {start}: KL {agreements[method][-1][0].kl:.4f}", flush=True)
         return [
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -60,7 +60,7 @@ class Run:
                 "from_float32": mean_fidelity([pair[0] for pair in pairs]),
                 "from_dense": mean_fidelity([pair[1] for pair in pairs]),
             }
-            for method, pairs in found.items()
+            for method, pairs in agreements.items()
         ]
 
 

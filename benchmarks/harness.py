@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, the record of where they ran, one line of JSON at the end."""
+"""Shared by the benchmarks: alternating timings, the record of the machine, and one line of JSON at the end."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure that was asked for, and whether it was reached."""
+    """A target for a figure, and whether it was met."""
 
     name: str
     wanted: float
@@ -47,7 +47,7 @@ class Target:
 
 
 def arguments(name: str, description: str, repeats: int) -> argparse.Namespace:
-    """``--json`` and ``--repeats``; also sets the number of threads all contenders get."""
+    """Parse ``--json`` and ``--repeats``; also set the number of threads of all contenders."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="where the results go")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each contender")
@@ -60,8 +60,8 @@ def arguments(name: str, description: str, repeats: int) -> argparse.Namespace:
 def alternate(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
     """Time the contenders in turn, ``repeats`` times each, so that a busy moment hits all of them alike.
 
-    Idle threads of one library's pool go on spinning for some milliseconds and would slow down whoever comes next, so
-    each turn waits until they sleep, then runs untimed for a moment so that its own pool and caches are warm.
+    Idle threads of a library's pool spin for some milliseconds and would slow down the next contender. So each
+    contender waits until they sleep, then runs untimed for a moment, to warm its own pool and caches.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -86,7 +86,7 @@ def summarize(milliseconds: list[float]) -> Timing:
 
 
 def finish(path: Path, results: dict[str, Any], targets: list[Target]) -> None:
-    """Write the results with where they came from, say which targets were met, and end in one line of JSON."""
+    """Write the results with their environment, print which targets were met, and end in one line of JSON."""
     record = {"environment": environment(), **results, "targets": [target.to_dict() for target in targets]}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

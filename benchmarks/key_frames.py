@@ -1,7 +1,7 @@
-"""Keys as the model caches them (rotated) or un-rotated: what each frame costs the rank codec in KL and in time.
+"""The rank codec on keys as the model caches them (rotated) and on un-rotated keys: KL and time of each frame.
 
-The codec is the library's own in both frames. Un-rotated keys are turned back by the model's own cos and sin before
-encoding and turned again after rebuilding, which is what attention over them has to do for every token.
+The codec is the library's own in both frames. Keys are un-rotated by the model's own cos and sin before encoding,
+and rotated again after rebuilding, which attention over them must do for every token.
 """
 
 import torch
@@ -35,30 +35,30 @@ def cold_range() -> tuple[int, int]:
     return start, start + blocks * CONFIG.block_size
 
 
-def through_codec(x: Tensor, rank_kept: int) -> Tensor:
+def through_codec(x: Tensor, rank: int) -> Tensor:
     """``[..., tokens, head_dim]`` with its cold blocks encoded and rebuilt; sinks and residual exact."""
     start, stop = cold_range()
     out = x.clone()
     blocks = x[..., start:stop, :].unflatten(-2, (-1, CONFIG.block_size))
-    out[..., start:stop, :] = factors.encode(blocks, rank_kept).reconstruct().flatten(-3, -2)
+    out[..., start:stop, :] = factors.encode(blocks, rank).reconstruct().flatten(-3, -2)
     return out
 
 
-def evaluate(subject: Subject, part: Slice, frame: str, rank_keys: int) -> Agreement:
+def evaluate(subject: Subject, text_slice: Slice, frame: str, rank_keys: int) -> Agreement:
     cos, sin = subject.rotation(PREFIX)
     if frame == "rotated":
-        keys = through_codec(part.keys, rank_keys)
+        keys = through_codec(text_slice.keys, rank_keys)
     else:
-        keys = rotate(through_codec(rotate(part.keys, cos, -sin), rank_keys), cos, sin)
-    values = through_codec(part.values, RANK_VALUES)
+        keys = rotate(through_codec(rotate(text_slice.keys, cos, -sin), rank_keys), cos, sin)
+    values = through_codec(text_slice.values, RANK_VALUES)
     cache = DynamicCache(config=subject.model.config)
     for layer, layer_keys, layer_values in zip(cache.layers, keys, values, strict=True):
         layer.update(layer_keys, layer_values)  # type: ignore[union-attr]
-    return subject.fidelity(part, cache)
+    return subject.fidelity(text_slice, cache)
 
 
 def attend_unrotated(query: Tensor, block: RankBlock, cos: Tensor, sin: Tensor) -> Tensor:
-    """Attention over keys kept un-rotated: rebuilt and turned a tile at a time; the values stay in code space."""
+    """Attention over keys kept un-rotated: rebuilt and rotated a tile at a time; the values stay in code space."""
     grouped, scores, start = group_heads(query, block.num_key_value_heads), [], 0
     for tile in block.tiles(TILE_TOKENS):
         assert isinstance(tile, RankBlock)
@@ -70,7 +70,7 @@ def attend_unrotated(query: Tensor, block: RankBlock, cos: Tensor, sin: Tensor) 
     return ungroup_heads(block.combine(weights), query.shape[2])
 
 
-def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
+def step_times(subject: Subject, text_slice: Slice, repeats: int) -> dict[str, float]:
     """Milliseconds for one query's attention over the cold tokens of every layer, both frames and dense."""
     start, stop = cold_range()
     cos, sin = subject.rotation(PREFIX)
@@ -78,7 +78,7 @@ def step_times(subject: Subject, part: Slice, repeats: int) -> dict[str, float]:
     query = torch.randn(1, 9, 1, 64, generator=torch.Generator().manual_seed(0))
     dense = [
         (k[..., start:stop, :].contiguous(), v[..., start:stop, :].contiguous())
-        for k, v in zip(part.keys, part.values, strict=True)
+        for k, v in zip(text_slice.keys, text_slice.values, strict=True)
     ]
     rotated = [seal(k, v, CONFIG) for k, v in dense]
     unrotated = [seal(rotate(k, cos, -sin), v, CONFIG) for k, v in dense]
@@ -106,12 +106,12 @@ def main() -> None:
     subject = Subject()
     results: dict[tuple[str, int], list[Agreement]] = {}
     times: dict[str, float] = {}
-    for part in subject.slices():
+    for text_slice in subject.slices():
         if not times:
-            times = step_times(subject, part, options.repeats)
+            times = step_times(subject, text_slice, options.repeats)
         for frame, ranks in RANKS.items():
             for rank_keys in ranks:
-                results.setdefault((frame, rank_keys), []).append(evaluate(subject, part, frame, rank_keys))
+                results.setdefault((frame, rank_keys), []).append(evaluate(subject, text_slice, frame, rank_keys))
     rows = []
     for (frame, rank_keys), fidelities in results.items():
         mean = mean_fidelity(fidelities)

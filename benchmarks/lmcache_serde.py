@@ -1,9 +1,9 @@
-"""What LMCache's serdes and the spectral one make of a prefix: bytes, error, and what the model then says.
+"""LMCache's serdes and the spectral one on a prefix: bytes, error, and agreement of the model's continuation.
 
-A prefix of 4,096 tokens, SmolLM2's real keys and values, goes through each serde in chunks as LMCache stores them, all
-of it; then the model continues on what came back. LMCache's own fp8 and CacheGen are its own code, on the CPU. Its kivi
-gives chunks back as they are, and its TurboQuant needs CUDA: this library's reference implementations of both papers
-stand in. ``--repeats`` are the slices of text. Needs the engines' environment: ``make bench-engines``.
+A prefix of 4,096 tokens (SmolLM2's real keys and values) goes through each serde completely, in chunks as LMCache
+stores them; then the model continues on the decoded prefix. LMCache's own fp8 and CacheGen are its own code, on the
+CPU. Its kivi returns chunks unchanged, and its TurboQuant needs CUDA: this library's reference implementations of both
+papers stand in. ``--repeats`` are the slices of text. Needs the engines' environment: ``make bench-engines``.
 """
 
 import time
@@ -34,7 +34,7 @@ from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
 
 THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
-# ``[2, layers, tokens, heads * head_dim]`` to what comes back, and the bytes it took.
+# From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk and the bytes of its record.
 Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int]]
 
 
@@ -47,7 +47,7 @@ def fp8(chunk: Tensor) -> tuple[Tensor, int]:
 
 
 class CacheGen:
-    """As CacheGenSerializer and CacheGenDeserializer call it, whose own device handling knows CUDA only."""
+    """CacheGen, called as by CacheGenSerializer and CacheGenDeserializer, which themselves run on CUDA only."""
 
     def __init__(self) -> None:
         self.config = CacheGenConfig.from_model_name(str(embedded_folder()))
@@ -92,7 +92,7 @@ def spectral(bits: float, theta: float | None = THETA) -> Serde:
 
 @dataclass
 class Row:
-    """What one serde came to over the slices."""
+    """The results of one serde over the slices."""
 
     name: str
     serde: Serde
@@ -104,8 +104,8 @@ class Row:
     fidelities: list[Agreement] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, subject: Subject, part: Slice) -> None:
-        both = torch.stack([part.keys, part.values])[:, :, 0].transpose(2, 3).flatten(3)
+    def add(self, subject: Subject, text_slice: Slice) -> None:
+        both = torch.stack([text_slice.keys, text_slice.values])[:, :, 0].transpose(2, 3).flatten(3)
         back = torch.empty_like(both)
         for start in range(0, PREFIX, self.tokens):
             chunk = both[:, :, start : start + self.tokens].contiguous()
@@ -120,7 +120,7 @@ class Row:
         by_head = back.unflatten(-1, (HEADS, HEAD_DIM)).transpose(2, 3)
         for layer, keys, values in zip(cache.layers, by_head[0], by_head[1], strict=True):
             layer.update(keys[None], values[None])  # type: ignore[union-attr]
-        self.fidelities.append(subject.fidelity(part, cache))
+        self.fidelities.append(subject.fidelity(text_slice, cache))
 
     def to_dict(self) -> dict[str, Any]:
         bits = 8 * self.nbytes / self.numbers
@@ -138,12 +138,12 @@ class Row:
         }
 
 
-def as_a_cache(subject: Subject, part: Slice, bits: float, frame: str) -> Agreement:
-    """The codec as a cache runs it, with queries and positions and one basis for all, on as much of the prefix."""
+def as_a_cache(subject: Subject, text_slice: Slice, bits: float, frame: str) -> Agreement:
+    """The codec as a cache uses it, with queries, positions and one basis, on the same prefix."""
     config = SpectralConfig(bits_per_element=bits, key_frame=frame, num_sink_tokens=1, residual_length=0)
     cache = SpectralCache(subject.model, config=config)
-    subject.prefill(part.input_ids[:, :PREFIX], cache)
-    return subject.fidelity(part, cache)
+    subject.prefill(text_slice.input_ids[:, :PREFIX], cache)
+    return subject.fidelity(text_slice, cache)
 
 
 def main() -> None:
@@ -157,17 +157,17 @@ def main() -> None:
     caches: dict[tuple[float, str], list[Agreement]] = {(2.5, "unrotated"): [], (2.5, "rotated"): []}
     subject, number = Subject(), 0
     with torch.inference_mode():
-        for number, part in enumerate(islice(subject.slices(), options.repeats), start=1):
+        for number, text_slice in enumerate(islice(subject.slices(), options.repeats), start=1):
             for row in rows:
-                row.add(subject, part)
-                print(part.start, row.name, row.tokens, f"{row.fidelities[-1].kl:.5f}", flush=True)
+                row.add(subject, text_slice)
+                print(text_slice.start, row.name, row.tokens, f"{row.fidelities[-1].kl:.5f}", flush=True)
                 if row.name == "lmcache cachegen" and number == 1:
                     # At its bytes exactly: a record is a little smaller, never larger.
                     rows.append(Row("spectral, cachegen's bytes", spectral(8 * row.nbytes / row.numbers)))
-            for (bits, frame), found in caches.items():
-                found.append(as_a_cache(subject, part, bits, frame))
-    found_rows = [row.to_dict() for row in rows]
-    by_name = {(row["serde"], row["chunk_tokens"]): row for row in found_rows}
+            for (bits, frame), agreements in caches.items():
+                agreements.append(as_a_cache(subject, text_slice, bits, frame))
+    results = [row.to_dict() for row in rows]
+    by_name = {(row["serde"], row["chunk_tokens"]): row for row in results}
     at_fp8, small, theirs = by_name["spectral 8", 256], by_name["spectral 2.5", 256], by_name["lmcache fp8", 256]
     cachegen, same = by_name["lmcache cachegen", 256], by_name["spectral, cachegen's bytes", 256]
     two_bits, at_two = by_name["turboquant 2, reference", 256], by_name["spectral 2.25", 256]
@@ -183,10 +183,10 @@ def main() -> None:
         "benchmark": "lmcache_serde",
         "lmcache": version_of("lmcache"),
         "slices": number,
-        "rows": found_rows,
+        "rows": results,
         "as_a_cache": [
-            {"bits_per_element": bits, "key_frame": frame, **mean_fidelity(found)}
-            for (bits, frame), found in caches.items()
+            {"bits_per_element": bits, "key_frame": frame, **mean_fidelity(agreements)}
+            for (bits, frame), agreements in caches.items()
         ],
     }
     finish(options.json, record, targets)

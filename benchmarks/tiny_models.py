@@ -1,8 +1,8 @@
 """Tiny models of other architectures, trained offline on a CPU in some minutes, as ordinary Hugging Face folders.
 
-They are for measuring caches, not for their prose. The text is the sources and docstrings of Python's standard library,
-without ``pydoc_data``, on which the evaluation measures. Copying of random tokens does not form in so short a training:
-half of the sequences made of repeated random spans left it at chance and cost half of the text.
+They are for measuring caches, not for their prose. They are trained on the sources and docstrings of Python's standard
+library, without ``pydoc_data``, which the evaluation uses. So short a training does not teach the copying of random
+tokens: with repeated random spans as half of the sequences, copying stayed at chance and half of the text was lost.
 """
 
 import argparse
@@ -57,25 +57,25 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {"tiny-qwen2": qwen2
 
 
 def maker(name: str) -> Callable[[Path], object]:
-    """What trains the architecture ``name`` and writes it into a folder."""
+    """A function that trains the architecture ``name`` and writes it into a folder."""
     return partial(make, name)
 
 
 def texts() -> list[str]:
     """The sources of the standard library, each followed by its docstrings as one text; the same order every time."""
-    found = []
+    documents = []
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if EXCLUDED.isdisjoint(path.relative_to(root).parts):
             source = path.read_text(encoding="utf-8", errors="replace")
-            found += [source, docstrings(source)]
-    return [text for text in found if len(text) > 200]
+            documents += [source, docstrings(source)]
+    return [text for text in documents if len(text) > 200]
 
 
 def docstrings(source: str) -> str:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in sources of others
+        warnings.simplefilter("ignore")  # old escape sequences in third-party sources
         try:
             nodes = list(ast.walk(ast.parse(source)))
         except SyntaxError:
@@ -102,7 +102,7 @@ class Corpus:
     """Token streams to train on and to hold out, and random sequences of either kind."""
 
     def __init__(self, documents: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
-        # Documents are shuffled so that the held-out part is of the same mixture.
+        # Documents are shuffled so that the held-out part has the same mixture.
         random.Random(SEED).shuffle(documents)
         end = tokenizer.convert_tokens_to_ids(END)
         encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
@@ -156,21 +156,21 @@ def optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 def train(model: Any, corpus: Corpus) -> None:
     """Go through all phases; prints the loss as it goes."""
-    used = optimizers(model)
+    both = optimizers(model)
     started = time.perf_counter()
     recent: list[float] = []
     model.train()
     for step, (length, size, rate) in enumerate(schedule(), 1):
-        for optimizer in used:
+        for optimizer in both:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        # Half precision is up to half as fast again, where the processor has it.
+        # Half precision is up to 1.5 times as fast, if the processor supports it.
         with torch.autocast("cpu", torch.bfloat16):
             loss = losses(model, corpus.batch(length, size)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in used:
+        for optimizer in both:
             optimizer.step()
         recent.append(loss.item())
         if step % REPORTED == 0:
@@ -182,7 +182,7 @@ def train(model: Any, corpus: Corpus) -> None:
 
 @torch.inference_mode()
 def use_of_context(model: Any, corpus: Corpus, count: int = 48, length: int = 1024) -> dict[str, float]:
-    """Tiers-out loss by position, and on random tokens when seen first and when seen again."""
+    """Loss on held-out text by position, and on random tokens at their first and their second occurrence."""
     text = torch.stack([corpus.text(corpus.held_out, length) for _ in range(count)])
     by_position = losses(model, text).mean(0)
     # The same tokens twice, with text between, so that the copy lies several hundred tokens back.
@@ -200,7 +200,7 @@ def use_of_context(model: Any, corpus: Corpus, count: int = 48, length: int = 10
 
 
 def make(name: str, folder: Path) -> dict[str, float]:
-    """Train the architecture ``name`` and write model and tokenizer into ``folder``; how it uses its context."""
+    """Train the architecture ``name`` and write model and tokenizer into ``folder``; returns its losses by context."""
     documents = texts()
     tokenizer = train_tokenizer(documents)
     corpus = Corpus(documents, tokenizer)
@@ -221,13 +221,13 @@ def make(name: str, folder: Path) -> dict[str, float]:
         f"{name}: {number / 1e6:.1f} million weights, {len(corpus.train) / 1e6:.1f} million tokens of text", flush=True
     )
     train(model, corpus)
-    found = use_of_context(model, corpus)
-    for what, loss in found.items():
-        print(f"{loss:7.3f}  {what}", flush=True)
+    context_losses = use_of_context(model, corpus)
+    for name_of_loss, loss in context_losses.items():
+        print(f"{loss:7.3f}  {name_of_loss}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return found
+    return context_losses
 
 
 def main() -> None:

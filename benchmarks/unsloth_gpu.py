@@ -1,6 +1,6 @@
 """Unsloth on a GPU: its own dense fast path against the same model patched, in 4 bits.
 
-The model has Llama-3.2-3B's shapes and random weights: neither bytes nor milliseconds depend on what it says. Both
+The model has Llama-3.2-3B's shapes and random weights: bytes and milliseconds do not depend on the weights. Both
 contenders go through ``model.generate``; a step is timed from one call of a logits processor to the next.
 """
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import unsloth  # before transformers, as it asks for
+import unsloth  # before transformers, as Unsloth requires
 
 # isort: split
 import torch
@@ -27,7 +27,7 @@ NEW_TOKENS, WARM_STEPS = 32, 4
 
 
 class Clock(LogitsProcessor):
-    """When each step's logits were there."""
+    """Records the time at which each step's logits are ready."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -39,7 +39,7 @@ class Clock(LogitsProcessor):
 
 
 def save_model(folder: Path) -> None:
-    """Llama-3.2-3B without what it learned."""
+    """Save a model with Llama-3.2-3B's shapes and random weights."""
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=3072,
@@ -86,17 +86,17 @@ def measure(model: Any, ids: torch.Tensor, new_tokens: int, weights: int) -> dic
     peak = torch.cuda.max_memory_allocated() - weights
     steps = [1e3 * (b - a) for a, b in zip(clock.times[WARM_STEPS:], clock.times[WARM_STEPS + 1 :], strict=False)]
     timing = summarize(steps)
-    stats = getattr(cache_of(output), "stats", None)
-    found = stats() if stats else None
+    count = getattr(cache_of(output), "stats", None)
+    stats = count() if count else None
     return {
         "prefill_s": clock.times[0] - started,
         "step_ms": timing.median,
         "step_ms_quartiles": (timing.lower_quartile, timing.upper_quartile),
         "tokens_per_s": 1e3 * len(ids) / timing.median,
         "peak_mb": peak / 1e6,
-        "stored_mb": found.stored_bytes / 1e6 if found else None,
-        "dense_mb": found.dense_bytes / 1e6 if found else None,
-        "seal_s": found.seal_seconds if found else None,
+        "stored_mb": stats.stored_bytes / 1e6 if stats else None,
+        "dense_mb": stats.dense_bytes / 1e6 if stats else None,
+        "seal_s": stats.seal_seconds if stats else None,
     }
 
 
@@ -114,16 +114,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for batch, length in CASES:
         ids = torch.randint(3, 128_000, (batch, length), generator=generator).to(model.device)
-        found: dict[str, list[dict[str, Any]]] = {"Unsloth, dense": [], "patched, balanced": []}
+        runs_by_cache: dict[str, list[dict[str, Any]]] = {"Unsloth, dense": [], "patched, balanced": []}
         for _ in range(options.repeats):
-            for name, runs in found.items():
+            for name, runs in runs_by_cache.items():
                 if name != "Unsloth, dense":
                     patch_unsloth_attention(model, preset="balanced")
                 try:
                     runs.append(measure(model, ids, NEW_TOKENS, weights))
                 finally:
                     unpatch_unsloth_attention(model)
-        for name, runs in found.items():
+        for name, runs in runs_by_cache.items():
             best = sorted(runs, key=lambda run: run["step_ms"])[len(runs) // 2]
             row = {"batch": batch, "context": length, "cache": name, **best}
             row["prefill_s"] = min(run["prefill_s"] for run in runs)

@@ -16,7 +16,7 @@ from unsloth_spectral.integrations.models import EMBEDDED_PACKAGE, LoadedModel, 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and waiting for it on a busy machine costs twentyfold."""
+    """Tiny models gain nothing from a second thread; on a busy machine waiting for it takes twenty times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,8 +25,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _warned_of_nothing() -> None:
-    """Each test sees the warnings that are given once."""
-    log._told.clear()
+    """Each test sees the warnings that are given once per process."""
+    log._logged.clear()
 
 
 @pytest.fixture(scope="session")

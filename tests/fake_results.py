@@ -1,4 +1,4 @@
-"""Results as a run of all methods might write them, without a model: for pictures and the page."""
+"""Results like those of a run of all methods, made without a model, for tests of the plots and the page."""
 
 import json
 import math

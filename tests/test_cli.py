@@ -51,8 +51,8 @@ def output(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_version_and_help() -> None:
-    found = CliRunner().invoke(app, ["--version"])
-    assert (found.exit_code, found.output.strip()) == (0, unsloth_spectral.__version__)
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output.strip()) == (0, unsloth_spectral.__version__)
     for command in ("compare", "spectrum", "eval", "report", "info"):
         help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
         assert help_text.exit_code == 0
@@ -109,12 +109,12 @@ def test_mistakes_end_in_one_line_and_status_2(
     (tmp_path / "binary.txt").write_bytes(b"a\0b")
     before = set(tmp_path.iterdir())
     assert main(monkeypatch, *arguments) == EXIT_USER_ERROR == 2
-    found = output.readouterr()
-    assert found.out == ""
-    line = [line for line in found.err.splitlines() if "error:" in line]
+    captured = output.readouterr()
+    assert captured.out == ""
+    line = [line for line in captured.err.splitlines() if "error:" in line]
     assert len(line) == 1
     assert message in line[0]
-    assert "Traceback" not in found.err
+    assert "Traceback" not in captured.err
     assert set(tmp_path.iterdir()) == before
 
 
@@ -168,11 +168,11 @@ def test_compare(
     assert [cache["name"] for cache in result["caches"]] == ["dense", "spectral balanced", "rank 16/32", "rank 24/32"]
     assert result["config"]["block_size"] == 128
     assert plot.read_bytes().startswith(b"\x89PNG")
-    found = output.readouterr()
-    assert "KL to dense, nats" in found.out
-    assert "question: What is the text above about?" in found.out
-    assert "dense: prefill" in found.err, "progress goes to stderr"
-    assert "dense: prefill" not in found.out
+    captured = output.readouterr()
+    assert "KL to dense, nats" in captured.out
+    assert "question: What is the text above about?" in captured.out
+    assert "dense: prefill" in captured.err, "progress goes to stderr"
+    assert "dense: prefill" not in captured.out
 
 
 def test_spectrum(
@@ -191,9 +191,9 @@ def test_info(output: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpu, "missing", lambda: "no card here")
     app(["info", "--json", str(tmp_path / "a.json")], standalone_mode=False)
     assert json.loads((tmp_path / "a.json").read_text())["environment"]["unsloth_spectral"]
-    found = output.readouterr().out
-    assert "attention paths" in found
-    assert "no: no card here" in found
+    printed = output.readouterr().out
+    assert "attention paths" in printed
+    assert "no: no card here" in printed
 
 
 def fake_method(name: str, *, fails: bool = False) -> Method:
@@ -237,9 +237,9 @@ def evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Met
 class TestEval:
     def test_list(self, output: pytest.CaptureFixture[str], evaluation: dict[str, Method]) -> None:
         app(["eval", "--list"], standalone_mode=False)
-        found = output.readouterr().out
+        printed = output.readouterr().out
         for text in ("Says hello [to brackets]", "spectral small", "hqq 4", "no: needs the package hqq[all]"):
-            assert text in found
+            assert text in printed
 
     def test_all_methods_and_again(
         self,
@@ -249,9 +249,9 @@ class TestEval:
         tmp_path: Path,
     ) -> None:
         assert main(monkeypatch, "eval", "--json", "a.json") == 0
-        found = output.readouterr()
-        assert "8 measured, 0 from an earlier run; results in results" in found.err
-        assert re.search(r"kivi 4 .* 2\.00 .* 4\.0 .* 0\.0100", found.out)
+        captured = output.readouterr()
+        assert "8 measured, 0 from an earlier run; results in results" in captured.err
+        assert re.search(r"kivi 4 .* 2\.00 .* 4\.0 .* 0\.0100", captured.out)
         summary = json.loads((tmp_path / "a.json").read_text())
         assert summary["tasks"]["fidelity"][0]["method"] == "dense"
         assert main(monkeypatch, "eval") == 0
@@ -306,10 +306,10 @@ class TestEval:
     ) -> None:
         evaluation["kivi 4"] = fake_method("kivi 4", fails=True)
         assert main(monkeypatch, "eval") == 1
-        found = output.readouterr()
-        assert "fidelity, kivi 4, a: RuntimeError: no [memory]" in found.err
-        assert "2 failed" in found.err
-        assert "spectral small" in found.out
+        captured = output.readouterr()
+        assert "fidelity, kivi 4, a: RuntimeError: no [memory]" in captured.err
+        assert "2 failed" in captured.err
+        assert "spectral small" in captured.out
         evaluation["kivi 4"] = fake_method("kivi 4")
         assert main(monkeypatch, "eval") == 0
 
@@ -338,8 +338,8 @@ class TestEval:
         Path("book.txt").write_text("one two three four five six seven eight nine ten " * 1000)
         book = ["--document", "book.txt", "--method", "dense"]
         assert main(monkeypatch, "eval", *book) == 2
-        found = output.readouterr().err
-        assert re.search(r"the document has ([\d,]+) tokens and 84,353 are needed: choose --starts of at most", found)
+        printed = output.readouterr().err
+        assert re.search(r"the document has ([\d,]+) tokens and 84,353 are needed: choose --starts of at most", printed)
         assert not Path("results").exists(), "nothing was begun"
         options = ["--task", "fidelity", "--task", "needle", "--starts", "10,2000,10"]
         assert main(monkeypatch, "eval", *book, *options) == 0
@@ -421,5 +421,5 @@ def test_the_installed_command_runs() -> None:
     command = Path(sys.executable).with_name("unsloth-spectral")
     if not command.exists():
         pytest.skip("the package is not installed as a command")
-    found = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=120, check=False)
-    assert (found.returncode, found.stdout.strip()) == (0, unsloth_spectral.__version__)
+    completed = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=120, check=False)
+    assert (completed.returncode, completed.stdout.strip()) == (0, unsloth_spectral.__version__)

@@ -1,4 +1,4 @@
-"""The command line at its edges: streams that are closed or full, disks that are full, nonsense in place of text."""
+"""The command line at its edges: closed or full streams, full disks, bytes that are not text."""
 
 import contextlib
 import io

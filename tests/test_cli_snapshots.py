@@ -39,9 +39,9 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_help() -> None:
     for arguments in (["chat"], ["snapshot", "save"], ["snapshot", "info"], ["snapshot", "verify"]):
-        found = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-        assert found.exit_code == 0
-        assert f"unsloth-spectral {' '.join(arguments)}" in found.output, "an example belongs into every help"
+        result = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0
+        assert f"unsloth-spectral {' '.join(arguments)}" in result.output, "an example belongs into every help"
 
 
 def test_chat_from_a_pipe(
@@ -52,12 +52,12 @@ def test_chat_from_a_pipe(
         monkeypatch.setattr(sys, "stdin", io.StringIO("\nHow high is the lighthouse?\n"))
         options = ["--document", str(document), "--store", str(tmp_path / "store"), "--max-new-tokens", "12"]
         assert main(monkeypatch, "chat", *options) == 0
-        found = capfd.readouterr()
-        answers.append(found.out)
-        assert "How high is the lighthouse?" in found.err
-        memory = [line for line in found.err.splitlines() if "cache: " in line and "dense" in line]
+        captured = capfd.readouterr()
+        answers.append(captured.out)
+        assert "How high is the lighthouse?" in captured.err
+        memory = [line for line in captured.err.splitlines() if "cache: " in line and "dense" in line]
         assert len(memory) == 2, "after the document and after the answer"
-        restored = "0 of them from the store" in found.err
+        restored = "0 of them from the store" in captured.err
         assert restored == (start == 0)
     assert answers[0] == answers[1]
     assert "48" in answers[0]
@@ -70,9 +70,9 @@ def test_chat_without_a_store_keeps_nothing(
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     before = sorted(document.parent.rglob("*"))
     assert main(monkeypatch, "chat", "--document", str(document)) == 0
-    found = capfd.readouterr()
-    assert found.out == ""
-    assert "--store FOLDER" in found.err
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "--store FOLDER" in captured.err
     assert sorted(document.parent.rglob("*")) == before
 
 
@@ -128,10 +128,10 @@ def test_mistakes_end_in_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(document.parent)
     assert main(monkeypatch, *arguments) == 2
-    found = capfd.readouterr()
-    assert found.out == ""
-    assert message in found.err
-    assert "Traceback" not in found.err
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert "Traceback" not in captured.err
 
 
 def test_a_snapshot_of_another_model(

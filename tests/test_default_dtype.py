@@ -140,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[tuple[Any, ...], Any]:
-    """What came out under torch's own defaults."""
+    """Results under torch's own defaults."""
     return {}
 
 
@@ -248,7 +248,7 @@ def chat(loaded: LoadedModel) -> Any:
 
 
 def layer_alone(loaded: LoadedModel) -> Any:
-    """A layer that nobody told of queries, positions or a mask."""
+    """A layer that got no queries, positions or mask."""
     layer = SpectralLayer(CONFIGS["balanced"])
     layer.append(*numbers(2, 1, 2, 300, 16))
     layer.seal()

@@ -81,14 +81,14 @@ def shell_lines(body: str) -> Iterator[str]:
 
 def commands_of(text: str) -> list[str]:
     """Commands in fenced blocks and inline code."""
-    found = [
+    commands = [
         command for language, body in FENCE.findall(text) if language in ("", "sh") for command in shell_lines(body)
     ]
     for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         words = code.split()
         if len(words) > 1 and words[0] in PROGRAMS:
-            found.append(" ".join(words))
-    return found
+            commands.append(" ".join(words))
+    return commands
 
 
 def variants(command: str) -> list[str]:
@@ -106,8 +106,8 @@ def reason_not_to_run(command: str) -> str | None:
 
 def completed(command: str) -> tuple[str, ...]:
     """The arguments of a command, with what it leaves open filled in; behind them what is piped in."""
-    fed, _, asked = command.rpartition(" | ")
-    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(asked)]
+    fed, _, rest_of_command = command.rpartition(" | ")
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(rest_of_command)]
     assert words.pop(0) == COMMAND, command
     depth = 2 if words[0] == "snapshot" else 1
     name = " ".join(words[:depth])

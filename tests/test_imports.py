@@ -24,25 +24,25 @@ def module_name(path: Path) -> str:
 
 def imports_of(source: str, name: str, is_package: bool) -> set[str]:
     """Full names of all that ``source`` imports anywhere: at the top, in functions and under TYPE_CHECKING."""
-    found: set[str] = set()
+    imported: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            imported.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 home = name.split(".") if is_package else name.split(".")[:-1]
                 base = ".".join([*home[: len(home) - node.level + 1], *([base] if base else [])])
-            found.add(base)
-            found.update(f"{base}.{alias.name}" for alias in node.names)
+            imported.add(base)
+            imported.update(f"{base}.{alias.name}" for alias in node.names)
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", None)) in ("import_module", "__import__")
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
-            found.add(str(node.args[0].value))
-    return found
+            imported.add(str(node.args[0].value))
+    return imported
 
 
 def part_of(name: str) -> str:
@@ -52,20 +52,20 @@ def part_of(name: str) -> str:
 
 def breaches(name: str, imported: set[str]) -> list[str]:
     """What is wrong with one module's imports."""
-    own, wrong = part_of(name), []
+    part, wrong = part_of(name), []
     for target in imported:
         top = target.split(".")[0]
-        if top in ("transformers", "unsloth", "peft", "huggingface_hub") and own != "integrations":
+        if top in ("transformers", "unsloth", "peft", "huggingface_hub") and part != "integrations":
             wrong.append(f"{name} imports {target}: only integrations may")
         # The names of the package itself (`__version__`) are for everyone; modules are not.
-        if top != PACKAGE or not own or part_of(target) in ("", own, "__version__"):
+        if top != PACKAGE or not part or part_of(target) in ("", part, "__version__"):
             continue
         other = part_of(target)
         if other not in LEVEL:
             wrong.append(f"{name} imports {target}, which has no place in the order: add it to LEVEL")
-        elif LEVEL[other] >= LEVEL[own]:
-            wrong.append(f"{name} imports {target}: {own} may not import {other}")
-        if other == "plots" and own != "cli":
+        elif LEVEL[other] >= LEVEL[part]:
+            wrong.append(f"{name} imports {target}: {part} may not import {other}")
+        if other == "plots" and part != "cli":
             wrong.append(f"{name} imports {target}: only cli may")
     return sorted(wrong)
 

@@ -1,4 +1,4 @@
-"""Figures: they show what they say they show, and are written whole or not at all."""
+"""Figures show the data that their titles name, and are written completely or not at all."""
 
 import json
 import math
@@ -364,8 +364,8 @@ class TestHeatmapFigure:
     def test_cells(self) -> None:
         dense_cells = {"length=1024 depth=0.00": 1.0, "length=1024 depth=1.00": 0.0, "length=2048 depth=1.00": 0.5}
         kivi_cells = {"length=2048 depth=0.00 seed=0": 1.0, "length=2048 depth=0.00 seed=1": 0.0, "other": 1.0}
-        found = {"dense": dense_cells, "kivi 2": kivi_cells}
-        figure = heatmap_figure(found, title="a", metric="retrieved")
+        shares = {"dense": dense_cells, "kivi 2": kivi_cells}
+        figure = heatmap_figure(shares, title="a", metric="retrieved")
         dense, kivi = figure.axes[:2]
         assert dense.get_title() == "dense\n50%"
         assert dense.collections[0].get_array().tolist() == [[1.0, None], [0.0, 0.5]]
@@ -375,10 +375,10 @@ class TestHeatmapFigure:
         assert dense.get_ylim() == (2, 0), "the beginning of the text is above"
 
     def test_all_methods(self, results: Results) -> None:
-        found: dict[str, dict[str, float]] = {}
+        shares: dict[str, dict[str, float]] = {}
         for record in results.of("needle-depth"):
-            found.setdefault(record.method, {})[record.case] = record.metrics["retrieved"]
-        figure = heatmap_figure(found, title="a", metric="retrieved")
+            shares.setdefault(record.method, {})[record.case] = record.metrics["retrieved"]
+        figure = heatmap_figure(shares, title="a", metric="retrieved")
         assert_texts_are_apart(figure)
 
     def test_names_of_cases(self) -> None:

@@ -198,10 +198,10 @@ def test_unrotate_undoes_rotate_whatever_the_size(
     rotation = Rotation.of(size * table_of(torch.arange(90)[None]), first, second)
     assert rotation.is_even
     x, table = random(2, 3, 90, HEAD_DIM), rotation.table()[:, None]
-    turned = rotate(x, table, rotation)
-    assert_close(unrotate(turned, table, rotation), x, 1e-5)
-    assert_close(turned.norm(dim=-1), size * x.norm(dim=-1), 1e-5)
-    assert not torch.equal(turned[..., 1, :], x[..., 1, :])
+    rotated = rotate(x, table, rotation)
+    assert_close(unrotate(rotated, table, rotation), x, 1e-5)
+    assert_close(rotated.norm(dim=-1), size * x.norm(dim=-1), 1e-5)
+    assert not torch.equal(rotated[..., 1, :], x[..., 1, :])
 
 
 def test_rotate_is_the_models_own_arithmetic(assert_close: Callable[..., None]) -> None:
@@ -214,10 +214,10 @@ def test_rotate_is_the_models_own_arithmetic(assert_close: Callable[..., None]) 
 def test_dimensions_outside_the_pairs_stay(assert_close: Callable[..., None]) -> None:
     partial = Rotation.of(table_of(torch.arange(70)[None])[..., :3], torch.arange(3), torch.arange(3) + 3)
     x = random(2, 70, HEAD_DIM)
-    turned = rotate(x, partial.table(), partial)
-    assert torch.equal(turned[..., 6:], x[..., 6:])
-    assert not torch.equal(turned[..., 1:, :6], x[..., 1:, :6])
-    assert_close(unrotate(turned, partial.table(), partial), x, 1e-5)
+    rotated = rotate(x, partial.table(), partial)
+    assert torch.equal(rotated[..., 6:], x[..., 6:])
+    assert not torch.equal(rotated[..., 1:, :6], x[..., 1:, :6])
+    assert_close(unrotate(rotated, partial.table(), partial), x, 1e-5)
 
 
 def test_rotating_leaves_its_argument_alone() -> None:

@@ -180,7 +180,7 @@ def test_what_is_even_joins_with_what_is_even() -> None:
 
 
 def test_pieces_in_which_axes_are_alike_join() -> None:
-    """An image of one row stands on one height and time: which of both a pair turns along shows in a later one."""
+    """All tokens of a one-row image share height and time; only a later image shows along which axis a pair rotates."""
     flat, tall = image(0, height=1), image(5)
     joined = join_rotations([known(flat), known(tall)])
     assert joined.step is not None

@@ -1,5 +1,4 @@
-"""What no line of the library may do, read off its source: rely on torch's defaults, pass a pointer unchecked, or keep
-tensors alive by a function that refers to itself."""
+"""Rules for the source: no use of torch's defaults, no unchecked pointer, no function that refers to itself."""
 
 import ast
 import ctypes
@@ -48,8 +47,8 @@ def torch_calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 def takes_defaults(tree: ast.AST) -> list[str]:
     wrong = []
     for name, call in torch_calls(tree):
-        told = {keyword.arg for keyword in call.keywords}
-        if name in LEGACY or (name in FACTORIES and not {"dtype", "device"} <= told):
+        keywords = {keyword.arg for keyword in call.keywords}
+        if name in LEGACY or (name in FACTORIES and not {"dtype", "device"} <= keywords):
             wrong.append(f"line {call.lineno}: {ast.unparse(call)}")
     return wrong
 
@@ -102,8 +101,8 @@ def filled_in_part(tree: ast.AST) -> list[str]:
         if ast.unparse(node.func.value) != "abi" or node.func.attr not in declared:
             continue
         wanted = {name for name, kind in declared[node.func.attr] if not issubclass(kind, ctypes.Structure)}
-        given = {keyword.arg for keyword in node.keywords}
-        if node.args or None in given or (given and not wanted <= given):
+        keywords = {keyword.arg for keyword in node.keywords}
+        if node.args or None in keywords or (keywords and not wanted <= keywords):
             wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
     return wrong
 
@@ -148,16 +147,18 @@ NOT_OF_TRANSFORMERS = {"_C", "_DisableTorchDispatch", "_orig_mod", "_version", "
 
 def private_names_of_others(tree: ast.AST) -> set[str]:
     """Attributes with a leading underscore that ``tree`` uses and does not define."""
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    own |= {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")}
-    own |= {
+    definitions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    definitions |= {
+        node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")
+    }
+    definitions |= {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
     }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     private = {name for name in used if name.startswith("_") and not name.startswith("__")}
-    return private - own - NOT_OF_TRANSFORMERS
+    return private - definitions - NOT_OF_TRANSFORMERS
 
 
 @pytest.mark.parametrize(

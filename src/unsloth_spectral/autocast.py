@@ -1,4 +1,4 @@
-"""Keeping a caller's autocast out: it would run products in half precision whose errors codes and factors amplify."""
+"""Switching a caller's autocast off: the codecs amplify the errors of products in half precision."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ import torch
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Within it torch computes on ``device`` in the types it is given."""
+    """A context in which torch computes on ``device`` in the dtypes of its inputs."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,7 +1,7 @@
-"""What is stored of a thing: named numbers, texts and tensors, nested; and reading them back, each checked.
+"""Checked serialization of nested values: numbers, texts and tensors by name.
 
-A type that can be stored says so itself: ``to_fields`` names what it holds, ``from_fields`` asks for it by name, dtype
-and shape. What was read may come from anywhere, so nothing is taken as it is.
+A type that can be stored has ``to_fields``, which names its contents, and ``from_fields``, which reads them by name,
+dtype and shape. Stored data may come from anywhere, so every value is checked.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from unsloth_spectral.errors import LoadError
 
 Field: TypeAlias = bool | int | float | str | Tensor | Sequence["Field"] | Mapping[str, "Field"] | None
-# Gives a stored tensor by its number, on a device; the same object for the same number and device.
+# Returns a stored tensor by its number, on a device; the same object for the same number and device.
 TensorSource: TypeAlias = Callable[[int, torch.device], Tensor]
 # None stands for any size.
 Shape: TypeAlias = Sequence[int | None]
@@ -24,14 +24,14 @@ _REFERENCE = "$tensor"
 
 
 def flatten(field: Field) -> tuple[Any, list[Tensor]]:
-    """``field`` ready for JSON, and the tensors it refers to: one that occurs twice is there once."""
+    """``field`` ready for JSON, and the tensors it refers to, each once."""
     tensors: list[Tensor] = []
     return _plain(field, tensors, {}), tensors
 
 
 def _plain(field: Field, tensors: list[Tensor], numbers: dict[int, int]) -> Any:
-    """``field`` with references in place of its tensors, which join ``tensors``; ``numbers`` are their places by id."""
-    # Not within `flatten`: a closure that names itself keeps the tensors alive until the cyclic collector runs.
+    """``field`` with references in place of its tensors, which join ``tensors``; ``numbers`` has their places by id."""
+    # Not a closure in `flatten`: a recursive closure keeps the tensors alive until the cyclic collector runs.
     if isinstance(field, Tensor):
         if id(field) not in numbers:
             numbers[id(field)] = len(tensors)
@@ -45,9 +45,9 @@ def _plain(field: Field, tensors: list[Tensor], numbers: dict[int, int]) -> Any:
 
 
 class Fields:
-    """Named fields as ``flatten`` left them.
+    """Named fields in the form that ``flatten`` makes.
 
-    Every method raises LoadError where a field is missing or not what is asked for, and names it.
+    Every method raises LoadError if a field is missing or not of the requested kind, and names the field.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Fields:
         self.require(isinstance(values, dict), "fields")
 
     def on(self, device: torch.device) -> "Fields":
-        """The same, its tensors on ``device``."""
+        """The same fields, with tensors on ``device``."""
         return Fields(self._values, self._source, device, self._title)
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not None."""
+        """Whether the field exists and is not None."""
         return self._values.get(name) is not None
 
     def names(self) -> list[str]:
@@ -71,7 +71,7 @@ class Fields:
         return _is_reference(self._get(name))
 
     def is_group(self, name: str) -> bool:
-        """Whether the field is fields itself."""
+        """Whether the field holds named fields."""
         return isinstance(self._get(name), dict) and not self.is_tensor(name)
 
     def scalar(self, name: str) -> bool | int | float | str | None:
@@ -81,7 +81,7 @@ class Fields:
         return value
 
     def data(self, name: str) -> dict[str, Any]:
-        """Fields as they are, unchecked, to be compared or handed to what checks them."""
+        """Unchecked contents of a field, for code that compares or checks them itself."""
         return self.sub(name)._values
 
     def integer(self, name: str, least: int = 0) -> int:
@@ -129,11 +129,11 @@ class Fields:
         return tuple(items)
 
     def sub(self, name: str) -> "Fields":
-        """Fields within a field."""
+        """The named fields in a field."""
         return Fields(self._get(name), self._source, self._device, f"{self._title}, {name}")
 
     def subs(self, name: str) -> list["Fields"]:
-        """A list of such."""
+        """A list of named fields."""
         titles = f"{self._title}, {name}"
         return [
             Fields(item, self._source, self._device, f"{titles} {place}") for place, item in enumerate(self._list(name))
@@ -146,11 +146,11 @@ class Fields:
     def tensors(
         self, name: str, dtype: torch.dtype | None, shape: Shape | None, *, on_host: bool = False
     ) -> list[Tensor]:
-        """A list of such."""
+        """A list of tensors, as ``tensor``."""
         return [self._tensor(item, name, dtype, shape, on_host) for item in self._list(name)]
 
     def require(self, condition: bool, wanted: str) -> None:
-        """Raise LoadError, which says that these fields must have what is ``wanted``, unless ``condition`` holds."""
+        """Raise LoadError unless ``condition`` holds; the message says that these fields must have ``wanted``."""
         if not condition:
             raise LoadError(f"{self._title} must have {wanted}")
 
@@ -165,7 +165,7 @@ class Fields:
         tensor = self._source(reference[_REFERENCE], _HOST if on_host else self._device)
         self.require(dtype is None or tensor.dtype == dtype, f"{dtype} as {name!r}, not {tensor.dtype}")
         if shape is not None:
-            fits = [wanted in (None, size) for size, wanted in zip(tensor.shape, shape, strict=False)]
+            fits = [expected in (None, size) for size, expected in zip(tensor.shape, shape, strict=False)]
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             is_same = tensor.ndim == len(shape) and all(fits)
             self.require(is_same, f"a tensor [{wanted}] as {name!r}, not {list(tensor.shape)}")

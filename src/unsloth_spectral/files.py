@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writing of files."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """``path`` with the user's home folder in place of ``~``.
 
     Raises:
-        InvalidArgumentError: nobody knows that home folder.
+        InvalidArgumentError: there is no such home folder.
     """
     try:
         return Path(path).expanduser()
@@ -22,7 +22,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """The path of a file to be written, checked before the work whose result it is to hold.
+    """``path``, checked as the target of a file before the work that fills it.
 
     Raises:
         InvalidArgumentError: the suffix is none of ``suffixes``, or the folder is missing or cannot be written to.
@@ -41,9 +41,9 @@ def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Pat
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary path beside ``path``, which replaces it if the block succeeds, and is deleted if the block fails.
 
-    It keeps the suffix, from which some writers tell the format.
+    It has the same suffix, from which some writers tell the format.
 
     Raises:
         OSError: the disk is full or the like; its ``filename`` is ``path``.
@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """The system's errors name ``path``: what fails while writing names nothing, else it is the temporary file."""
+    """Make the system's errors name ``path``: a failed write names no file, other errors name the temporary one."""
     try:
         yield
     except OSError as error:

@@ -5,8 +5,8 @@ from weakref import WeakKeyDictionary
 
 logger = logging.getLogger("unsloth_spectral")
 
-# The messages already given, by what they are about; those about nothing in particular are filed under the logger.
-_told: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
+# Messages already logged, by the object they are about; messages about no object are stored under the logger.
+_logged: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 
 
 def warn_once(message: str, *args: object, about: object = None) -> None:
@@ -18,7 +18,7 @@ def warn_once(message: str, *args: object, about: object = None) -> None:
             tracebacks alive.
         about: an object, held weakly, for which the message is counted separately; None to count it for the process.
     """
-    told = _told.setdefault(logger if about is None else about, set())
+    logged = _logged.setdefault(logger if about is None else about, set())
     texts = [str(arg) if isinstance(arg, BaseException) else arg for arg in args]
-    logger.log(logging.DEBUG if message in told else logging.WARNING, message, *texts)
-    told.add(message)
+    logger.log(logging.DEBUG if message in logged else logging.WARNING, message, *texts)
+    logged.add(message)

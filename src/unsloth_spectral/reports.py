@@ -25,7 +25,7 @@ def human_bytes(count: float) -> str:
 
 
 def comparison_table(result: dict[str, Any]) -> RenderableType:
-    """The table of ``compare``, one column per cache so that it fits a narrow terminal."""
+    """The table of ``compare``, one column per cache, to fit a narrow terminal."""
     caches = result["caches"]
     table = Table(title=f"{result['model']}, {result['context_length']:,} tokens of context, {result['dtype']}")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""Truncated SVD of many small matrices at once: randomized, by Gram matrix, and a bound on the randomized error.
+"""Truncated SVD of batches of small matrices: randomized, by Gram matrix, and a bound on the randomized error.
 
 Source: Halko, Martinsson & Tropp, "Finding structure with randomness", SIAM Review 53(2), 2011 (HMT below).
 """
@@ -14,7 +14,7 @@ from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.log import warn_once
 
-# S[1] / S[k] up to which dividing by S leaves U orthonormal to 1e-6.
+# The largest S[1] / S[k] at which dividing by S leaves U orthonormal to 1e-6.
 _MAX_CONDITION = 1e4
 _MAX_DRIFT = 1e-7
 # Squared norms that leave room for float32 products and quotients whatever the condition.
@@ -34,7 +34,7 @@ class SVDResult(_Factors):
 
     Attributes:
         num_fallbacks: matrices of the batch that were handed to the exact ``torch.linalg.svd``.
-        fallback_reason: why, or None if there were none.
+        fallback_reason: the reason, or None if there were none.
     """
 
     num_fallbacks: int = 0
@@ -56,7 +56,7 @@ def batched_randomized_svd(
     Args:
         M: ``[..., m, n]``, floating. float16 and bfloat16 are computed in float32. No gradient flows through. On CUDA,
             ``torch.set_float32_matmul_precision`` below "highest" costs accuracy here too.
-        k: triplets wanted, 1 to ``min(m, n)``.
+        k: number of triplets, 1 to ``min(m, n)``.
         n_iter: power iterations, 0 or more; each reads ``M`` twice.
         oversampling: test vectors beyond ``k``, 0 or more.
         generator: source of the test matrix; torch's default generator if None.
@@ -108,8 +108,8 @@ def svd_error_bound(S: Tensor, k: int, p: int, q: int) -> Tensor:
     exponent = 2 * q + 1
     # Relative to s_{k+1} every power lies in [0, 1], so that none overflows whatever the exponent.
     relative = tail / tail[..., :1].clamp(min=torch.finfo(tail.dtype).tiny)
-    rest = relative.pow(2 * exponent).sum(-1).sqrt()
-    factor = 1 + math.sqrt(k / (p - 1)) + math.e * math.sqrt(k + p) / p * rest
+    tail_norm = relative.pow(2 * exponent).sum(-1).sqrt()
+    factor = 1 + math.sqrt(k / (p - 1)) + math.e * math.sqrt(k + p) / p * tail_norm
     return (tail[..., 0] * factor.pow(1 / exponent)).to(S.dtype)
 
 
@@ -166,7 +166,8 @@ def _solve(M: Tensor, k: int, body: Callable[[Tensor], SVDResult]) -> SVDResult:
 
 
 def _check_finite(A: Tensor) -> None:
-    # One NaN or infinity makes the sum so too, and summing is far cheaper than isfinite; finite ones may overflow it.
+    # A NaN or infinity makes the sum not finite, and summing is far cheaper than isfinite; finite entries may overflow
+    # it.
     if not math.isfinite(float(A.sum())) and (count := int((~A.isfinite()).sum())):
         raise InvalidArgumentError(f"M must be finite, got {count} NaN or infinite entries: mask or replace them first")
 
@@ -208,7 +209,7 @@ def _randomized(A: Tensor, k: int, n_iter: int, oversampling: int, generator: to
 
 
 def _with_unit_peaks(A: Tensor) -> tuple[Tensor, Tensor]:
-    """``A`` with each matrix divided by its largest entry, lest products overflow; and those divisors ``[b, 1]``.
+    """``A`` with each matrix divided by its largest entry, so that no product overflows; and the divisors ``[b, 1]``.
 
     Moderate matrices, the usual ones, are not copied: their divisors are 1.
     """
@@ -228,7 +229,7 @@ def _project(A: Tensor, Z: Tensor, k: int) -> SVDResult:
 
 
 def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDResult:
-    """The same in float32, thin matrices as rows and small ones in float64: several times faster on a CPU.
+    """The same in float32, with thin matrices as rows and small ones in float64: several times faster on a CPU.
 
     The long side is never orthonormalized. With ``Z = Y A`` and ``Y`` about orthonormal, the next ``Y`` is taken as
     ``(Z Z^T)^-1 Z A^T``: it spans the same space as ``Z A^T``, and is well conditioned by itself, for its product with
@@ -239,7 +240,7 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     eye = torch.eye(len(Omega), dtype=torch.float64, device=A.device).expand(b, -1, -1)
     Z = torch.bmm(Omega.expand(b, -1, -1), A)
     L_inv, trace, failed = _inverse_cholesky(Zd := Z.double(), eye, shifted=True)
-    # A single NaN or infinity reaches its matrix's trace, and NaN differs from itself: exact SVD, which refuses both.
+    # A NaN or infinity reaches its matrix's trace, and NaN differs from itself: the exact SVD refuses both.
     extreme = trace.clamp(_MIN_TRACE, _MAX_TRACE) != trace
     failed |= extreme
     for _ in range(n_iter):
@@ -248,7 +249,8 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
         L_inv, trace, info = _inverse_cholesky(Zd := Z.double(), eye, shifted=True)
         failed |= info
     P, unusable = torch.bmm(L_inv, Zd), failed
-    # P is that far from orthonormal, by shift and rounding; where it shows, a second time makes it so.
+    # The left side bounds how far shift and rounding leave P from orthonormal; if too far, orthonormalize a second
+    # time.
     if not float((L_inv.square().sum((-2, -1)) * trace).amax()) < _MAX_DRIFT / _rounding(eye):
         L_inv, trace, info = _inverse_cholesky(P, eye, shifted=False)
         P = torch.bmm(L_inv, P)
@@ -256,7 +258,7 @@ def _randomized_float32(A: Tensor, k: int, n_iter: int, Omega: Tensor) -> SVDRes
     P = P.float()
     C = torch.bmm(P, At)
     Cd = C.double()
-    # Zeros stop the NaN of a failed matrix from stopping eigh. Negated, the largest eigenvalue comes first.
+    # Zeros in place of a failed matrix's NaN, which eigh would refuse. Negated, the largest eigenvalue comes first.
     gram = torch.bmm(Cd, Cd.mT).neg_().masked_fill_(unusable[:, None, None], 0.0)
     minus_squares, W = torch.linalg.eigh(gram)
     S, W = minus_squares.abs_().sqrt_()[:, :k], W[..., :k]
@@ -302,7 +304,8 @@ def _rounding(eye: Tensor) -> float:
 
 
 def _gram(A: Tensor, k: int, dtypes: list[torch.dtype]) -> SVDResult:
-    """Use the Gram matrix in ``dtypes[0]``, for what that cannot resolve the next, and at last the exact SVD."""
+    """Use the Gram matrix in ``dtypes[0]``; for matrices that it cannot resolve the next dtype, and last the exact
+    SVD."""
     if not dtypes:
         return _exact(A, k, "the Gram matrix is too ill-conditioned")
     _check_finite(A)
@@ -315,7 +318,7 @@ def _gram(A: Tensor, k: int, dtypes: list[torch.dtype]) -> SVDResult:
     V = V.gather(-1, order[:, None].expand_as(V))
     weak = ~(S[:, -1] > 10 * math.sqrt(torch.finfo(B.dtype).eps) * S[:, 0])
     # U = US / S in that order is orthonormal to eps (S[1] / S[k])^2, at worst a hundredth, so that one step of
-    # Cholesky-QR mends it. Both are done on the short side, with one product by the long one.
+    # Cholesky-QR corrects it. Both are done on the short side, with one product by the long one.
     T = torch.zeros_like(squares).scatter_(-2, order[:, None], S.reciprocal()[:, None])
     R = torch.linalg.cholesky_ex(torch.bmm(torch.bmm(T.mT, squares), T)).L.mT
     eye = torch.eye(k, dtype=R.dtype, device=R.device).expand_as(R)

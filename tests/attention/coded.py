@@ -1,4 +1,4 @@
-"""Exact and coded blocks of any shape, the latter made through the codec, for tests of attention."""
+"""Exact and coded blocks of any shape for tests of attention; the codec makes the coded ones."""
 
 import math
 
@@ -30,7 +30,7 @@ def rotation_of(
     generator = torch.Generator().manual_seed(seed)
     steps = torch.logspace(0, -4, pairs, dtype=torch.float64)
     starts = torch.randint(0, 3000, (rows, 1, 1), generator=generator)
-    # Three tokens tell the step.
+    # Three tokens determine the step.
     angles = (starts + torch.arange(max(3, num_tokens))[:, None]) * steps
     table = torch.polar(torch.full_like(angles, scale), angles).to(torch.complex64)
     dims = (

@@ -1,4 +1,4 @@
-"""What the tests of attention share: blocks of every kind, and a softmax that none of the code under test uses."""
+"""Fixtures of the attention tests: blocks of every kind, and a softmax that shares no code with the code under test."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def make_blocks() -> Callable[..., list[Block]]:
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., torch.Tensor]:
-    """Softmax attention as the textbook has it, in float64, heads repeated; rows that see nothing give zeros."""
+    """Softmax attention as in textbooks, in float64, heads repeated; rows that see nothing give zeros."""
 
     def attend(
         query: torch.Tensor,

@@ -25,11 +25,11 @@ FRAMES = ("rotated", "unrotated", "none")
 pytestmark = pytest.mark.skipif(not VARIANTS, reason=f"no kernel here: {library.obstacle()}")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 # Weights have 15 bits. Components of random widths have steps of all sizes, and the largest sets the weights' unit for
-# codes up to 255; the codec's own widths have steps alike, where the error is a tenth of that.
+# codes up to 255; the codec's own widths have similar steps, and the error is a tenth of that.
 TOLERANCE, TOLERANCE_OF_CODEC = 6e-3, 6e-4
-# The AVX-512 build rounds what codes of up to 3 bits are multiplied with to a byte, a 254th of the largest. Outputs
-# here are means over hundreds of random tokens, small beside what each of them is; how little it is beside the error
-# of the codes themselves is tested by itself.
+# The AVX-512 build rounds the factors of codes of up to 3 bits to a byte, a 254th of the largest. Outputs here are
+# means over hundreds of random tokens and thus much smaller than each token. A separate test compares this rounding
+# with the error of the codes themselves.
 ROUGH_TOLERANCE, ROUGH_TOLERANCE_OF_CODEC = 5e-2, 5e-3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,10 +40,10 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
     else:
         tolerance = TOLERANCE_OF_CODEC if of_codec else TOLERANCE
     expected = naive.attend(query, blocks, mask, options)
-    found = cpu.attend(query, blocks, mask, options, variant)
-    assert found.shape == expected.shape
-    assert found.dtype == torch.float32
-    assert_close(found, expected, tolerance)
+    output = cpu.attend(query, blocks, mask, options, variant)
+    assert output.shape == expected.shape
+    assert output.dtype == torch.float32
+    assert_close(output, expected, tolerance)
 
 
 @every_variant
@@ -124,9 +124,9 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
     block = make_codec(config, 1).layer(0).seal(ExactBlock(keys, values), None, Observed())
     dense = naive.attend(query, [ExactBlock(keys, values)], None, options)
     coded = naive.attend(query, [block], None, options)
-    found = cpu.attend(query, [block], None, options, variant)
+    output = cpu.attend(query, [block], None, options, variant)
     assert block.keys.num_bits < 2 * 64 * 4
-    assert (found - coded).norm() < 0.1 * (coded - dense).norm()
+    assert (output - coded).norm() < 0.1 * (coded - dense).norm()
 
 
 @every_variant
@@ -134,8 +134,8 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
 def test_heads_without_any_component(assert_close, variant: str, frame: str) -> None:
     widths = torch.zeros(3, 64, dtype=torch.int64)
     widths[1, 7] = 3
-    for kept in (widths, torch.zeros_like(widths)):
-        blocks = [coded_block(1, 3, 64, 200, frame, widths=kept)]
+    for widths_kept in (widths, torch.zeros_like(widths)):
+        blocks = [coded_block(1, 3, 64, 200, frame, widths=widths_kept)]
         check(random(1, 6, 1, 64), blocks, None, ScoreOptions(0.125), variant, assert_close)
 
 
@@ -177,19 +177,19 @@ def test_rows_that_see_nothing_give_zeros(variant: str) -> None:
     blocks = [exact(2, 2, 4, 64), coded_block(2, 2, 64, 700)]
     mask = torch.ones(2, 1, 1, 704, dtype=torch.bool)
     mask[1] = False
-    found = cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125), variant)
-    assert not found[1].any()
-    assert found[0].isfinite().all()
-    assert found[0].any()
+    output = cpu.attend(random(2, 4, 1, 64), blocks, mask, ScoreOptions(0.125), variant)
+    assert not output[1].any()
+    assert output[0].isfinite().all()
+    assert output[0].any()
 
 
 @every_variant
 def test_what_is_not_finite_shows(variant: str) -> None:
     block = exact(1, 2, 10, 64)
     block.keys[0, 0, 3, 5] = torch.nan
-    found = cpu.attend(random(1, 4, 1, 64), [block, coded_block(1, 2, 64, 200)], None, ScoreOptions(0.125), variant)
-    assert found[0, :2].isnan().all()
-    assert found[0, 2:].isfinite().all()
+    output = cpu.attend(random(1, 4, 1, 64), [block, coded_block(1, 2, 64, 200)], None, ScoreOptions(0.125), variant)
+    assert output[0, :2].isnan().all()
+    assert output[0, 2:].isfinite().all()
 
 
 @every_variant
@@ -201,8 +201,8 @@ def test_sharp_attention_finds_its_token(assert_close, variant: str, frame: str)
     longest = int(keys.norm(dim=-1).argmax())
     query = 50 * keys[:, :, longest : longest + 1] / keys[:, :, longest : longest + 1].norm()
     check(query, [block], None, ScoreOptions(1.0), variant, assert_close)
-    found = cpu.attend(query, [block], None, ScoreOptions(1.0), variant)
-    assert (found[0, 0, 0] - values[0, 0, longest]).norm() < 0.02 * values[0, 0, longest].norm()
+    output = cpu.attend(query, [block], None, ScoreOptions(1.0), variant)
+    assert (output[0, 0, 0] - values[0, 0, longest]).norm() < 0.02 * values[0, 0, longest].norm()
 
 
 @every_variant
@@ -223,7 +223,7 @@ MALFORMED = {
     "a tile missing": lambda block: {"keys": {"planes": block.keys.planes[:, :-1]}},
     "scales of another dtype": lambda block: {"keys": {"scales": block.keys.scales.int()}},
     "a basis row missing": lambda block: {"keys": {"vectors": block.keys.vectors[:, 1:]}},
-    "widths that rise": lambda block: {"keys": {"widths": tuple(own[::-1] for own in block.keys.widths)}},
+    "widths that rise": lambda block: {"keys": {"widths": tuple(widths[::-1] for widths in block.keys.widths)}},
     "another mean": lambda block: {"keys": {"mean": block.keys.mean[..., :-1]}},
     "value planes too short": lambda block: {"values": {"planes": block.values.planes[..., :-1]}},
     "value scales too short": lambda block: {"values": {"scales": block.values.scales[..., :-1]}},

@@ -1,4 +1,4 @@
-"""No tensor reaches the compiled attention kernel that is of another dtype, size or device than the kernel reads."""
+"""The compiled attention kernel gets only tensors of the dtype, size and device that it reads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def test_constants(block: SpectralBlock, name: str, wrong: str, monkeypatch: pyt
 def test_tensors_that_are_made_for_the_call(
     block: SpectralBlock, factory: Any, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when torch's default dtype decided what they are."""
+    """As if torch's default dtype had decided their dtype."""
     monkeypatch.setattr(Rotation, "start", block.keys.rotation.start)  # made for the call too, but not by the kernel
 
     class Spoiling(TorchFunctionMode):

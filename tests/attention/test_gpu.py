@@ -21,13 +21,13 @@ if gpu.missing() is not None and not IS_INTERPRETED:
 
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 OBSTACLE = "queries on cpu" if IS_INTERPRETED else None
-# Two products in half precision for one in single, and softmax in single.
+# Two products in half precision replace one in single precision; softmax is in single precision.
 TOLERANCE = 2e-5
 
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs one after another."""
+    """The interpreter runs programs one after another."""
     if IS_INTERPRETED:
         monkeypatch.setattr(gpu, "_PROGRAMS", 6)
 
@@ -41,21 +41,21 @@ def exact(*args, **options) -> Block:
 
 
 def coded(*args, **options) -> Block:
-    made = cpu.coded_block(*args, **options).map_batch(lambda tensor: tensor.to(DEVICE))
-    rotation = made.keys.rotation
+    block = cpu.coded_block(*args, **options).map_batch(lambda tensor: tensor.to(DEVICE))
+    rotation = block.keys.rotation
     if rotation is not None and rotation.step is not None:
         # Rows that have it in common are not mapped.
         rotation = replace(rotation, unit=rotation.unit.to(DEVICE), step=rotation.step.to(DEVICE))
-    return replace(made, keys=replace(made.keys, rotation=rotation))
+    return replace(block, keys=replace(block.keys, rotation=rotation))
 
 
 def check(query, blocks, mask, options, assert_close, tolerance=TOLERANCE) -> None:
     assert gpu.obstacle(query, blocks) == OBSTACLE
     expected = naive.attend(query, blocks, mask, options)
-    found = gpu.attend(query, blocks, mask, options)
-    assert found.shape == expected.shape
-    assert found.dtype == torch.float32
-    assert_close(found, expected, tolerance)
+    output = gpu.attend(query, blocks, mask, options)
+    assert output.shape == expected.shape
+    assert output.dtype == torch.float32
+    assert_close(output, expected, tolerance)
 
 
 @pytest.mark.parametrize("seed", range(6 if IS_INTERPRETED else 60))
@@ -96,8 +96,8 @@ def test_every_width_alone(assert_close, nbits: int) -> None:
 def test_heads_without_any_component(assert_close) -> None:
     widths = torch.zeros(3, 64, dtype=torch.int64)
     widths[1, 7] = 3
-    for kept in (widths, torch.zeros_like(widths)):
-        blocks = [coded(1, 3, 64, 200, "rotated", widths=kept)]
+    for widths_kept in (widths, torch.zeros_like(widths)):
+        blocks = [coded(1, 3, 64, 200, "rotated", widths=widths_kept)]
         check(random(1, 6, 1, 64), blocks, None, ScoreOptions(0.125), assert_close)
 
 

@@ -49,10 +49,10 @@ def test_any_order_and_any_grouping_agree(assert_close: Callable[..., None]) -> 
     a, b, c, d = partials
     for merged in (a.merge(b).merge(c.merge(d)), a.merge(b.merge(c.merge(d))), a.merge(b.merge(c)).merge(d)):
         assert_close(merged.finish(), expected, 1e-5)
-    for one, other in ((a.merge(b), b.merge(a)), (c.merge(d), d.merge(c))):
-        assert torch.equal(one.maximum, other.maximum)
-        assert torch.equal(one.total, other.total)
-        assert torch.equal(one.output, other.output)
+    for forward, backward in ((a.merge(b), b.merge(a)), (c.merge(d), d.merge(c))):
+        assert torch.equal(forward.maximum, backward.maximum)
+        assert torch.equal(forward.total, backward.total)
+        assert torch.equal(forward.output, backward.output)
 
 
 @pytest.mark.parametrize("level", [-1e4, -200.0, 0.0, 200.0, 1e4])
@@ -99,8 +99,8 @@ def test_extreme_scores_stay_finite(gap: float, assert_close: Callable[..., None
 
 
 def test_equal_maxima_add_up() -> None:
-    one = Partial(torch.ones(1, 1, 2), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    both = one.merge(one)
+    single = Partial(torch.ones(1, 1, 2), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    both = single.merge(single)
     assert both.total.item() == 2
     assert torch.equal(both.finish(), torch.ones(1, 1, 2))
 

@@ -141,11 +141,11 @@ def test_rows_that_see_nothing_give_zeros(make_blocks, assert_close, query_lengt
     mask[0, :, 1, 4:] = False  # sees the first block only
     mask[0, :, 2, :-1] = False  # sees the last token only
     query = random(2, 6, query_length, 16)
-    given = torch.where(mask, 0.0, -torch.inf) if additive else mask
+    mask_in_form = torch.where(mask, 0.0, -torch.inf) if additive else mask
     for output in (
-        naive.attend(query, blocks, given, ScoreOptions(0.25)),
-        direct.attend(query, blocks, given, ScoreOptions(0.25)),
-        dispatch.attend(query, blocks, given, ScoreOptions(0.25)),
+        naive.attend(query, blocks, mask_in_form, ScoreOptions(0.25)),
+        direct.attend(query, blocks, mask_in_form, ScoreOptions(0.25)),
+        dispatch.attend(query, blocks, mask_in_form, ScoreOptions(0.25)),
     ):
         assert torch.isfinite(output).all()
         assert torch.equal(output[0, :, 0], torch.zeros(6, 16))
@@ -231,7 +231,7 @@ def test_inputs_are_left_alone(make_blocks) -> None:
     for attend in (naive.attend, direct.attend, dispatch.attend):
         attend(query, blocks, mask, ScoreOptions(0.25, 3.0, torch.zeros(4)))
     after = [query, mask, *(tensor for block in blocks for tensor in block.reconstruct())]
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(earlier, later) for earlier, later in zip(before, after, strict=True))
 
 
 def test_a_change_in_one_token_is_seen(make_blocks) -> None:

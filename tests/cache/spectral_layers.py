@@ -1,4 +1,4 @@
-"""Layers under the spectral codec for tests: tokens as a model makes them, and checks against a dense cache."""
+"""Layers under the spectral codec for tests: tokens like those of a model, and checks against a dense cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def rotation_of(start: int, count: int) -> Rotation:
 
 
 def new_tokens(start: int, count: int, batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Rotation]:
-    """Keys as a model with a key bias makes them, values, and the positions."""
+    """Keys like those of a model with a key bias, values, and the positions."""
     rotation = rotation_of(start, count)
     x = random(batch, HEADS, count, HEAD_DIM, seed=seed) + 2 * random(1, HEADS, 1, HEAD_DIM)
     return (
@@ -57,8 +57,8 @@ def check(layer: SpectralLayer, dense: list[torch.Tensor]) -> None:
     count = dense[0].shape[-2]
     assert layer.num_tokens == count == sum(block.num_tokens for block in layer.blocks)
     rebuilt = [torch.cat(parts, -2) for parts in zip(*(block.reconstruct() for block in layer.blocks), strict=True)]
-    for found in (layer.reconstruct(), rebuilt):
-        for part, expected in zip(found, dense, strict=True):
+    for actual in (layer.reconstruct(), rebuilt):
+        for part, expected in zip(actual, dense, strict=True):
             assert part.shape == expected.shape
             assert float((part - expected).norm() / expected.norm()) < NEAR
             worst = (part - expected).norm(dim=-1) / expected.norm(dim=-1).mean()
@@ -68,7 +68,7 @@ def check(layer: SpectralLayer, dense: list[torch.Tensor]) -> None:
 def check_bytes(layer: SpectralLayer, allocated_bytes: Callable[[Any], int]) -> None:
     stats = layer.stats()
     assert stats.stored_bytes == stats.sink_bytes + stats.cold_bytes + stats.residual_bytes
-    # All that is held, but for the plan of the basis in no block and the steps of positions that pieces share.
+    # All tensors of the layer, except the plan of the basis in no block and the steps of positions that pieces share.
     assert abs(allocated_bytes(layer) - stats.stored_bytes) <= 0.05 * stats.stored_bytes + 4000
     sealed = [block for block in layer.blocks if isinstance(block, SpectralBlock)]
     assert stats.sealed_tokens == sum(block.num_tokens for block in sealed)

@@ -44,17 +44,17 @@ def kinds(layer: SpectralLayer) -> list[tuple[type, int]]:
 
 
 def check_kept(layer: SpectralLayer, tokens: tuple[torch.Tensor, ...], exact: set[int]) -> None:
-    """The blocks of ``exact`` are bit for bit what came, the others near, none is missing."""
+    """The blocks of ``exact`` equal the input bit for bit, the others are close to it, none is missing."""
     assert layer.num_tokens == TOKENS
-    for held, came in zip(layer.reconstruct(), tokens, strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), tokens, strict=True):
         for index in range(NUM_BLOCKS):
             part = slice(SINKS + index * SIZE, SINKS + (index + 1) * SIZE)
             if index in exact:
-                assert torch.equal(held[..., part, :].nan_to_num(7.5), came[..., part, :].nan_to_num(7.5))
+                assert torch.equal(rebuilt[..., part, :].nan_to_num(7.5), expected[..., part, :].nan_to_num(7.5))
             else:
-                assert (held[..., part, :] - came[..., part, :]).abs().max() < 0.1
-        assert torch.equal(held[..., :SINKS, :], came[..., :SINKS, :])
-        assert torch.equal(held[..., SINKS + NUM_BLOCKS * SIZE :, :], came[..., SINKS + NUM_BLOCKS * SIZE :, :])
+                assert (rebuilt[..., part, :] - expected[..., part, :]).abs().max() < 0.1
+        assert torch.equal(rebuilt[..., :SINKS, :], expected[..., :SINKS, :])
+        assert torch.equal(rebuilt[..., SINKS + NUM_BLOCKS * SIZE :, :], expected[..., SINKS + NUM_BLOCKS * SIZE :, :])
     stats = layer.stats()
     assert stats.exact_blocks == len(exact)
     assert stats.sealed_tokens == (NUM_BLOCKS - len(exact)) * SIZE
@@ -122,7 +122,7 @@ def test_a_failing_factorization_keeps_tokens_exact_counted_and_logged(
         layer = sealed(*tokens)
     check_kept(layer, tokens, exact=set(range(NUM_BLOCKS)))
     assert str(error) in caplog.text
-    assert all(torch.equal(held, came) for held, came in zip(layer.reconstruct(), tokens, strict=True))
+    assert all(torch.equal(rebuilt, expected) for rebuilt, expected in zip(layer.reconstruct(), tokens, strict=True))
     layer.append(*pair(SIZE, 1))
     layer.seal()
     assert layer.stats().sealed_tokens == SIZE
@@ -172,7 +172,7 @@ def test_an_interrupted_seal_leaves_the_layer_as_it_was(
     assert len(calls) == call
     assert layer.stats() == stats
     assert [(type(block), block.num_tokens) for block in layer.blocks] == blocks
-    assert all(torch.equal(held, came) for held, came in zip(layer.reconstruct(), before, strict=True))
+    assert all(torch.equal(rebuilt, expected) for rebuilt, expected in zip(layer.reconstruct(), before, strict=True))
     layer.seal()
     assert layer.stats().sealed_tokens > stats.sealed_tokens
     assert layer.num_tokens == stats.num_tokens
@@ -214,7 +214,7 @@ def test_a_failing_map_leaves_the_layer_as_it_was() -> None:
 
     with pytest.raises(IndexError):
         layer.map_batch(fail)
-    assert all(torch.equal(held, came) for held, came in zip(layer.reconstruct(), before, strict=True))
+    assert all(torch.equal(rebuilt, expected) for rebuilt, expected in zip(layer.reconstruct(), before, strict=True))
 
 
 def test_cropping_inside_an_exact_block_keeps_it_exact() -> None:
@@ -226,5 +226,5 @@ def test_cropping_inside_an_exact_block_keeps_it_exact() -> None:
         (ExactBlock, 5),
     ]
     part = slice(SINKS + SIZE, SINKS + SIZE + 5)
-    held = layer.reconstruct()[0][..., part, :]
-    assert torch.equal(held.nan_to_num(7.5), tokens[0][..., part, :].nan_to_num(7.5))
+    rebuilt = layer.reconstruct()[0][..., part, :]
+    assert torch.equal(rebuilt.nan_to_num(7.5), tokens[0][..., part, :].nan_to_num(7.5))

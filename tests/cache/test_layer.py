@@ -75,9 +75,9 @@ def test_random_histories_match_a_dense_cache(
         elif kind == "seal":
             layer.seal()
         elif kind == "crop":
-            kept = rng.choice([keys.shape[-2], rng.randint(0, keys.shape[-2]), max(0, keys.shape[-2] - 1)])
-            layer.crop(kept)
-            keys, values = keys[..., :kept, :], values[..., :kept, :]
+            num_kept = rng.choice([keys.shape[-2], rng.randint(0, keys.shape[-2]), max(0, keys.shape[-2] - 1)])
+            layer.crop(num_kept)
+            keys, values = keys[..., :num_kept, :], values[..., :num_kept, :]
         elif keys.shape[-2]:
             rows = torch.tensor([rng.randrange(keys.shape[0]) for _ in range(rng.randint(1, 3))])
             layer.map_batch(lambda tensor, rows=rows: tensor[rows])
@@ -117,10 +117,10 @@ def test_sinks_and_residual_are_exact() -> None:
     layer = filled(100)
     sealed = layer.stats().sealed_tokens
     assert sealed == 80
-    for part, whole in zip(layer.reconstruct(), (keys, values), strict=True):
-        assert torch.equal(part[..., :SINKS, :], whole[..., :SINKS, :])
-        assert torch.equal(part[..., SINKS + sealed :, :], whole[..., SINKS + sealed :, :])
-        assert not torch.equal(part, whole)
+    for actual, expected in zip(layer.reconstruct(), (keys, values), strict=True):
+        assert torch.equal(actual[..., :SINKS, :], expected[..., :SINKS, :])
+        assert torch.equal(actual[..., SINKS + sealed :, :], expected[..., SINKS + sealed :, :])
+        assert not torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
@@ -194,14 +194,14 @@ def test_crop_then_go_on(kept: int, assert_close: Callable[..., None], allocated
     check(layer, keys, values, assert_close)
     assert layer.stats().sealed_tokens >= 3 * SIZE
     assert layer.stats().stored_bytes == allocated_bytes(layer)
-    for part, whole in zip(layer.reconstruct(), (keys, values), strict=True):
-        assert torch.equal(part[..., :2, :], whole[..., :2, :]) or kept == 1
+    for actual, expected in zip(layer.reconstruct(), (keys, values), strict=True):
+        assert torch.equal(actual[..., :2, :], expected[..., :2, :]) or kept == 1
 
 
 def test_crop_gives_bytes_back() -> None:
     layer, sizes = filled(1000), []
-    for kept in (1000, 999, 900, 500, 100, 30, 6, 2, 0):
-        layer.crop(kept)
+    for num_kept in (1000, 999, 900, 500, 100, 30, 6, 2, 0):
+        layer.crop(num_kept)
         sizes.append(layer.stats().stored_bytes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 0
@@ -306,7 +306,7 @@ def test_wrong_shapes_are_refused_and_change_nothing() -> None:
         with pytest.raises(InvalidArgumentError):
             layer.append(*tokens)
         assert layer.num_tokens == 100, case
-        assert all(torch.equal(one, other) for one, other in zip(before, layer.reconstruct(), strict=True)), case
+        assert all(torch.equal(first, other) for first, other in zip(before, layer.reconstruct(), strict=True)), case
 
 
 def test_a_rank_above_the_head_dim_is_refused_with_the_first_tokens() -> None:
@@ -319,11 +319,11 @@ def test_a_rank_above_the_head_dim_is_refused_with_the_first_tokens() -> None:
 def test_sealing_is_repeatable_and_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = filled(100, SpectralConfig(3, 4, SIZE))
+    first = filled(100, SpectralConfig(3, 4, SIZE))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     other = filled(100, SpectralConfig(3, 4, SIZE))
-    assert all(torch.equal(a, b) for a, b in zip(one.reconstruct(), other.reconstruct(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.reconstruct(), other.reconstruct(), strict=True))
 
 
 def test_the_layer_can_be_attended_to(assert_close: Callable[..., None]) -> None:

@@ -59,9 +59,9 @@ def check_attention(layer: SpectralLayer, padding: torch.Tensor, assert_close: C
     expected = naive.attend(query, dense, mask, ScoreOptions(1.0))
     sees = mask.any(-1, keepdim=True)
     for nothing in (None, -torch.inf, torch.finfo(torch.float32).min):
-        given = mask if nothing is None else torch.where(mask, 0.0, nothing)
-        arranged = layer.arrange_mask(given)
-        assert arranged.dtype == given.dtype
+        mask_in_form = mask if nothing is None else torch.where(mask, 0.0, nothing)
+        arranged = layer.arrange_mask(mask_in_form)
+        assert arranged.dtype == mask_in_form.dtype
         assert arranged.shape[-1] == sum(block.num_tokens for block in layer.blocks)
         output = direct.attend(query, layer.blocks, arranged, ScoreOptions(1.0))
         if nothing is not None and nothing > -torch.inf:
@@ -73,18 +73,18 @@ def check_attention(layer: SpectralLayer, padding: torch.Tensor, assert_close: C
 def test_every_row_keeps_its_own_first_tokens_exact(extra: int) -> None:
     layer = padded(LOSSY, extra=extra)
     assert layer.stats().sealed_tokens > 0
-    for held, came in zip(layer.reconstruct(), everything(extra), strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), everything(extra), strict=True):
         for row, first in enumerate(PADDING.tolist()):
-            assert torch.equal(held[row, :, first : first + SINKS], came[row, :, first : first + SINKS]), row
-        assert not torch.equal(held[0], came[0])
+            assert torch.equal(rebuilt[row, :, first : first + SINKS], expected[row, :, first : first + SINKS]), row
+        assert not torch.equal(rebuilt[0], expected[0])
 
 
 def test_positions_are_counted_from_the_first_token_padding_included(assert_close: Callable[..., None]) -> None:
     layer = padded(extra=40)
     assert layer.num_tokens == TOKENS + 40
-    for held, came in zip(layer.reconstruct(), everything(40), strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), everything(40), strict=True):
         for row, first in enumerate(PADDING.tolist()):
-            assert_close(held[row, :, first:], came[row, :, first:], NEAR)
+            assert_close(rebuilt[row, :, first:], expected[row, :, first:], NEAR)
 
 
 def test_padding_takes_no_rank() -> None:
@@ -95,9 +95,9 @@ def test_padding_takes_no_rank() -> None:
     layer = SpectralLayer(CONFIG)
     layer.append(keys, values)
     layer.seal(padding)
-    for held, came in zip(layer.reconstruct(), (keys, values), strict=True):
-        assert torch.equal(held[1, :, 16:40], torch.zeros(HEADS, 24, HEAD_DIM))
-        assert (held[1, :, 40:] - came[1, :, 40:]).abs().max() < 0.1
+    for rebuilt, expected in zip(layer.reconstruct(), (keys, values), strict=True):
+        assert torch.equal(rebuilt[1, :, 16:40], torch.zeros(HEADS, 24, HEAD_DIM))
+        assert (rebuilt[1, :, 40:] - expected[1, :, 40:]).abs().max() < 0.1
 
 
 def test_numbers_that_are_not_finite_in_the_padding_keep_no_block_exact() -> None:
@@ -141,8 +141,8 @@ def test_a_row_padded_almost_to_its_end(hidden: int, assert_close: Callable[...,
     padding = torch.tensor([0, hidden])
     layer = padded(CONFIG, padding)
     assert layer.num_tokens == TOKENS
-    held, came = layer.reconstruct()[0], pair(batch=2)[0]
-    assert torch.equal(held[1, :, -SINKS:], came[1, :, -SINKS:])
+    rebuilt, expected = layer.reconstruct()[0], pair(batch=2)[0]
+    assert torch.equal(rebuilt[1, :, -SINKS:], expected[1, :, -SINKS:])
     check_attention(layer, padding, assert_close)
 
 
@@ -151,10 +151,10 @@ def test_rows_can_be_chosen_and_repeated(assert_close: Callable[..., None]) -> N
     rows = torch.tensor([3, 3, 0, 2, 1])
     layer.map_batch(lambda tensor: tensor[rows])
     check_attention(layer, PADDING[rows], assert_close)
-    for held, came in zip(layer.reconstruct(), everything(3), strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), everything(3), strict=True):
         for row, source in enumerate(rows.tolist()):
             first = PADDING[source]
-            assert torch.equal(held[row, :, first : first + SINKS], came[source, :, first : first + SINKS])
+            assert torch.equal(rebuilt[row, :, first : first + SINKS], expected[source, :, first : first + SINKS])
 
 
 @pytest.mark.parametrize("kept", [102, 99, 95, 80, 79, 75, 74, 73, 60, 10, 3])
@@ -163,10 +163,10 @@ def test_crop_at_every_depth(kept: int, assert_close: Callable[..., None], alloc
     layer.crop(kept)
     assert layer.num_tokens == kept
     assert layer.stats().stored_bytes == allocated_bytes(layer)
-    for held, came in zip(layer.reconstruct(), everything(3), strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), everything(3), strict=True):
         for row, first in enumerate(PADDING.tolist()):
             if first < kept:
-                assert_close(held[row, :, first:], came[row, :, first:kept], NEAR)
+                assert_close(rebuilt[row, :, first:], expected[row, :, first:kept], NEAR)
     check_attention(layer, PADDING, assert_close)
 
 
@@ -177,9 +177,9 @@ def test_crop_of_tokens_that_are_sinks_of_a_short_row(removed: int, assert_close
     layer = padded(CONFIG, padding)
     layer.crop(TOKENS - removed)
     assert layer.num_tokens == TOKENS - removed
-    for held, came in zip(layer.reconstruct(), pair(batch=2), strict=True):
-        assert_close(held[0], came[0, :, :-removed], NEAR)
-        assert torch.equal(held[1, :, TOKENS - 5 :], came[1, :, TOKENS - 5 : -removed])
+    for rebuilt, expected in zip(layer.reconstruct(), pair(batch=2), strict=True):
+        assert_close(rebuilt[0], expected[0, :, :-removed], NEAR)
+        assert torch.equal(rebuilt[1, :, TOKENS - 5 :], expected[1, :, TOKENS - 5 : -removed])
     check_attention(layer, padding, assert_close)
 
 
@@ -233,17 +233,17 @@ def test_random_histories_match_a_dense_cache(seed: int, assert_close: Callable[
                 layer.note_padding(padding)
             layer.seal()
         elif kind == "crop":
-            kept = rng.randint(max(1, keys.shape[-2] - rng.choice([2, 30, 100])), keys.shape[-2])
-            layer.crop(kept)
-            keys, values, padding = keys[..., :kept, :], values[..., :kept, :], padding.clamp(max=kept)
+            num_kept = rng.randint(max(1, keys.shape[-2] - rng.choice([2, 30, 100])), keys.shape[-2])
+            layer.crop(num_kept)
+            keys, values, padding = keys[..., :num_kept, :], values[..., :num_kept, :], padding.clamp(max=num_kept)
         else:
             rows = torch.tensor([rng.randrange(len(padding)) for _ in range(3)])
             layer.map_batch(lambda tensor, rows=rows: tensor[rows])
             keys, values, padding = keys[rows], values[rows], padding[rows]
         assert layer.num_tokens == keys.shape[-2]
-        for held, came in zip(layer.reconstruct(), (keys, values), strict=True):
+        for rebuilt, expected in zip(layer.reconstruct(), (keys, values), strict=True):
             for row, first in enumerate(padding.tolist()):
-                assert ((held[row, :, first:] - came[row, :, first:]).abs() < 0.15).all()
+                assert ((rebuilt[row, :, first:] - expected[row, :, first:]).abs() < 0.15).all()
         if layer.num_tokens >= 3:
             check_attention(layer, padding, assert_close)
 
@@ -268,10 +268,10 @@ def test_noted_padding_follows_its_rows() -> None:
     rows = torch.tensor([3, 0])
     layer.map_batch(lambda tensor: tensor[rows])
     layer.seal()
-    for held, came in zip(layer.reconstruct(), pair(), strict=True):
+    for rebuilt, expected in zip(layer.reconstruct(), pair(), strict=True):
         for row, source in enumerate(rows.tolist()):
             first = PADDING[source]
-            assert torch.equal(held[row, :, first : first + SINKS], came[source, :, first : first + SINKS])
+            assert torch.equal(rebuilt[row, :, first : first + SINKS], expected[source, :, first : first + SINKS])
 
 
 def test_noted_padding_is_forgotten_with_the_tokens() -> None:

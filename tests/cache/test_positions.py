@@ -1,4 +1,4 @@
-"""The positions of the exact tail against a plain list, and the sample of queries that look at it."""
+"""The positions of the exact tail against a plain list, and the sample of queries that attend to it."""
 
 import random
 
@@ -23,9 +23,9 @@ def nbytes(log: PositionLog) -> int:
     return storage_bytes(*log.tensors)
 
 
-def near(found: Rotation, rows: list[list[int]]) -> bool:
+def near(rotation: Rotation, rows: list[list[int]]) -> bool:
     expected = rotation_of(*rows).table()
-    table = found.table().expand(max(len(found.table()), len(rows)), -1, -1)
+    table = rotation.table().expand(max(len(rotation.table()), len(rows)), -1, -1)
     return table.shape[1:] == expected.shape[1:] and bool((table - expected).abs().max() < 2e-2)
 
 
@@ -36,7 +36,7 @@ def test_random_histories_match_a_list(seed: int, padded: bool) -> None:
     log, rows, position = PositionLog(), [[], []], 0
     for _ in range(30):
         kind = rng.choice(["append", "append", "append", "drop", "crop", "batch"])
-        held = len(rows[0])
+        num_held = len(rows[0])
         if kind == "append":
             count = rng.choice([1, 1, 2, 30])
             new = [list(range(position + shift, position + shift + count)) for shift in (0, 5 * padded)]
@@ -44,30 +44,30 @@ def test_random_histories_match_a_list(seed: int, padded: bool) -> None:
             rows = [row + extra for row, extra in zip(rows, new, strict=True)]
             position += count
         elif kind == "drop":
-            count = rng.choice([0, held, rng.randint(0, held)])
+            count = rng.choice([0, num_held, rng.randint(0, num_held)])
             log.drop(count)
             rows = [row[count:] for row in rows]
         elif kind == "crop":
-            kept = rng.choice([held, rng.randint(0, held), held + 3])
-            log.crop(kept)
-            position -= max(0, held - kept)
-            rows = [row[:kept] for row in rows]
+            num_kept = rng.choice([num_held, rng.randint(0, num_held), num_held + 3])
+            log.crop(num_kept)
+            position -= max(0, num_held - num_kept)
+            rows = [row[:num_kept] for row in rows]
         elif padded:
             log.map_batch(lambda tensor: tensor[[1, 0]])
             rows = rows[::-1]
             if rows[0] and rows[0][0] > rows[1][0]:
                 log.map_batch(lambda tensor: tensor[[1, 0]])
                 rows = rows[::-1]
-        held = len(rows[0])
-        assert log.num_tokens == held
-        assert log.range(0, held + 1) is None
-        if held:
-            start = rng.randint(0, held - 1)
-            stop = rng.randint(start + 1, held)
-            found = log.range(start, stop)
-            assert found is not None
-            assert found.num_tokens == stop - start
-            assert near(found, [row[start:stop] for row in rows])
+        num_held = len(rows[0])
+        assert log.num_tokens == num_held
+        assert log.range(0, num_held + 1) is None
+        if num_held:
+            start = rng.randint(0, num_held - 1)
+            stop = rng.randint(start + 1, num_held)
+            rotation = log.range(start, stop)
+            assert rotation is not None
+            assert rotation.num_tokens == stop - start
+            assert near(rotation, [row[start:stop] for row in rows])
         else:
             assert nbytes(log) == 0
 
@@ -80,9 +80,9 @@ def test_many_single_tokens_stay_a_few_numbers() -> None:
     assert log.num_tokens == 500
     assert nbytes(log) <= (64 + 2) * 8 * PAIRS
     log.drop(128)
-    found = log.range(0, 372)
-    assert found is not None
-    assert near(found, [list(range(128, 500))])
+    rotation = log.range(0, 372)
+    assert rotation is not None
+    assert near(rotation, [list(range(128, 500))])
 
 
 def test_an_empty_log() -> None:
@@ -102,17 +102,17 @@ def queries(length: int, first: int) -> torch.Tensor:
 def test_a_prefill_is_sampled_evenly() -> None:
     sampler = QuerySampler()
     sampler.note(queries(1000, 0), 1000, missing=0)
-    found, distances = sampler.sample(4, 900)
-    assert found is not None
+    sampled, distances = sampler.sample(4, 900)
+    assert sampled is not None
     assert distances is not None
-    places = found[0, 0, :, 0]
-    assert found.shape == (2, 3, distances.shape[1], 5)
+    places = sampled[0, 0, :, 0]
+    assert sampled.shape == (2, 3, distances.shape[1], 5)
     assert 250 <= distances.shape[1] <= 256
     assert places[0] < 10
     assert places[-1] == 999
     assert (places.diff() <= 5).all()
     assert (places.diff() >= 3).all()
-    # A query saw itself and all before it, from token 4 on and no more than there are.
+    # A query saw itself and all tokens before it, from token 4 on.
     assert torch.equal(distances[1], (places.long() + 1 - 4).clamp(max=900))
     assert sampler.nbytes == 256 * (2 * 3 * 5 * 4 + 8)  # both rows were asked at the same positions
 
@@ -121,24 +121,24 @@ def test_padding_is_not_asked() -> None:
     sampler = QuerySampler()
     asking = torch.arange(100) >= torch.tensor([[0], [40]])
     sampler.note(queries(100, 0), 100, missing=-5, asking=asking)
-    found, distances = sampler.sample(0, 100)
-    assert found is not None
+    sampled, distances = sampler.sample(0, 100)
+    assert sampled is not None
     assert distances is not None
     for row, first in enumerate((0, 40)):
-        assert found[row, 0, distances[row] > 0, 0].tolist() == list(range(first, 100))
+        assert sampled[row, 0, distances[row] > 0, 0].tolist() == list(range(first, 100))
 
 
 def test_while_decoding_few_are_held() -> None:
     sampler = QuerySampler()
     for position in range(1000, 1600):
         sampler.note(queries(1, position), position + 1, missing=1600 - position - 1)
-    found, distances = sampler.sample(1100, 500)
-    assert found is not None
+    sampled, distances = sampler.sample(1100, 500)
+    assert sampled is not None
     assert distances is not None
     assert 30 <= distances.shape[1] <= 34
-    assert found.dtype == torch.float32
+    assert sampled.dtype == torch.float32
     assert sampler.nbytes <= 34 * BYTES
-    assert torch.allclose(found[0, 0, :, 0], distances + 1099.0, rtol=1e-3)
+    assert torch.allclose(sampled[0, 0, :, 0], distances + 1099.0, rtol=1e-3)
     assert distances.max() == 500
     assert distances.min() > 500 - 140
 
@@ -148,26 +148,26 @@ def test_queries_before_the_tokens_do_not_count() -> None:
     assert sampler.sample(0, 10) == (None, None)
     sampler.note(queries(50, 0), 50, missing=0)
     assert sampler.sample(50, 10) == (None, None)
-    found, distances = sampler.sample(48, 10)
-    assert found is not None
-    assert found[0, 0, :, 0].tolist() == [48, 49]
+    sampled, distances = sampler.sample(48, 10)
+    assert sampled is not None
+    assert sampled[0, 0, :, 0].tolist() == [48, 49]
     assert distances.tolist() == [[1, 2]] * 2
 
 
 def sampled(sampler: QuerySampler) -> list[int]:
     """Positions asked at."""
-    found, _ = sampler.sample(0, 10_000)
-    return [] if found is None else found[0, 0, :, 0].int().tolist()
+    queries, _ = sampler.sample(0, 10_000)
+    return [] if queries is None else queries[0, 0, :, 0].int().tolist()
 
 
 def test_of_tokens_that_come_together_every_fourth_is_held() -> None:
-    """Whatever is taken back: in assisted decoding that is most often the newest."""
-    sampler, held = QuerySampler(), 1000
-    while held < 1200:
-        sampler.note(queries(6, held), held + 6, missing=1220 - held - 6)
-        held += 1 + held % 6
-        sampler.crop(held)
-    assert sampled(sampler) == list(range(1092, held, 4))
+    """Whichever tokens are taken back; in assisted decoding these are mostly the newest."""
+    sampler, num_held = QuerySampler(), 1000
+    while num_held < 1200:
+        sampler.note(queries(6, num_held), num_held + 6, missing=1220 - num_held - 6)
+        num_held += 1 + num_held % 6
+        sampler.crop(num_held)
+    assert sampled(sampler) == list(range(1092, num_held, 4))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 99, 100, 300])
@@ -187,9 +187,9 @@ def test_queries_follow_the_batch() -> None:
     sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 8, 5).float(), 8, missing=4)
     sampler.note(torch.arange(2)[:, None, None, None].expand(2, 3, 4, 5).float(), 12, missing=0)
     sampler.map_batch(lambda tensor: tensor[[1, 0, 1]])
-    found, distances = sampler.sample(0, 12)
-    assert found is not None
+    queries, distances = sampler.sample(0, 12)
+    assert queries is not None
     assert distances is not None
-    assert found.shape == (3, 3, 6, 5)
-    assert found[:, 0, :, 0].tolist() == [[row] * 6 for row in (1.0, 0.0, 1.0)]
+    assert queries.shape == (3, 3, 6, 5)
+    assert queries[:, 0, :, 0].tolist() == [[row] * 6 for row in (1.0, 0.0, 1.0)]
     assert distances.tolist() == [[1, 5, 9, 10, 11, 12]] * 3

@@ -30,7 +30,7 @@ LONGEST, MOST_ROWS, ROOM = 700, 3, 4096
 NEAR, WORST = 0.05, 0.25
 FIRST = torch.arange(HEAD_DIM // 2)
 GENERATOR = torch.Generator().manual_seed(0)
-# Drawing numbers is most of what a sequence would cost: all take theirs from one pool, from a place of their own.
+# Drawing numbers would be most of the time of a sequence, so every sequence reads one pool at its own offset.
 POOL = torch.randn(3, 2 * ROOM, HEAD_DIM, generator=GENERATOR)
 STEP = 100.0 ** (-FIRST.double() / len(FIRST))
 ANGLES = torch.arange(2 * ROOM)[:, None] * STEP
@@ -46,7 +46,7 @@ CONFIGS = {
     "rank": SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, 3, RESIDUAL),
 }
 
-# What lies just below, at and just past the sizes at which tokens are sealed, and anything else.
+# Counts just below, at and just above the sizes at which tokens are sealed, and any others.
 EDGES = sorted(
     {edge + more for edge in (UNIT, BLOCK + RESIDUAL, BLOCK + RESIDUAL + 4, 2 * BLOCK) for more in (-1, 0, 1)}
 )
@@ -85,7 +85,7 @@ def rotation_of(places: torch.Tensor, is_known: bool) -> Rotation:
 
 @dataclass
 class Dense:
-    """The cache as it should be: all tokens, and how many of them are in which tier."""
+    """The expected cache: all tokens, and how many of them are in each tier."""
 
     config: SpectralConfig
     begins: torch.Tensor
@@ -106,11 +106,11 @@ class Dense:
 
     @property
     def real(self) -> torch.Tensor:
-        """``[rows, num_tokens]``: which tokens are no padding."""
+        """``[rows, num_tokens]``: which tokens are not padding."""
         return torch.arange(self.num_tokens) >= self.begins[:, None]
 
     def seal(self) -> None:
-        """Whole blocks older than the residual; at first also what a prefill of many tokens has of whole units."""
+        """Whole blocks older than the residual; at the first sealing also whole units of a long prefill."""
         sealed = self.num_sinks + self.num_cold > 0
         sinks = self.num_sinks if sealed else self.config.num_sink_tokens
         old = self.num_tokens - sinks - self.num_cold - self.config.residual_length
@@ -148,10 +148,10 @@ class Pair:
             self.layer.spectral.seal()
             self.dense.seal()
         elif kind == "crop":
-            kept = max(0, self.dense.num_tokens - amount)
+            num_kept = max(0, self.dense.num_tokens - amount)
             self.layer.crop(-amount)
-            if kept < self.dense.num_tokens:
-                self.dense.crop(kept)
+            if num_kept < self.dense.num_tokens:
+                self.dense.crop(num_kept)
             self.dense.seal()  # as `crop` does, for assisted decoding
         elif kind == "reset":
             self.layer.reset()
@@ -206,14 +206,14 @@ class Pair:
         stats = layer.stats()
         assert stats.num_tokens == dense.num_tokens
         if bool((dense.begins > 0).any()):
-            # Rows keep sinks of their own, so what is sealed begins elsewhere.
+            # Each row keeps its own sink tokens, so its sealed tokens begin elsewhere.
             dense.num_cold = stats.sealed_tokens
             dense.num_sinks = sum(block.num_tokens for block in layer.blocks) - dense.num_tokens
             dense.num_sinks = 0 if dense.num_sinks > 0 or not layer.is_sealed else dense.config.num_sink_tokens
         assert stats.sealed_tokens == dense.num_cold
         assert stats.exact_blocks == 0
         assert stats.stored_bytes == stats.sink_bytes + stats.cold_bytes + stats.residual_bytes
-        # All that is held, but for the plan of the basis in no block and the steps of positions that pieces share.
+        # All tensors of the layer, except the plan of the basis in no block and the shared steps of positions.
         assert abs(allocated_bytes(layer) - stats.stored_bytes) <= 0.05 * stats.stored_bytes + 2000
         if not dense.num_tokens:
             assert layer.is_empty
@@ -225,18 +225,18 @@ class Pair:
         copies = sum(tiers) - dense.num_tokens
         assert copies in (0, dense.config.num_sink_tokens)
         assert (tiers[0] if isinstance(layer.blocks[0], ExactBlock) else 0) >= dense.num_sinks
-        for found, came in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
-            assert found.shape == came.shape
+        for actual, expected in zip(layer.reconstruct(), (dense.keys, dense.values), strict=True):
+            assert actual.shape == expected.shape
             # A crop below the sinks brings sealed padding back to the residual; no query sees what is there.
-            is_exact = (found == came) | (~dense.real[:, None, :, None] & found.isfinite())
+            is_exact = (actual == expected) | (~dense.real[:, None, :, None] & actual.isfinite())
             assert bool(is_exact[:, :, : cold.start].all()), "sinks are exact"
             assert bool(is_exact[:, :, cold.stop :].all()), "the residual is exact"
             for row, is_real in enumerate(dense.real[:, cold]):
                 if is_real.any():
-                    tokens = came[row, :, cold][:, is_real]
-                    error = (found[row, :, cold][:, is_real] - tokens).norm(dim=-1)
+                    tokens = expected[row, :, cold][:, is_real]
+                    error = (actual[row, :, cold][:, is_real] - tokens).norm(dim=-1)
                     assert float(error.norm() / tokens.norm()) < NEAR
-                    size = came[row, :, dense.real[row]].norm(dim=-1).mean()
+                    size = expected[row, :, dense.real[row]].norm(dim=-1).mean()
                     assert float(error.max() / size) < WORST, "a token is lost or out of its place"
         start = -copies
         for block in layer.blocks:

@@ -1,4 +1,4 @@
-"""The exact tail: grows in place, holds exactly what was put in, gives bytes back."""
+"""The exact tail grows in place, returns exactly the tokens appended to it, and frees memory."""
 
 import copy
 
@@ -19,8 +19,8 @@ def test_appending_is_concatenation() -> None:
     buffer = ResidualBuffer(*parts[0])
     for part in parts[1:]:
         buffer.append(*part)
-    for held, expected in zip((buffer.block.keys, buffer.block.values), zip(*parts, strict=True), strict=True):
-        assert torch.equal(held, torch.cat(expected, -2))
+    for actual, expected in zip((buffer.block.keys, buffer.block.values), zip(*parts, strict=True), strict=True):
+        assert torch.equal(actual, torch.cat(expected, -2))
     assert buffer.num_tokens == 81
 
 
@@ -58,11 +58,11 @@ def test_spare_room_is_counted_and_bounded() -> None:
 
 def test_copy_gives_bytes_back_and_shares_nothing() -> None:
     buffer = ResidualBuffer(*pair(100))
-    kept = buffer.copy(90, 100)
-    assert kept.num_tokens == 10
-    assert kept.nbytes == 10 * buffer.nbytes // 100
-    assert torch.equal(kept.block.keys, buffer.block.keys[..., 90:, :])
-    kept.block.keys.zero_()
+    copied = buffer.copy(90, 100)
+    assert copied.num_tokens == 10
+    assert copied.nbytes == 10 * buffer.nbytes // 100
+    assert torch.equal(copied.block.keys, buffer.block.keys[..., 90:, :])
+    copied.block.keys.zero_()
     assert buffer.block.keys[..., 90:, :].abs().min() > 0
     empty = buffer.copy(100, 100)
     assert (empty.num_tokens, empty.nbytes) == (0, 0)

@@ -21,7 +21,7 @@ RANK = SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, SINKS, RESIDUAL)
 
 
 def queries_of(rows: int, count: int, seed: int = 2) -> torch.Tensor:
-    """Each row's look at directions of its own, more or less."""
+    """Queries of each row weight different directions."""
     looks = torch.stack([torch.logspace(0, -2, HEAD_DIM).roll(row) for row in range(rows)])[:, None, None]
     return random(rows, HEADS * GROUPS, count, HEAD_DIM, seed=seed) * looks
 
@@ -56,13 +56,13 @@ def coded(layer: SpectralLayer) -> list[SpectralBlock]:
 
 
 def check_rows(layer: SpectralLayer, chunks: list[Chunk], near: float = NEAR) -> None:
-    """Every real token is there, in its place, and the first ones of each row are exact."""
+    """Every token that is not padding is in its place, and the first ones of each row are exact."""
     real = torch.cat([chunk.real for chunk in chunks], 1)
     for name, rebuilt in zip(("keys", "values"), layer.reconstruct(), strict=True):
-        came = torch.cat([getattr(chunk, name) for chunk in chunks], 2)
+        original = torch.cat([getattr(chunk, name) for chunk in chunks], 2)
         for row, is_real in enumerate(real):
             if is_real.any():
-                tokens, expected = rebuilt[row][:, is_real], came[row][:, is_real]
+                tokens, expected = rebuilt[row][:, is_real], original[row][:, is_real]
                 assert float((tokens - expected).norm() / expected.norm()) < near, row
                 assert torch.equal(tokens[:, :SINKS], expected[:, :SINKS]), "sinks"
 
@@ -107,9 +107,9 @@ def test_the_metric_of_a_row_is_the_one_it_has_alone(
     together = metric_of(Observed(rotation, queries, distances, torch.tensor([0, hidden])), HEADS, HEAD_DIM, is_rotated)
     first = metric_of(Observed(rotation, queries[:1], distances[:1]), HEADS, HEAD_DIM, is_rotated)
     count = min(length, 256)
-    own = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
+    row_observed = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
     assert_close(together[:1], first, 1e-5)
-    assert_close(together[1:], metric_of(own, HEADS, HEAD_DIM, is_rotated), 1e-5)
+    assert_close(together[1:], metric_of(row_observed, HEADS, HEAD_DIM, is_rotated), 1e-5)
 
 
 def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -> None:
@@ -144,7 +144,7 @@ def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
     chunk = Chunk(0, LONG, padding, queries_of(len(lengths), LONG))
 
     def errors(rows: list[int]) -> list[float]:
-        """Of the scores of each row's own queries, over its own tokens."""
+        """Error of the scores of each row's own queries over its own tokens."""
         layer = SpectralLayer(config_of(frame, bits_per_element=3))
         picked = chunk.pick(rows)
         picked.feed(layer)
@@ -163,7 +163,7 @@ def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
 def test_a_row_that_begins_in_a_later_chunk(
     config: SpectralConfig, late: int, allocated_bytes: Callable[[Any], int]
 ) -> None:
-    """Eight rows, seven of them long: one without a basis of its own must not be outvoted."""
+    """Eight rows, seven of them long: the bases of the seven must not decide for the other."""
     padding, layer, chunks = torch.tensor([0] * 7 + [late]), SpectralLayer(config), []
     for start in (0, 400, 800):
         chunks.append(Chunk(start, 400, padding, queries_of(8, 400, seed=start)))

@@ -1,4 +1,4 @@
-"""What blocks sealed later share with earlier ones, whatever was done to the batch or the tail in between."""
+"""Blocks sealed later share the basis of earlier ones, whatever changed in the batch or the tail in between."""
 
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +95,7 @@ def test_beam_search_costs_no_basis_and_no_queries(frame: str, allocated_bytes: 
 @frames
 def test_queries_follow_their_rows(frame: str) -> None:
     """After a reordering just before its sealing a block gets the codes of one whose rows always stood there."""
-    swap, found = MAPS["reorder"], []
+    swap, blocks = MAPS["reorder"], []
     short_of_one = 4 + 4 * BLOCK + config_of().residual_length - 1 - PREFILL
     for is_swapped_late in (False, True):
         layer = SpectralLayer(config_of(frame, bits_per_element=2.5))
@@ -113,8 +113,8 @@ def test_queries_follow_their_rows(frame: str) -> None:
             layer.map_batch(swap)
         feed(layer, PREFILL + short_of_one, 1, seed=5)
         layer.seal()
-        found.extend(coded(layer))
-    first, second = found
+        blocks.extend(coded(layer))
+    first, second = blocks
     assert first.num_tokens == second.num_tokens == 4 * BLOCK
     assert torch.equal(first.keys.planes, second.keys.planes)
     assert torch.equal(first.keys.scales, second.keys.scales)
@@ -147,10 +147,10 @@ def test_a_crop_of_the_tail_keeps_the_basis(frame: str, removed: int, allocated_
 @frames
 def test_a_crop_into_sealed_tokens_forgets_the_basis(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
     layer, dense = prefilled(frame)
-    kept = 4 + 2 * BLOCK
-    layer.crop(kept)
+    num_kept = 4 + 2 * BLOCK
+    layer.crop(num_kept)
     assert layer._codec.nbytes == 0
-    dense = extend(layer, [tensor[..., :kept, :] for tensor in dense], BLOCK + 20, seed=1)
+    dense = extend(layer, [tensor[..., :num_kept, :] for tensor in dense], BLOCK + 20, seed=1)
     layer.seal()
     first, second = coded(layer)
     assert second.keys.vectors is not first.keys.vectors
@@ -173,7 +173,7 @@ def test_what_two_blocks_share_they_share_after_a_change_of_the_batch() -> None:
 
 
 def test_an_overflow_does_not_decide_the_basis_of_the_rest() -> None:
-    """The run with it cannot be sealed as a whole; its other blocks can."""
+    """The run that contains the block cannot be sealed as a whole; its other blocks can."""
     layer = SpectralLayer(config_of())
     feed(layer, 0, 4 + 4 * BLOCK + 16)
     layer._tiers.residual.block.keys[..., 4 + 2 * BLOCK + 5, :] = 1e30  # type: ignore[union-attr]

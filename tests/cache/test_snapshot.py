@@ -1,4 +1,4 @@
-"""The file of a snapshot: what is written comes back, and whatever else is there is refused."""
+"""The file of a snapshot: reading returns what was written, and any other file is refused."""
 
 import json
 import multiprocessing
@@ -59,17 +59,17 @@ def refusal(path: Path) -> str:
 
 
 def test_everything_comes_back(path: Path) -> None:
-    found = snapshot.read(path)
-    assert found.header.integer("a") == 1
-    assert found.header.sub("b").text("c") == "text"
+    opened = snapshot.read(path)
+    assert opened.header.integer("a") == 1
+    assert opened.header.sub("b").text("c") == "text"
     for name, expected in FIELDS.items():
-        tensor = found.fields.tensor(name, None, None)
+        tensor = opened.fields.tensor(name, None, None)
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected), name
         assert tensor.untyped_storage().nbytes() == expected.numel() * expected.element_size(), name
-    # Products over it add up in the order they did.
-    assert found.fields.tensor("half, transposed", None, None).stride() == FIELDS["half, transposed"].stride()
-    assert found.num_tensors == len(FIELDS) - 1
+    # Products over it are summed in the same order as before.
+    assert opened.fields.tensor("half, transposed", None, None).stride() == FIELDS["half, transposed"].stride()
+    assert opened.num_tensors == len(FIELDS) - 1
 
 
 def test_one_tensor_stays_one(path: Path) -> None:
@@ -92,7 +92,7 @@ def test_codes_are_mapped_and_writing_to_them_leaves_the_file_alone(path: Path) 
 
 
 def test_anyone_can_read_it(path: Path) -> None:
-    """It is plain safetensors."""
+    """The file is plain safetensors."""
     assert torch.equal(load_file(path)["0"], FIELDS["float"])
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
@@ -101,14 +101,14 @@ def test_anyone_can_read_it(path: Path) -> None:
 
 
 def test_every_altered_byte_is_seen(path: Path) -> None:
-    whole = path.read_bytes()
+    content = path.read_bytes()
     draw = random.Random(0)
-    begin = 8 + struct.unpack("<Q", whole[:8])[0]
+    begin = 8 + struct.unpack("<Q", content[:8])[0]
     # The length of the header, every byte of the data, and many within the header.
-    places = [*range(8), *range(begin, len(whole)), *draw.sample(range(8, begin), 400)]
+    places = [*range(8), *range(begin, len(content)), *draw.sample(range(8, begin), 400)]
     missed = []
     for place in places:
-        altered = bytearray(whole)
+        altered = bytearray(content)
         altered[place] ^= 1 << draw.randrange(8)
         path.write_bytes(altered)
         try:
@@ -116,15 +116,15 @@ def test_every_altered_byte_is_seen(path: Path) -> None:
         except LoadError:
             continue
         missed.append(place)
-    assert not missed, [whole[max(0, place - 20) : place + 20] for place in missed]
+    assert not missed, [content[max(0, place - 20) : place + 20] for place in missed]
 
 
 def test_every_truncation_is_seen(path: Path) -> None:
-    whole = path.read_bytes()
-    for length in {0, 1, 7, 8, 9, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 50)}:
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in {0, 1, 7, 8, 9, len(content) - 1, *random.Random(0).sample(range(len(content)), 50)}:
+        path.write_bytes(content[:length])
         assert "truncated" in refusal(path)
-    path.write_bytes(whole + b"\0")
+    path.write_bytes(content + b"\0")
     refusal(path)
 
 
@@ -169,7 +169,7 @@ def rewrite(path: Path, **changes: str) -> None:
 
 
 def with_record(path: Path, change: Callable[[Any], None]) -> None:
-    """A file whose record was changed by someone who knows how to make a checksum."""
+    """A file whose record was changed and whose checksum was recomputed."""
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
     change(record)
@@ -223,7 +223,7 @@ def test_a_record_made_up(path: Path, change: Callable[[Any], None]) -> None:
 def test_fields_made_up_are_refused_when_they_are_asked_for(path: Path) -> None:
     with_record(path, lambda record: record["fields"].update(codes={"$tensor": 99}, float="text", one=True, long=-1))
     fields = snapshot.read(path).fields
-    asked: dict[str, Callable[[], Any]] = {
+    requests: dict[str, Callable[[], Any]] = {
         "refers to a tensor 99": lambda: fields.tensor("codes", None, None),
         "must have a tensor as 'float'": lambda: fields.tensor("float", None, None),
         "must have an integer of at least 0 as 'one'": lambda: fields.integer("one"),
@@ -237,7 +237,7 @@ def test_fields_made_up_are_refused_when_they_are_asked_for(path: Path) -> None:
         "must have torch.float16 as 'double', not torch.float64": lambda: fields.tensor("double", torch.float16, None),
         r"must have a tensor \[4\] as 'double', not \[3\]": lambda: fields.tensor("double", None, (4,)),
     }
-    for message, ask in asked.items():
+    for message, ask in requests.items():
         with pytest.raises(LoadError, match=message):
             ask()
 
@@ -289,11 +289,11 @@ def test_killed_at_any_moment_it_is_the_old_one_or_the_new_one(kills: int, tmp_p
         os.kill(writer.pid, signal.SIGKILL)
         writer.join(120)
         assert writer.exitcode == -signal.SIGKILL
-        found = snapshot.read(path)
-        count = found.header.integer("count", 1)
-        assert torch.equal(found.fields.tensor("all", torch.int64, (50_000,)), torch.full((50_000,), count))
+        opened = snapshot.read(path)
+        count = opened.header.integer("count", 1)
+        assert torch.equal(opened.fields.tensor("all", torch.int64, (50_000,)), torch.full((50_000,), count))
         counts.add(count)
-        # What it was writing when it was killed.
+        # The temporary file of the killed process.
         for temporary in tmp_path.glob(".*"):
             temporary.unlink()
             left += 1
@@ -303,14 +303,14 @@ def test_killed_at_any_moment_it_is_the_old_one_or_the_new_one(kills: int, tmp_p
 
 def test_token_hashes() -> None:
     ids = torch.randint(0, 50_000, (1, 100))
-    found = token_hashes(ids, [1, 50, 100, 101])
-    assert set(found) == {1, 50, 100}
-    assert len(set(found.values())) == 3
-    assert token_hashes(ids[:, :50], [50]) == {50: found[50]}
-    assert token_hashes(ids.int(), [100])[100] == found[100]
+    hashes = token_hashes(ids, [1, 50, 100, 101])
+    assert set(hashes) == {1, 50, 100}
+    assert len(set(hashes.values())) == 3
+    assert token_hashes(ids[:, :50], [50]) == {50: hashes[50]}
+    assert token_hashes(ids.int(), [100])[100] == hashes[100]
     changed = ids.clone()
     changed[0, 0] += 1
-    assert token_hashes(changed, [1])[1] != found[1]
+    assert token_hashes(changed, [1])[1] != hashes[1]
     # Rows are no longer sequences.
-    assert token_hashes(ids.view(2, 50), [50])[50] not in found.values()
-    assert token_hashes(ids.view(100, 1), [1])[1] not in found.values()
+    assert token_hashes(ids.view(2, 50), [50])[50] not in hashes.values()
+    assert token_hashes(ids.view(100, 1), [1])[1] not in hashes.values()

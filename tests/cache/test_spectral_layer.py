@@ -59,9 +59,9 @@ def test_random_histories_match_a_dense_cache(
         elif kind == "seal":
             layer.seal()
         elif kind == "crop":
-            kept = max(1, int(amount * dense[0].shape[-2]))
-            layer.crop(kept)
-            dense = [tensor[..., :kept, :] for tensor in dense]
+            num_kept = max(1, int(amount * dense[0].shape[-2]))
+            layer.crop(num_kept)
+            dense = [tensor[..., :num_kept, :] for tensor in dense]
         else:
             picked = (
                 torch.tensor([row % rows for row in amount])
@@ -94,7 +94,7 @@ def test_a_long_decode_keeps_one_basis_and_one_block(frame: str, allocated_bytes
 
 
 def positions_are_right(layer: SpectralLayer, may_be_unknown: bool = False) -> bool:
-    """Whether every coded block knows where its tokens stand."""
+    """Whether every coded block has the positions of its tokens."""
     start, near = 0, []
     for block in layer.blocks:
         if isinstance(block, SpectralBlock):
@@ -121,7 +121,7 @@ def test_positions_stay_right_after_a_crop(frame: str, kept: int) -> None:
         dense = [torch.cat(pair, -2) for pair in zip(dense, new, strict=True)]
         layer.seal()
         check(layer, dense)
-    # The tokens themselves come out right under any rotation; the wrong one costs bits.
+    # Tokens are decoded correctly under any rotation; a wrong rotation costs bits.
     assert positions_are_right(layer)
 
 
@@ -200,8 +200,8 @@ def test_attention_over_the_blocks_is_near_the_dense_one(frame: str) -> None:
     options = ScoreOptions(scaling=HEAD_DIM**-0.5)
     exact = naive.attend(query, [ExactBlock(*dense)], None, options)
     for attend in (direct.attend, naive.attend):
-        found = attend(query, layer.blocks, None, options)
-        assert float((found - exact).norm() / exact.norm()) < NEAR
+        output = attend(query, layer.blocks, None, options)
+        assert float((output - exact).norm() / exact.norm()) < NEAR
 
 
 @frames
@@ -238,9 +238,9 @@ def test_few_queries_do_not_decide_alone(frame: str, since: str) -> None:
     query = random(2, HEADS, 50, HEAD_DIM, seed=11)
     sealed = slice(4 + 128, 4 + 256)  # the tail of the prefill
     exact = query @ dense[0][..., sealed, :].mT
-    found = query @ layer.reconstruct()[0][..., sealed, :].mT
+    scores = query @ layer.reconstruct()[0][..., sealed, :].mT
     # Without the floor for scarce queries this is .4 to .6.
-    assert float((found - exact).norm() / exact.norm()) < 0.1
+    assert float((scores - exact).norm() / exact.norm()) < 0.1
 
 
 def test_reset_forgets_all() -> None:

@@ -1,4 +1,4 @@
-"""What a cache says of itself: bytes found by walking it, ranks, errors, and sums that add up."""
+"""Statistics of a cache: bytes found by walking it, ranks, errors, and consistent sums."""
 
 import dataclasses
 import json
@@ -55,13 +55,13 @@ def test_errors_are_those_of_the_reconstruction() -> None:
     layer = filled(500, torch.float32)
     keys, values = layer.reconstruct()
     generator = torch.Generator().manual_seed(0)
-    for held, came, error in zip(
+    for rebuilt, expected, error in zip(
         (keys, values),
         torch.randn(2, BATCH, HEADS, 500, HEAD_DIM, generator=generator),
         (layer.stats().error_keys, layer.stats().error_values),
         strict=True,
     ):
-        blocks = [part[..., 4:452, :].unflatten(2, (-1, 64)).flatten(-2) for part in (held, came)]
+        blocks = [part[..., 4:452, :].unflatten(2, (-1, 64)).flatten(-2) for part in (rebuilt, expected)]
         true = ((blocks[0] - blocks[1]).norm(dim=-1) / blocks[1].norm(dim=-1)).mean()
         assert error == pytest.approx(float(true), rel=0.02)
         assert 0.3 < error < 1

@@ -74,8 +74,8 @@ def test_tiles_hold_all_tokens_in_order(
 ) -> None:
     block = make()
     tiles = list(block.tiles(length))
-    for part, whole in zip(dense(tiles), block.reconstruct(), strict=True):
-        assert_close(part, whole, 1e-6)
+    for actual, expected in zip(dense(tiles), block.reconstruct(), strict=True):
+        assert_close(actual, expected, 1e-6)
     assert all(tile.num_tokens <= max(length, SIZE) for tile in tiles)
     if length < TOKENS:
         assert len(tiles) > 1
@@ -141,8 +141,8 @@ def test_sealing_many_blocks_at_once_equals_sealing_them_one_by_one(assert_close
         seal(keys[..., start : start + SIZE, :], values[..., start : start + SIZE, :], CONFIG)
         for start in range(0, TOKENS, SIZE)
     ]
-    for part, whole in zip(dense(list(one_by_one)), sealed().reconstruct(), strict=True):
-        assert_close(part, whole, 0.02)
+    for actual, expected in zip(dense(list(one_by_one)), sealed().reconstruct(), strict=True):
+        assert_close(actual, expected, 0.02)
 
 
 def test_stack_copies_codes_and_encodes_nothing(
@@ -152,8 +152,8 @@ def test_stack_copies_codes_and_encodes_nothing(
     monkeypatch.setattr(module.factors, "encode", None)
     stacked = first.stack(second)
     assert stacked.num_blocks == 2 * NUM_BLOCKS
-    for part, whole in zip(dense([first, second]), stacked.reconstruct(), strict=True):
-        assert_close(part, whole, 1e-6)
+    for actual, expected in zip(dense([first, second]), stacked.reconstruct(), strict=True):
+        assert_close(actual, expected, 1e-6)
     assert torch.equal(stacked.keys.codes[:, :, :NUM_BLOCKS], first.keys.codes)
     assert torch.equal(stacked.values.codes[:, :, NUM_BLOCKS:], second.values.codes)
     assert stacked.nbytes == first.nbytes + second.nbytes
@@ -188,8 +188,8 @@ def test_map_batch_acts_on_every_tensor(make: Callable[[], Block], assert_close:
     block = make()
     rows = torch.tensor([1, 0, 1])
     mapped = block.map_batch(lambda tensor: tensor[rows])
-    for part, whole in zip(mapped.reconstruct(), block.reconstruct(), strict=True):
-        assert_close(part, whole[rows], 1e-6)
+    for actual, expected in zip(mapped.reconstruct(), block.reconstruct(), strict=True):
+        assert_close(actual, expected[rows], 1e-6)
     assert all(tensor.shape[0] == 3 for tensor in tensors(mapped))
     assert block.reconstruct()[0].shape[0] == BATCH
 

@@ -36,9 +36,9 @@ def test_defaults_are_the_documented_ones() -> None:
     assert SpectralConfig().target_bits == SpectralConfig(preset="balanced").target_bits == 2.12
 
 
-@pytest.mark.parametrize(("given", "ranks"), [({"rank_keys": 8}, (8, 32)), ({"rank_values": 8}, (16, 8))])
-def test_a_rank_chooses_the_rank_codec(given: dict[str, int], ranks: tuple[int, int]) -> None:
-    config = SpectralConfig(**given)
+@pytest.mark.parametrize(("options", "ranks"), [({"rank_keys": 8}, (8, 32)), ({"rank_values": 8}, (16, 8))])
+def test_a_rank_chooses_the_rank_codec(options: dict[str, int], ranks: tuple[int, int]) -> None:
+    config = SpectralConfig(**options)
     assert (config.codec, config.rank_keys, config.rank_values) == ("rank", *ranks)
 
 

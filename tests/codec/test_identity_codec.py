@@ -1,4 +1,4 @@
-"""A codec of one's own: written and registered here, and used everywhere with nothing in the library changed."""
+"""A user's own codec: written and registered here, and used everywhere without a change of the library."""
 
 import copy
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class IdentityConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IdentityBlock:
-    """Sealed tokens as they came."""
+    """Sealed tokens, stored unchanged."""
 
     kind: ClassVar[str] = "identity"
     tokens: ExactBlock
@@ -130,8 +130,8 @@ def identity(model: LlamaForCausalLM) -> SpectralCache:
 
 def generate(model: LlamaForCausalLM, cache: Any, ids: Tensor, **options: Any) -> Tensor:
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, **options}
-    found: Tensor = model.generate(ids, **cache_argument(cache), **options)
-    return found
+    generated: Tensor = model.generate(ids, **cache_argument(cache), **options)
+    return generated
 
 
 def check_sealed(cache: SpectralCache) -> None:
@@ -151,9 +151,9 @@ def test_crops_copies_and_goes_on(model: LlamaForCausalLM) -> None:
     cache = identity(model)
     generate(model, cache, prompt())
     twin = copy.deepcopy(cache)
-    for kept in (100, 50, 20, 2):
-        cache.crop(kept - cache.get_seq_length())
-        assert cache.get_seq_length() == kept
+    for num_kept in (100, 50, 20, 2):
+        cache.crop(num_kept - cache.get_seq_length())
+        assert cache.get_seq_length() == num_kept
         assert torch.equal(generate(model, cache, prompt()), generate(model, identity(model), prompt()))
     check_sealed(twin)
 
@@ -197,7 +197,7 @@ def test_runs_in_a_task(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "model", device="cpu")
     document = " ".join(f"Chapter {number} has a thief." for number in range(60))
     task = fidelity.Fidelity(document=document, starts=(0,), context_length=200, continuation_length=40)
-    found = task.run(loaded, methods()["identity"], "start=0")
-    assert found.metrics["kl"] < 1e-6
-    assert found.metrics["top1_agreement"] == 1
-    assert found.footprint.stored_bytes >= found.footprint.dense_bytes
+    outcome = task.run(loaded, methods()["identity"], "start=0")
+    assert outcome.metrics["kl"] < 1e-6
+    assert outcome.metrics["top1_agreement"] == 1
+    assert outcome.footprint.stored_bytes >= outcome.footprint.dense_bytes

@@ -1,4 +1,4 @@
-"""Bytes are those that torch has allocated, each storage once."""
+"""Byte counts are those that torch has allocated, each storage once."""
 
 import torch
 

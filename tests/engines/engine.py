@@ -28,13 +28,13 @@ def main() -> None:
         enforce_eager=True,
         kv_transfer_config=connector,
     )
-    asked = json.loads(Path(prompts).read_text())
+    requests = json.loads(Path(prompts).read_text())
     answers = engine.generate(
-        [{"prompt_token_ids": ids} for ids, _ in asked],
-        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in asked],
+        [{"prompt_token_ids": ids} for ids, _ in requests],
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for _, count in requests],
     )
-    found = [{"cached": answer.num_cached_tokens, "tokens": list(answer.outputs[0].token_ids)} for answer in answers]
-    print(json.dumps(found))
+    outputs = [{"cached": answer.num_cached_tokens, "tokens": list(answer.outputs[0].token_ids)} for answer in answers]
+    print(json.dumps(outputs))
 
 
 if __name__ == "__main__":

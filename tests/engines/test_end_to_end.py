@@ -40,10 +40,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     length = CHUNK * NUM_CHUNKS + 40
     ids = tokens_of(default_document(), AutoTokenizer.from_pretrained(embedded_folder()), 60_000 + length + NUM_PLACES)
     texts = [ids[0, start : start + length + NUM_PLACES].tolist() for start in (20_000, 40_000, 60_000)]
-    asked = [(text[:length], NUM_NEW) for text in texts]
-    asked += [(text[: length + place], 1) for text in texts for place in range(NUM_PLACES)]
+    requests = [(text[:length], NUM_NEW) for text in texts]
+    requests += [(text[: length + place], 1) for text in texts for place in range(NUM_PLACES)]
     path = tmp_path_factory.mktemp("engines") / "prompts.json"
-    path.write_text(json.dumps(asked))
+    path.write_text(json.dumps(requests))
     return path
 
 
@@ -65,7 +65,7 @@ def test_a_second_engine_reuses_what_the_first_stored(tmp_path: Path, prompts: P
             reused = ask(port, prompts)
         assert [answer["cached"] for answer in reused[:NUM_PROMPTS]] == [CHUNK * NUM_CHUNKS] * NUM_PROMPTS
         rows.append({"bits_per_element": bits, "record_bytes": size, **agreement(dense, reused)})
-    # Eight bits change no token. With few, texts part sooner or later, but each next token is mostly the same.
+    # Eight bits change no token. With fewer bits texts differ at some point, but each next token is mostly the same.
     assert rows[0]["same_tokens"] == rows[0]["tokens"]
     assert rows[0]["same_next"] >= 0.95 * rows[0]["places"]
     assert rows[1]["same_next"] >= 0.8 * rows[1]["places"]
@@ -118,14 +118,14 @@ def server(folder: Path, bits: float) -> Iterator[tuple[int, int]]:
 
 
 def stats_of(http_port: int) -> dict[str, Any]:
-    """What the serde says of the chunks it stored."""
+    """The serde's report on the chunks it stored."""
     with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/status", timeout=60) as answer:
         ((stats,),) = [adapter["spectral"] for adapter in json.load(answer)["storage_manager"]["l2_adapters"]]
     return dict(stats)
 
 
 def ask(port: int, prompts: Path) -> list[dict[str, Any]]:
-    """What a fresh engine answers."""
+    """Answers of a fresh engine."""
     command = [
         sys.executable,
         str(Path(__file__).with_name("engine.py")),

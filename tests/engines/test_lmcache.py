@@ -122,7 +122,7 @@ def test_several_groups_of_layers_come_back() -> None:
 def test_a_chunk_stored_raw_is_in_the_status_and_in_what_the_server_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here latents come and heads were asked for."""
+    """The serde gets latents where heads were configured."""
     adapter = create_l2_adapter_from_registry(plugin_config(tmp_path))
     serde = create_serde_processor(SerdeConfig("spectral", {**OPTIONS, "head_dim": 128}))
     try:

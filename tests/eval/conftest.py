@@ -1,4 +1,4 @@
-"""A tokenizer that needs no file: one token a character."""
+"""A tokenizer that needs no file: one token per character."""
 
 from typing import Any
 

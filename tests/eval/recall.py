@@ -55,10 +55,10 @@ class RecallModel(nn.Module):
 
     def forward(self, input_ids: Tensor, **options: Any) -> Any:
         cache = Memory(10_000) if cache_in(options) is None else cache_in(options)
-        known = cache.text[-cache.span :]
-        cache.text = known + "".join(map(chr, input_ids[0].tolist()))
+        context = cache.text[-cache.span :]
+        cache.text = context + "".join(map(chr, input_ids[0].tolist()))
         logits = torch.zeros(1, 1, 128)
-        logits[0, 0, ord(self._next(known, cache.text, input_ids.shape[1]))] = 1
+        logits[0, 0, ord(self._next(context, cache.text, input_ids.shape[1]))] = 1
         return SimpleNamespace(logits=logits, **cache_argument(cache))
 
     def _next(self, known: str, text: str, length: int) -> str:

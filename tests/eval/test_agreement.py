@@ -1,4 +1,4 @@
-"""Agreement of logits, checked against numbers worked out another way."""
+"""Agreement of logits, checked against numbers computed in another way."""
 
 import math
 
@@ -17,31 +17,31 @@ def logits(positions: int, vocabulary: int = 50, seed: int = 0) -> torch.Tensor:
 def test_against_torch(positions: int) -> None:
     dense, other = logits(positions), logits(positions, seed=1)
     targets = torch.arange(positions) % 50
-    found = compare_logits(dense, other, targets)
+    agreement = compare_logits(dense, other, targets)
     expected_kl = torch.nn.functional.kl_div(
         other.double().log_softmax(-1), dense.double().log_softmax(-1), log_target=True, reduction="batchmean"
     )
     loss = torch.nn.functional.cross_entropy(other.double(), targets)
     dense_loss = torch.nn.functional.cross_entropy(dense.double(), targets)
-    assert found.kl == pytest.approx(expected_kl.item())
-    assert found.top1_agreement == pytest.approx((dense.argmax(-1) == other.argmax(-1)).double().mean().item())
-    assert found.perplexity == pytest.approx(loss.exp().item())
-    assert found.perplexity_change == pytest.approx(loss.exp().item() - dense_loss.exp().item())
-    assert found.to_dict()["kl"] == found.kl
+    assert agreement.kl == pytest.approx(expected_kl.item())
+    assert agreement.top1_agreement == pytest.approx((dense.argmax(-1) == other.argmax(-1)).double().mean().item())
+    assert agreement.perplexity == pytest.approx(loss.exp().item())
+    assert agreement.perplexity_change == pytest.approx(loss.exp().item() - dense_loss.exp().item())
+    assert agreement.to_dict()["kl"] == agreement.kl
 
 
 def test_a_cache_agrees_with_itself() -> None:
-    found = compare_logits(logits(40), logits(40), torch.zeros(40, dtype=torch.long))
-    assert (found.kl, found.top1_agreement, found.perplexity_change) == (0.0, 1.0, 0.0)
+    agreement = compare_logits(logits(40), logits(40), torch.zeros(40, dtype=torch.long))
+    assert (agreement.kl, agreement.top1_agreement, agreement.perplexity_change) == (0.0, 1.0, 0.0)
 
 
 def test_by_hand() -> None:
     dense = torch.tensor([[math.log(0.5), math.log(0.5)]])
     other = torch.tensor([[math.log(0.25), math.log(0.75)]])
-    found = compare_logits(dense, other, torch.tensor([0]))
-    assert found.kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
-    assert found.perplexity == pytest.approx(4)
-    assert found.perplexity_change == pytest.approx(2)
+    agreement = compare_logits(dense, other, torch.tensor([0]))
+    assert agreement.kl == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
+    assert agreement.perplexity == pytest.approx(4)
+    assert agreement.perplexity_change == pytest.approx(2)
 
 
 def test_a_forbidden_token_adds_nothing() -> None:

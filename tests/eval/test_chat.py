@@ -1,4 +1,4 @@
-"""A conversation about a document: what is fed, what is kept, what is said."""
+"""A conversation about a document: the tokens fed, the tokens in the cache, and the answers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,9 +73,9 @@ def test_an_answer_that_is_stopped(loaded: LoadedModel, document: str) -> None:
     """What was said counts, and the conversation goes on behind it."""
     stopped, short = (Conversation(loaded, document[:60], config=CONFIG, answer_length=n) for n in (9, 3))
     answer = stopped.ask("Who?")
-    said = "".join(next(answer) for _ in range(3))
+    beginning = "".join(next(answer) for _ in range(3))
     answer.close()
-    assert talk(short, "Who?") == [said]
+    assert talk(short, "Who?") == [beginning]
     assert talk(stopped, "Why?")[0][:3] == talk(short, "Why?")[0]
 
 

@@ -53,7 +53,7 @@ def test_figures(loaded: LoadedModel, document: str) -> None:
 
 
 def test_fidelity_and_text_are_those_of_the_caches(loaded: LoadedModel, document: str) -> None:
-    """Worked out again by hand, token by token where `compare` takes the continuation at once."""
+    """Computed again by hand, token by token, where `compare` takes the continuation at once."""
     result = run(loaded, document, FAR)
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.tensor([tokenizer("^" + document).input_ids])

@@ -8,7 +8,7 @@ from unsloth_spectral.eval.tasks.dense_reference import DenseReference
 
 
 class Maker:
-    """Counts up, and tells how often it was asked."""
+    """Counts its calls and returns the count."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -23,14 +23,14 @@ def test_made_once_for_each_model_and_case() -> None:
     first: Any = object()
     second: Any = object()
     make = Maker()
-    found = [
+    results = [
         reference.get(loaded, case, make, anew=anew)
         for loaded, case, anew in [
             (first, "a", False), (first, "a", False), (first, "a", True), (first, "a", False), (first, "b", False),
             (first, "a", False), (second, "a", False), (second, "a", False),
         ]
     ]  # fmt: skip
-    assert found == [1, 1, 2, 2, 3, 4, 5, 5]
+    assert results == [1, 1, 2, 2, 3, 4, 5, 5]
 
 
 def test_a_failure_leaves_nothing() -> None:

@@ -165,14 +165,14 @@ class TestTokens:
                 calls.append(text)
                 return {"input_ids": [self.first, *range(len(text) - 1)]}
 
-        one, other = Counting(7), Counting(8)
+        first, second = Counting(7), Counting(8)
         for _ in range(2):
-            tokens = tokens_of("abc", one, 1)
+            tokens = tokens_of("abc", first, 1)
             assert tokens.tolist() == [[7, 0, 1]]
             tokens += 1  # what is handed out is the caller's own
         assert calls == ["abc"]
-        assert tokens_of("abc", other, 1).tolist() == [[8, 0, 1]]
-        assert tokens_of("abcd", other, 1).shape == (1, 4)
+        assert tokens_of("abc", second, 1).tolist() == [[8, 0, 1]]
+        assert tokens_of("abcd", second, 1).shape == (1, 4)
         assert calls == ["abc", "abc", "abcd"]
 
     def test_no_warning_beyond_the_models_context(self, caplog: pytest.LogCaptureFixture) -> None:

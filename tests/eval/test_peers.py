@@ -101,14 +101,14 @@ def test_codebook_has_the_known_distortion(nbits: int, distortion: float) -> Non
 
 @pytest.mark.parametrize("head_dim", [1, 7, 60, 64, 80])
 def test_rotation_is_orthogonal_and_repeatable(head_dim: int) -> None:
-    turn = rotation(head_dim, 0)
-    assert torch.allclose(turn @ turn.mT, torch.eye(head_dim), atol=1e-5)
+    rotation_matrix = rotation(head_dim, 0)
+    assert torch.allclose(rotation_matrix @ rotation_matrix.mT, torch.eye(head_dim), atol=1e-5)
     rotation.cache_clear()
     with torch.inference_mode():
         again = rotation(head_dim, 0)
-    assert torch.equal(turn, again)
+    assert torch.equal(rotation_matrix, again)
     assert not again.is_inference()
-    assert head_dim == 1 or not torch.equal(turn, rotation(head_dim, 1))
+    assert head_dim == 1 or not torch.equal(rotation_matrix, rotation(head_dim, 1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -116,14 +116,17 @@ def test_rotation_is_orthogonal_and_repeatable(head_dim: int) -> None:
 def test_lloyd_max_matches_a_loop_over_vectors(shape: tuple[int, ...], nbits: int) -> None:
     keys, values = states(shape)
     head_dim = shape[-1]
-    turn, levels = rotation(head_dim, 0).double(), torch.tensor(gaussian_codebook(nbits), dtype=torch.float64)
+    rotation_matrix, levels = (
+        rotation(head_dim, 0).double(),
+        torch.tensor(gaussian_codebook(nbits), dtype=torch.float64),
+    )
     for x, decoded in zip((keys, values), LloydMax(nbits)(keys, values), strict=False):
         misses = 0
         for vector, actual in zip(x.flatten(0, -2).double(), decoded.flatten(0, -2).double(), strict=True):
             norm = vector.norm()
-            coordinates = vector / norm @ turn * math.sqrt(head_dim)
+            coordinates = vector / norm @ rotation_matrix * math.sqrt(head_dim)
             nearest = levels[(coordinates[:, None] - levels).abs().argmin(-1)]
-            expected = nearest @ turn.T / math.sqrt(head_dim) * norm.half().double()
+            expected = nearest @ rotation_matrix.T / math.sqrt(head_dim) * norm.half().double()
             misses += not torch.allclose(actual, expected, atol=1e-4 * norm.item())
         # A coordinate on the edge between two levels may fall on either side of it in float32.
         assert misses <= 0.02 * x[..., 0].numel()
@@ -155,13 +158,13 @@ def test_errors_fall_with_bits(make: Callable[[int], Codec], shape: tuple[int, .
     keys, values = states(shape)
     decoded = [make(nbits)(keys, values) for nbits in (1, 2, 4, 6)]
     # A single token makes groups of one key: exact at any number of bits, but for float16.
-    errors = [max(relative_error(each[0], keys), 1e-3) for each in decoded]
+    errors = [max(relative_error(result[0], keys), 1e-3) for result in decoded]
     assert errors == sorted(errors, reverse=True)
-    errors = [relative_error(each[1], values) for each in decoded]
+    errors = [relative_error(result[1], values) for result in decoded]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05
-    assert all(each[0].shape == each[1].shape == shape for each in decoded)
-    bits = [each[2] for each in decoded]
+    assert all(result[0].shape == result[1].shape == shape for result in decoded)
+    bits = [result[2] for result in decoded]
     assert bits == sorted(set(bits))
 
 
@@ -202,10 +205,10 @@ def test_bits_are_checked(wrong: Callable[[], Any]) -> None:
 
 
 def test_every_name_runs_here_or_says_why_not() -> None:
-    found, missing = peers(), unavailable()
-    assert [name for name in NAMES if name not in missing] == list(found)
+    available, missing = peers(), unavailable()
+    assert [name for name in NAMES if name not in missing] == list(available)
     assert [name for name in NAMES if name in missing] == list(missing)
-    for name, method in found.items():
+    for name, method in available.items():
         assert (method.name, method.family) == (name, name.rsplit(" ", 1)[0])
 
 

@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, escaped, and with the right numbers first."""
+"""The page: complete, self-contained, escaped, and with the right numbers first."""
 
 import json
 import re
@@ -26,7 +26,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Every tag closed in turn; text, tags and addresses collected."""
+    """Checks that every tag is closed in order; collects text, tags and addresses."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_the_best_of_each_column_is_marked(folder: Path) -> None:
     assert row.count('class="best"') == 4
     dense = re.findall(r"<tr><th scope=\"row\">dense</th>.*?</tr>", page, re.DOTALL)
     assert dense
-    assert not any("best" in each for each in dense)
+    assert not any("best" in cell for cell in dense)
 
 
 def test_everything_is_escaped(folder: Path) -> None:
@@ -149,9 +149,9 @@ def test_pictures_of_real_results(
         Fidelity(document=document, starts=(0,), context_length=800, continuation_length=8),
         Lengths(document=document, lengths=(100, 800), starts=(0, 40), continuation_length=8),
     ]
-    known = methods()
+    all_methods = methods()
     names = ["dense", "spectral balanced", "spectral balanced without profile", "kivi 2"]
-    summary = run_evaluation(loaded, tasks, [known[name] for name in names], tmp_path / "a")
+    summary = run_evaluation(loaded, tasks, [all_methods[name] for name in names], tmp_path / "a")
     assert summary.failures == []
     app(["report", str(tmp_path / "a")], standalone_mode=False)
     assert {file.name for file in (tmp_path / "a" / "report").iterdir()} == {

@@ -1,4 +1,4 @@
-"""Results folders: means are means, frontiers hold what compares, and a damaged file is named."""
+"""Results folders: means, frontiers of comparable methods, and the name of a damaged file in its error."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from unsloth_spectral.eval.results import Mean, Point, frontier, read_results
 
 
 def line(method: str, case: str, kl: float | None, bits: float | None = 2.0, **others: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"task": "fidelity", "method": method, "family": method.split()[0], "case": case}
+    line: dict[str, Any] = {"task": "fidelity", "method": method, "family": method.split()[0], "case": case}
     footprint = {"stored_bytes": 10, "dense_bytes": 40, "cold_bits_per_element": bits}
-    found |= {"metrics": {} if kl is None else {"kl": kl}, "footprint": footprint, "series": {}, "seconds": 2}
-    return {**found, **others}
+    line |= {"metrics": {} if kl is None else {"kl": kl}, "footprint": footprint, "series": {}, "seconds": 2}
+    return {**line, **others}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, *lines: dict[str, Any]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_means_over_cases_in_the_order_asked_for(folder: Path) -> None:
@@ -77,10 +77,10 @@ def test_frontier_leaves_out_what_does_not_compare(folder: Path) -> None:
 def test_failures_apart_and_later_tries_count(folder: Path) -> None:
     failed = {"task": "fidelity", "method": "kivi 4", "family": "kivi", "case": "a", "error": "E: x", "seconds": 1}
     write(folder, failed, line("kivi 4", "a", 0.5), {**failed, "case": "b"})
-    found = read_results(folder)
-    assert [record.metrics for record in found.records] == [{"kl": 0.5}]
-    assert [(record.case, record.error) for record in found.failures] == [("b", "E: x")]
-    assert json.loads(json.dumps(found.summary()))["failures"][0]["error"] == "E: x"
+    results = read_results(folder)
+    assert [record.metrics for record in results.records] == [{"kl": 0.5}]
+    assert [(record.case, record.error) for record in results.failures] == [("b", "E: x")]
+    assert json.loads(json.dumps(results.summary()))["failures"][0]["error"] == "E: x"
 
 
 def test_a_half_written_line_is_no_mistake(folder: Path) -> None:
@@ -129,9 +129,9 @@ def test_config_without_an_entry(folder: Path) -> None:
 
 
 def test_fake_results_are_real_enough(tmp_path: Path) -> None:
-    found = read_results(write_results(tmp_path / "a"))
-    assert found.tasks == ["fidelity", "needle", "needle-depth", "lengths", "drift"]
-    assert len(frontier(found.means("fidelity"), "kl")) == sum(map(len, FAMILIES.values()))
+    results = read_results(write_results(tmp_path / "a"))
+    assert results.tasks == ["fidelity", "needle", "needle-depth", "lengths", "drift"]
+    assert len(frontier(results.means("fidelity"), "kl")) == sum(map(len, FAMILIES.values()))
 
 
 def test_metrics() -> None:

@@ -1,4 +1,4 @@
-"""The runner: every method on every case, written as it comes, and gone on with after a kill at any byte."""
+"""The runner: every method on every case, written as it comes, and resumed after a kill at any byte."""
 
 import hashlib
 import json
@@ -66,8 +66,8 @@ def run(folder: Path, *tasks: FakeTask, methods: Sequence[Method] = METHODS, **o
 
 def contents(folder: Path) -> tuple[list[Record], list[dict[str, Any]]]:
     """Everything that a run leaves but its times."""
-    found = read_results(folder)
-    records = [Record(**{**{n: getattr(r, n) for n in Record.__slots__}, "seconds": 0.0}) for r in found.records]
+    results = read_results(folder)
+    records = [Record(**{**{n: getattr(r, n) for n in Record.__slots__}, "seconds": 0.0}) for r in results.records]
     return records, [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
 
 
@@ -129,9 +129,11 @@ def test_one_method_failing_stops_no_other_and_is_tried_again(tmp_path: Path) ->
     summary = run(tmp_path / "a", FakeTask(fails=fails))
     assert summary.num_measured == 12
     assert summary.failures == ["fidelity, kivi 4, case=1 “ü”\n: RuntimeError: out of memory <b>"]
-    found = read_results(tmp_path / "a")
-    assert len(found.records) == 11
-    assert [(each.method, each.error) for each in found.failures] == [("kivi 4", "RuntimeError: out of memory <b>")]
+    results = read_results(tmp_path / "a")
+    assert len(results.records) == 11
+    assert [(failure.method, failure.error) for failure in results.failures] == [
+        ("kivi 4", "RuntimeError: out of memory <b>")
+    ]
     mended = FakeTask()
     assert run(tmp_path / "a", mended) == Summary(1, 11, [])
     assert [name for name, _ in mended.calls] == ["kivi 4"]
@@ -228,8 +230,8 @@ def test_another_place_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "unsloth_spectral.eval.runner.environment", lambda v=torch_version: {"date": "today", "torch": v}
         )
         run(tmp_path / "a")
-    found = json.loads((tmp_path / "a" / "environment.json").read_text())
-    assert found == {"date": "today", "torch": "2", "earlier": [{"date": "today", "torch": "1"}]}
+    record = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert record == {"date": "today", "torch": "2", "earlier": [{"date": "today", "torch": "1"}]}
 
 
 def test_registry_joins_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ class TestKnownSpectra:
         left, values, right = torch.linalg.svd(states.unflatten(0, (5, 24)), full_matrices=False)
         for rank in (1, 5, 11):
             cut = (left[..., :rank] * values[:, None, :rank]) @ right[:, :rank]
-            kept = 1 - (states - cut.flatten(0, 1)).square().sum() / states.square().sum()
-            assert measure(states, block_size=24).kept_variance(rank)[0] == pytest.approx(kept.item(), abs=1e-12)
+            copied = 1 - (states - cut.flatten(0, 1)).square().sum() / states.square().sum()
+            assert measure(states, block_size=24).kept_variance(rank)[0] == pytest.approx(copied.item(), abs=1e-12)
 
     def test_nothing_is_centred(self) -> None:
         side = measure(torch.full((30, 4), 2.0)).heads[0].keys

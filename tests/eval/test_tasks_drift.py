@@ -21,13 +21,13 @@ DENSE = Method(
 )  # fmt: skip
 
 
-def spectral(rank: int, made: list[Any] | None = None) -> Method:
+def spectral(rank: int, caches: list[Any] | None = None) -> Method:
     config = SpectralConfig(rank_keys=rank, rank_values=rank, block_size=32, residual_length=16)
 
     def make(model: Any) -> SpectralCache:
         cache = SpectralCache(model, config=config)
-        if made is not None:
-            made.append(cache)
+        if caches is not None:
+            caches.append(cache)
         return cache
 
     return Method(f"spectral {rank}", "spectral", make, lambda cache: Footprint(cache.get_seq_length(), 1, None))
@@ -88,7 +88,7 @@ def test_divergences_are_those_worked_out_by_hand(loaded: LoadedModel, task: Dri
         rows = [loaded.model(question, **cache_argument(cache)).logits[0, -1]]
         rows += [loaded.model(torch.tensor([[t]]), **cache_argument(cache)).logits[0, -1] for t in tokens[:-1]]
     allowed = [token for token in range(128) if token != 2]
-    expected, actual = (each[:, allowed].log_softmax(-1) for each in (whole, torch.stack(rows).double()))
+    expected, actual = (logits[:, allowed].log_softmax(-1) for logits in (whole, torch.stack(rows).double()))
     divergences = (expected.exp() * (expected - actual)).sum(-1).tolist()
     outcome = task.run(loaded, spectral(1), "start=0")
     assert outcome.series["kl"] == pytest.approx(divergences, rel=1e-3, abs=1e-7)
@@ -106,12 +106,12 @@ def test_dense_never_drifts_and_a_close_cache_little(loaded: LoadedModel, task: 
 
 
 def test_blocks_are_sealed_while_decoding(loaded: LoadedModel, task: Drift) -> None:
-    made: list[Any] = []
+    caches: list[Any] = []
     sealed_at_prefill = LENGTH // 32 * 32
-    task.run(loaded, spectral(16, made), "start=0")
-    assert made[-1].stats().layers[0].sealed_tokens > sealed_at_prefill
+    task.run(loaded, spectral(16, caches), "start=0")
+    assert caches[-1].stats().layers[0].sealed_tokens > sealed_at_prefill
     # The last generated token is fed to no one.
-    assert made[-1].get_seq_length() == LENGTH + len("\n\nQuestion: Why?\nAnswer:") + TOKENS - 1
+    assert caches[-1].get_seq_length() == LENGTH + len("\n\nQuestion: Why?\nAnswer:") + TOKENS - 1
 
 
 def test_without_a_dense_run_of_this_case_it_is_made_up_for(loaded: LoadedModel, task: Drift, document: str) -> None:

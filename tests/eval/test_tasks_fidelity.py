@@ -1,4 +1,4 @@
-"""Fidelity of slices of a document, against numbers worked out by hand, token by token, with no task's help."""
+"""Fidelity of slices of a document, against numbers computed by hand, token by token, without the task's code."""
 
 import math
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_a_close_cache_scores_better_than_a_poor_one(loaded: LoadedModel, task: 
 
 def test_a_cache_that_forgets_is_told_apart(loaded: LoadedModel, task: Fidelity) -> None:
     class Forgetful(DynamicCache):
-        """Zeroes all that was there before the newest tokens."""
+        """Zeroes all tokens before the newest."""
 
         def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **options: Any) -> Any:
             all_keys, all_values = super().update(keys, values, layer_idx, *args, **options)
@@ -135,14 +135,14 @@ def test_without_a_dense_run_of_this_case_it_is_made_up_for(loaded: LoadedModel,
 
 def test_bits_by_layer_of_caches_that_know_them(loaded: LoadedModel, task: Fidelity) -> None:
     config = SpectralConfig(bits_per_element=6.0, block_size=128, residual_length=16)
-    made: list[SpectralCache] = []
+    caches: list[SpectralCache] = []
 
     def make(model: Any) -> SpectralCache:
-        made.append(SpectralCache(model, config=config))
-        return made[-1]
+        caches.append(SpectralCache(model, config=config))
+        return caches[-1]
 
     series = task.run(loaded, Method("spectral", "spectral", make, Footprint.counted, bits_by_layer), "start=0").series
-    layers = made[0].stats().layers
+    layers = caches[0].stats().layers
     assert series == {
         "bits_keys": [layer.bits_keys for layer in layers], "bits_values": [layer.bits_values for layer in layers]
     }  # fmt: skip

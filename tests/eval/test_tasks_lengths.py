@@ -105,10 +105,10 @@ def test_several_starts_are_cases_of_their_own(loaded: LoadedModel, document: st
     options: dict[str, Any] = {"document": document, "lengths": (40, 100), "continuation_length": REST}
     task = Lengths(starts=(0, 500), **options)
     assert task.cases(loaded) == [f"length={length} start={start}" for length in (40, 100) for start in (0, 500)]
-    found = task.run(loaded, spectral(1), "length=100 start=500").metrics
+    metrics = task.run(loaded, spectral(1), "length=100 start=500").metrics
     alone = Lengths(starts=(500,), **options).run(loaded, spectral(1), "length=100").metrics
-    assert found == pytest.approx(alone, rel=1e-6)
-    assert found != pytest.approx(task.run(loaded, spectral(1), "length=100 start=0").metrics, rel=1e-3)
+    assert metrics == pytest.approx(alone, rel=1e-6)
+    assert metrics != pytest.approx(task.run(loaded, spectral(1), "length=100 start=0").metrics, rel=1e-3)
 
 
 def test_refused(loaded: LoadedModel, task: Lengths, document: str) -> None:

@@ -49,7 +49,7 @@ class TestNeedles:
     def test_kept_is_a_share_of_what_dense_finds(self, loaded: LoadedModel, task: Needles) -> None:
         task.run(loaded, recall_method("dense", HALF), "seed=0")
         assert task.run(loaded, recall_method("quarter", QUARTER), "seed=0").metrics["kept"] == 0.5
-        # Facts that the dense cache does not find count for nothing.
+        # Facts that the dense cache does not find are not counted.
         assert task.run(loaded, recall_method("all", 10_000), "seed=0").metrics["kept"] == 1
         # The other case has its own reference, here worked out anew as no dense run came before.
         assert task.run(loaded, recall_method("half", HALF), "seed=1").metrics["kept"] == 0.5
@@ -71,7 +71,7 @@ class TestNeedles:
     def test_cases_are_the_same_every_time(self, loaded: LoadedModel, task: Needles, document: str) -> None:
         again = Needles(document=document, num_facts=8, num_cases=2, context_length=LENGTH)
         assert task.cases(loaded) == again.cases(loaded) == ["seed=0", "seed=1"]
-        first, second = (each.run(loaded, DENSE, "seed=0").predictions for each in (task, again))
+        first, second = (tested_task.run(loaded, DENSE, "seed=0").predictions for tested_task in (task, again))
         assert first == second != task.run(loaded, DENSE, "seed=1").predictions
 
     def test_progress(self, loaded: LoadedModel, task: Needles) -> None:
@@ -82,7 +82,7 @@ class TestNeedles:
     def test_a_spectral_cache_that_loses_nothing(
         self, tiny_llama: Callable[..., LlamaForCausalLM], character_tokenizer: Any, document: str
     ) -> None:
-        """A random model finds nothing, but writes the same behind both caches, and other things behind a poor one."""
+        """A random model finds nothing, but writes the same text after both caches, and another after a poor one."""
         loaded = LoadedModel(tiny_llama(initializer_range=0.2), character_tokenizer, "tiny")
         task = Needles(document=document, num_facts=3, context_length=400)
         texts = []
@@ -113,9 +113,9 @@ class TestDepth:
             outcome = task.run(loaded, DENSE, case)
             assert outcome.metrics == {"retrieved": 1}
             assert outcome.footprint.stored_bytes == int(case.split()[0].removeprefix("length="))
-        found = [task.run(loaded, recall_method("half", 300), case).metrics["retrieved"] for case in cases]
+        retrieved = [task.run(loaded, recall_method("half", 300), case).metrics["retrieved"] for case in cases]
         # Question and answer take room of the 300 tokens too: what stands first is pushed out.
-        assert found == [0, 1, 1, 0, 0, 1]
+        assert retrieved == [0, 1, 1, 0, 0, 1]
         assert all(task.run(loaded, FORGETFUL, case).metrics["retrieved"] == 0 for case in cases[:2])
 
     def test_default_has_ten_depths_of_three_lengths(self, loaded: LoadedModel) -> None:

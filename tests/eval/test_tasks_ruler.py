@@ -46,9 +46,9 @@ class TestProblems:
             pairs = [
                 re.fullmatch(r"The magic number of (\w+): \1 (\d+)\.", text).groups() for text in problem.sentences
             ]
-            asked = [number for key, number in pairs if key in problem.question]
-            assert sorted(asked) == sorted(problem.wanted)
-            assert len(asked) == 4
+            expected = [number for key, number in pairs if key in problem.question]
+            assert sorted(expected) == sorted(problem.wanted)
+            assert len(expected) == 4
             assert len(pairs) == len({number for _, number in pairs}) == 8
 
     def test_variables_can_be_traced_in_order(self) -> None:
@@ -57,8 +57,8 @@ class TestProblems:
             for text in problem.sentences:
                 name, value = re.fullmatch(r"VAR (\w+) = (?:VAR )?(\w+)", text).groups()
                 values[name] = values.get(value, value)
-            asked = re.search(r"\d{5}", problem.question).group()
-            assert {name for name, value in values.items() if value == asked} == set(problem.wanted)
+            expected = re.search(r"\d{5}", problem.question).group()
+            assert {name for name, value in values.items() if value == expected} == set(problem.wanted)
             assert len(values) == 10
 
     def test_common_words_are_the_most_common(self) -> None:

@@ -1,4 +1,4 @@
-"""Recording what each cell of the matrix came to: ``pytest tests/families --matrix FILE``."""
+"""Records the result of each cell of the matrix: ``pytest tests/families --matrix FILE``."""
 
 import json
 from collections.abc import Callable
@@ -56,5 +56,5 @@ def cell(record_property: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def _quiet_library() -> None:
-    """Tiny models are built against many a recommendation."""
+    """Warnings about the unusual sizes of tiny models are ignored."""
     logging.set_verbosity_error()

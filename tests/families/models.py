@@ -27,9 +27,9 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    # At the usual 0.02 random models attend evenly and hardly read their keys.
+    # At the usual 0.02 random models attend evenly, and their keys hardly matter.
     "initializer_range": 0.1,
-    # A token would mostly answer with itself.
+    # With tied embeddings a token would mostly predict itself.
     "tie_word_embeddings": False,
 }
 
@@ -202,13 +202,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "GPT-J": Family("gptj", {"rotary_dim": 8}, is_materialised=RELEASE < (5, 24)),
     "BLOOM": Family("bloom", is_materialised=True),
-    # By default it writes to no cache of its own and reads none right.
+    # By default it writes to no cache, and reads a given one incorrectly.
     "MPT": Family("mpt", {"max_seq_len": 4096, "use_cache": True}, is_materialised=True),
     "OpenAI GPT": Family("openai-gpt", refusal="takes no transformers Cache"),
 }
 
 
-# One of each kind: plain, windowed, with a recurrent state, with learned sinks, of fused projections, rebuilt.
+# One of each kind: plain, windowed, with a recurrent state, with sink logits, with fused projections, rebuilt.
 REPRESENTATIVE = ("Llama", "Gemma 3", "Qwen3-Next", "gpt-oss", "Phi-3", "DeepSeek-V3")
 
 

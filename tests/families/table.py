@@ -28,7 +28,8 @@ not edit it by hand.
 
 - ✓ works; – transformers refuses it with a dense cache too; ✗ `SpectralCache` refuses it in one line.
 - ‡ unsafe in transformers with a dense cache too: the model's RoPE tables follow the longest text it has seen.
-- Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep their native cache.
+- Full-attention layers are compressed; sliding, chunked, linear-attention and state layers keep transformers' own
+  cache.
 - Rebuilt: the model computes with its keys and values itself. They are stored compressed and rebuilt at every step, one
   layer at a time: this saves memory, but no time.
 - Layers on disk (`device_map`), tensor parallelism in two processes and a forward under `torch.compile` are tested on a
@@ -47,14 +48,14 @@ every column except "training", which uses no cache.
 
 
 def table(cells: dict[str, dict[str, str]]) -> str:
-    """The rows of ``cells``: family, then way, then what it came to."""
+    """The rows of ``cells``: family, then way, then the result."""
     lines = ["| family | rebuilt | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
     for family, row in FAMILIES.items():
         if row.refusal is None:
-            found = [cells.get(family, {}).get(way) for way in WAYS]
+            outcomes = [cells.get(family, {}).get(way) for way in WAYS]
         else:
-            found = ["unsupported" if "unsupported" in cells.get(family, {}).values() else None] * len(WAYS)
-        marks = [NOT_RUN if outcome is None else MARKS[outcome] for outcome in found]
+            outcomes = ["unsupported" if "unsupported" in cells.get(family, {}).values() else None] * len(WAYS)
+        marks = [NOT_RUN if outcome is None else MARKS[outcome] for outcome in outcomes]
         lines.append(f"| {family} | {'yes' if row.is_materialised else ''} | " + " | ".join(marks) + " |")
     return "\n".join(lines)
 

@@ -39,16 +39,16 @@ def test_only_full_attention_is_spectral_and_stats_say_so(family: str) -> None:
     if len(dense.layers) < len(expected):  # the first supported releases leave out layers that hold nothing
         expected = [kind for kind in expected if kind != NONE]
     assert [layer.kind for layer in layers] == expected
-    for stats, ours, native in zip(layers, spectral.layers, dense.layers, strict=True):
+    for stats, spectral_layer, dense_layer in zip(layers, spectral.layers, dense.layers, strict=True):
         if stats.kind == SPECTRAL:
             assert stats.sealed_tokens >= 64
-            assert stats.dense_bytes == 90 * 2 * _bytes_a_token(native)
+            assert stats.dense_bytes == 90 * 2 * _bytes_a_token(dense_layer)
         else:
-            assert type(ours) is type(native)
+            assert type(spectral_layer) is type(dense_layer)
             assert stats.sealed_tokens == 0
             assert stats.stored_bytes == stats.dense_bytes
             assert (stats.stored_bytes > 0) == (stats.kind != NONE)
 
 
-def _bytes_a_token(native: torch.nn.Module) -> int:
-    return sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in (native.keys, native.values))
+def _bytes_a_token(layer: torch.nn.Module) -> int:
+    return sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in (layer.keys, layer.values))

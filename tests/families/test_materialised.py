@@ -56,11 +56,11 @@ def test_it_stores_less_and_hands_out_dense(family: str) -> None:
     stats = spectral.stats()
     assert set(sealed_tokens(spectral)) == {8 * 128}
     assert stats.compression_factor > 5
-    layer, native = spectral.layers[0], dense.layers[0]
-    widest = max(native.keys.shape[-1], native.values.shape[-1])
-    new = torch.randn(2, *native.keys[:, :, :1].shape[:3], widest, device=native.keys.device)
-    keys, values = layer.update(new[0][..., : native.keys.shape[-1]], new[1][..., : native.values.shape[-1]])
-    for handed, exact in ((keys, native.keys), (values, native.values)):
+    layer, dense_layer = spectral.layers[0], dense.layers[0]
+    widest = max(dense_layer.keys.shape[-1], dense_layer.values.shape[-1])
+    new = torch.randn(2, *dense_layer.keys[:, :, :1].shape[:3], widest, device=dense_layer.keys.device)
+    keys, values = layer.update(new[0][..., : dense_layer.keys.shape[-1]], new[1][..., : dense_layer.values.shape[-1]])
+    for handed, exact in ((keys, dense_layer.keys), (values, dense_layer.values)):
         assert type(handed) is torch.Tensor
         assert handed.shape[:2] == exact.shape[:2]
         assert handed.shape[-2] == exact.shape[-2] + 1

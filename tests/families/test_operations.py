@@ -1,4 +1,4 @@
-"""Operations on a cache between two passes, and several turns with one: as on a dense cache."""
+"""Operations on a cache between two passes, and several turns of a conversation with one cache: as on a dense cache."""
 
 import copy
 from collections.abc import Callable
@@ -90,8 +90,8 @@ def test_operations_on_the_cache(family: str, operation: str, cell: Check, asser
     # Several tokens in one pass, many in one pass, then one by one.
     for step, count in enumerate((5, 40, 1, 1)):
         ids = token_ids(batch, count, seed=10 + step)
-        found, expected = model(ids, **cache_argument(spectral)), plain(ids, **cache_argument(dense))
-        assert_close(found.logits, expected.logits, 1e-4)
+        actual, expected = model(ids, **cache_argument(spectral)), plain(ids, **cache_argument(dense))
+        assert_close(actual.logits, expected.logits, 1e-4)
         if operation == "crop":
             spectral.crop(0), dense.crop(0)
         assert spectral.get_seq_length() == dense.get_seq_length()

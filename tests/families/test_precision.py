@@ -1,4 +1,4 @@
-"""Half precision and lossy presets: as near to the dense cache as the dtype, or the bits, explain."""
+"""Half precision and lossy presets: as close to the dense cache as the dtype or the number of bits allows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,19 +30,19 @@ def forced_logits(model: PreTrainedModel, past: Any, length: int, unseen: slice 
     model(ids, **cache_argument(past), attention_mask=mask, position_ids=positions)
     if unseen is not None:
         mask[:, unseen] = 0
-    given, found = token_ids(2, STEPS, seed=1), []
+    tokens, steps = token_ids(2, STEPS, seed=1), []
     positions = positions[:, -1:]
     for step in range(STEPS):
         mask, positions = torch.cat([mask, mask.new_ones(2, 1)], -1), positions + 1
-        found.append(
-            model(given[:, [step]], **cache_argument(past), attention_mask=mask, position_ids=positions).logits
+        steps.append(
+            model(tokens[:, [step]], **cache_argument(past), attention_mask=mask, position_ids=positions).logits
         )
-    return torch.cat(found, 1).float()
+    return torch.cat(steps, 1).float()
 
 
-def divergence(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """KL of ``found`` from ``exact`` for each token, in nats."""
-    p, q = exact.double().log_softmax(-1), found.double().log_softmax(-1)
+def divergence(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """KL of ``actual`` from ``exact`` for each token, in nats."""
+    p, q = exact.double().log_softmax(-1), actual.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -60,18 +60,18 @@ def test_half_precision(family: str, name: str, cell: Check) -> None:
     plain, model = build(family, **options).to(dtype), build(family, **options).to(dtype)
     dense = forced_logits(plain, dense_cache(plain), length)
     spectral = SpectralCache(model, config=LOSSLESS)
-    found = forced_logits(model, spectral, length)
+    spectral_logits = forced_logits(model, spectral, length)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
-    assert found.isfinite().all()
+    assert spectral_logits.isfinite().all()
     # What the dtype costs the dense cache, it may cost the spectral one, in the mean and at most.
-    cost, own = (dense - exact).abs(), (found - exact).abs()
-    assert cost.max() > 0, "nothing was computed in half precision"
-    assert own.mean() < 1.25 * cost.mean()
-    assert own.max() < 2 * cost.max()
+    dtype_error, spectral_error = (dense - exact).abs(), (spectral_logits - exact).abs()
+    assert dtype_error.max() > 0, "nothing was computed in half precision"
+    assert spectral_error.mean() < 1.25 * dtype_error.mean()
+    assert spectral_error.max() < 2 * dtype_error.max()
     # Where the best token leads by more than both can err, it is chosen.
     best = exact.topk(2, -1)
-    unique = best.values[..., 0] - best.values[..., 1] > 2 * torch.maximum(cost.max(), own.max())
-    assert torch.equal(found.argmax(-1)[unique], best.indices[..., 0][unique])
+    unique = best.values[..., 0] - best.values[..., 1] > 2 * torch.maximum(dtype_error.max(), spectral_error.max())
+    assert torch.equal(spectral_logits.argmax(-1)[unique], best.indices[..., 0][unique])
 
 
 @pytest.mark.parametrize(
@@ -82,21 +82,21 @@ def test_a_lossy_preset(family: str, frame: str, cell: Check) -> None:
     length = 4 + 16 + 3 * 128 + 20
     plain, model = build(family), build(family)
     exact = forced_logits(plain, dense_cache(plain), length)
-    found = {}
+    logits_by_bits = {}
     for bits in (PRESETS["balanced"], 8):
         config = SpectralConfig(bits_per_element=bits, block_size=128, residual_length=16, key_frame=frame)
         spectral = SpectralCache(model, config=config, use_profile=False)
-        found[bits] = forced_logits(model, spectral, length)
+        logits_by_bits[bits] = forced_logits(model, spectral, length)
         stats = spectral.stats()
         assert set(sealed_tokens(spectral)) == {3 * 128}
         assert stats.exact_blocks == 0
         assert stats.cold_bits_per_element < bits + 0.1
-        assert found[bits].shape == exact.shape
-        assert found[bits].isfinite().all()
+        assert logits_by_bits[bits].shape == exact.shape
+        assert logits_by_bits[bits].isfinite().all()
     lost = forced_logits(plain, dense_cache(plain), length, slice(4 + PADDING, 4 + 3 * 128))
-    cost = divergence(lost, exact).mean()
-    balanced, fine = (divergence(logits, exact).mean() for logits in found.values())
+    dtype_error = divergence(lost, exact).mean()
+    balanced, fine = (divergence(logits, exact).mean() for logits in logits_by_bits.values())
     # Random weights make white keys and values, the hardest to keep in two bits: measured is up to .44 of what it costs
     # to lose the sealed tokens, in eight bits 8e-4.
-    assert 1e-7 < balanced < 0.5 * cost
-    assert fine < 2e-3 * cost
+    assert 1e-7 < balanced < 0.5 * dtype_error
+    assert fine < 2e-3 * dtype_error

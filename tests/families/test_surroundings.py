@@ -62,15 +62,15 @@ def text_pipeline(model: PreTrainedModel) -> Any:
 @pytest.fixture
 def caches(monkeypatch: pytest.MonkeyPatch) -> list[SpectralCache]:
     """The spectral caches made during a test."""
-    made: list[SpectralCache] = []
+    caches_made: list[SpectralCache] = []
     original = SpectralCache.__init__
 
     def noted(self: SpectralCache, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
-        made.append(self)
+        caches_made.append(self)
 
     monkeypatch.setattr(SpectralCache, "__init__", noted)
-    return made
+    return caches_made
 
 
 @families
@@ -119,20 +119,20 @@ def test_two_caches_in_two_threads(family: str, cell: Check) -> None:
         return
     expected = [plain.generate(prompt, **GREEDY) for prompt in prompts]
     caches = [SpectralCache(model, config=LOSSLESS) for _ in prompts]
-    found: list[Any] = [None, None]
+    outcomes: list[Any] = [None, None]
 
     def work(index: int) -> None:
         try:
-            found[index] = model.generate(prompts[index], **GREEDY, **cache_argument(caches[index]))
+            outcomes[index] = model.generate(prompts[index], **GREEDY, **cache_argument(caches[index]))
         except BaseException as error:
-            found[index] = error
+            outcomes[index] = error
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for tokens, wanted, spectral in zip(found, expected, caches, strict=True):
+    for tokens, wanted, spectral in zip(outcomes, expected, caches, strict=True):
         assert isinstance(tokens, torch.Tensor), tokens
         assert torch.equal(tokens, wanted)
         assert min(sealed_tokens(spectral)) >= 4 * BLOCK
@@ -153,9 +153,9 @@ def test_training_without_a_cache(family: str, cell: Check, assert_close: Check)
         losses[-1].backward()
     assert_close(losses[1], losses[0], 1e-6)
     compared = 0
-    for (name, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
-        assert (expected.grad is None) == (actual.grad is None), name
+    for (name, expected), outcomes in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (expected.grad is None) == (outcomes.grad is None), name
         if expected.grad is not None and expected.grad.abs().max() > 1e-6:
-            assert_close(actual.grad, expected.grad, 1e-4)
+            assert_close(outcomes.grad, expected.grad, 1e-4)
             compared += 1
     assert compared > 5

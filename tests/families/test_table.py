@@ -1,4 +1,4 @@
-"""docs/models.md has the rows and columns of the matrix, and is what the tests came to."""
+"""docs/models.md has the rows and columns of the matrix, and the results of the tests."""
 
 import json
 from pathlib import Path

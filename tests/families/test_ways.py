@@ -71,13 +71,13 @@ def test_tokens_and_logits_equal_the_dense_ones(family: str, way: str, cell: Che
                 generate(candidate, way, assistant, past)
         return
     expected = generate(plain, way, assistant, dense_cache(plain))
-    found = generate(model, way, assistant, spectral)
+    generated = generate(model, way, assistant, spectral)
     assert sealed_tokens(spectral), "no layer is spectral"
     assert min(sealed_tokens(spectral)) >= SEALED
-    assert found.sequences.shape[-1] == PROMPT + NEW
-    assert torch.equal(found.sequences, expected.sequences)
-    assert len(found.logits) == len(expected.logits)
-    for actual, wanted in zip(found.logits, expected.logits, strict=True):
+    assert generated.sequences.shape[-1] == PROMPT + NEW
+    assert torch.equal(generated.sequences, expected.sequences)
+    assert len(generated.logits) == len(expected.logits)
+    for actual, wanted in zip(generated.logits, expected.logits, strict=True):
         assert_close(actual, wanted, 1e-4)
 
 

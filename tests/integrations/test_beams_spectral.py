@@ -1,4 +1,4 @@
-"""Beam search reorders the rows of a spectral cache at every step: that costs neither basis nor bytes."""
+"""Beam search reorders the rows of a spectral cache at every step: that costs neither a basis nor bytes."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def test_beam_search_over_several_sealings(frame: str, tiny_llama: Callable[...,
     prefill_only = SpectralCache(model, config=config)
     with torch.no_grad():
         model(ids.expand(3, -1), **cache_argument(prefill_only))
-    found = model.generate(
+    generated = model.generate(
         ids,
         max_new_tokens=NEW,
         num_beams=3,
@@ -32,9 +32,9 @@ def test_beam_search_over_several_sealings(frame: str, tiny_llama: Callable[...,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    assert found.sequences.shape == (1, PROMPT + NEW)
-    assert len(set(found.beam_indices[0].tolist()) - {-1}) > 1, "rows changed places"
-    assert torch.stack(found.logits).isfinite().all()
+    assert generated.sequences.shape == (1, PROMPT + NEW)
+    assert len(set(generated.beam_indices[0].tolist()) - {-1}) > 1, "rows changed places"
+    assert torch.stack(generated.logits).isfinite().all()
     for layer, before in zip(cache.layers, prefill_only.layers, strict=True):
         (block,) = (block for block in layer.spectral.blocks if isinstance(block, SpectralBlock))
         stats, at_first = layer.spectral.stats(), before.spectral.stats()

@@ -1,4 +1,4 @@
-"""Passes that are no step of a generation, steps that leave its cache aside, and what is said of them."""
+"""Passes that are not steps of a generation, steps that bypass its cache, and the messages about them."""
 
 import logging
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def model() -> PreTrainedModel:
 
 
 def generate(model: Any, **options: Any) -> Any:
-    given = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(given.pop("input_ids", IDS), **given)
+    call_options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(call_options.pop("input_ids", IDS), **call_options)
 
 
 def ask(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -301,8 +301,8 @@ def test_a_compiled_model_is_looked_through(model: PreTrainedModel, wrap: Callab
     assert isinstance(cache_of(generate(compiled)), SpectralCache)
     unpatch_unsloth_attention(compiled)
     assert isinstance(cache_of(generate(model)), DynamicCache)
-    with spectral(compiled, config=LOSSLESS) as given:
-        assert given is compiled
+    with spectral(compiled, config=LOSSLESS) as patched:
+        assert patched is compiled
         assert isinstance(cache_of(generate(compiled)), SpectralCache)
     cache = SpectralCache(compiled, config=LOSSLESS)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Tensors go when their last user lets go of them: none waits for Python's cyclic collector, or in a thread's notes.
+"""Tensors are freed with their last user: none waits for Python's cyclic collector or for a thread's notes.
 
-On a GPU what waits is memory that others want.
+On a GPU a tensor that waits takes memory from others.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def token_ids(batch: int = 1, count: int = PROMPT, seed: int = 0) -> torch.Tenso
 
 def new_tensors() -> Counter[str]:
     """Those made since ``gc.freeze()``, by shape and dtype."""
-    kinds = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    kinds = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     return Counter(f"{list(tensor.shape)} {tensor.dtype}" for tensor in kinds)
 
 
@@ -67,7 +67,7 @@ def _thaw() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """What is alive before is seen no more, and no cycle goes."""
+    """Objects alive before the test are ignored, and no reference cycle is collected."""
     gc.collect()
     gc.freeze()  # until this file's tests are done: each collection is then of little
     gc.disable()

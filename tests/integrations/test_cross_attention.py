@@ -77,8 +77,8 @@ def image_mask(rows: int, length: int = LENGTH) -> dict[str, torch.Tensor]:
 
 
 def generate(model: Any, **options: Any) -> Any:
-    given = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(given.pop("input_ids", IDS), **given)
+    call_options = {"max_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(call_options.pop("input_ids", IDS), **call_options)
 
 
 def held_images(cache: SpectralCache) -> list[int]:
@@ -94,16 +94,16 @@ def test_the_tokens_of_a_dense_cache(model: PreTrainedModel, with_image: bool, h
     expected = generate(model, **extra).sequences
     if with_image:
         assert not torch.equal(generate(model, **ways).sequences, expected), "the image is not seen"
-    own = {}
+    cache_option = {}
     if how == "own":
-        own = cache_argument(SpectralCache(model, config=LOSSLESS))
+        cache_option = cache_argument(SpectralCache(model, config=LOSSLESS))
     elif how == "patched":
         patch_unsloth_attention(model, config=LOSSLESS)
     if how == "scope":
         with spectral(model, config=LOSSLESS):
             result = generate(model, **extra)
     else:
-        result = generate(model, **extra, **own)
+        result = generate(model, **extra, **cache_option)
     assert torch.equal(result.sequences, expected)
     cache = cache_of(result)
     assert isinstance(cache, SpectralCache)
@@ -146,10 +146,10 @@ def test_layers_of_an_image_are_counted_as_they_are(model: PreTrainedModel, with
 def test_cropping_resetting_and_rearranging(model: PreTrainedModel, with_image: bool) -> None:
     cache, extra = SpectralCache(model, config=LOSSLESS), image() if with_image else {}
     first = model(IDS, **extra, **cache_argument(cache)).logits
-    held = held_images(cache)
-    assert held == [IMAGE_TOKENS * with_image] * 2
+    images = held_images(cache)
+    assert images == [IMAGE_TOKENS * with_image] * 2
     cache.crop(-6)
-    assert (cache.get_seq_length(), held_images(cache)) == (LENGTH - 6, held)
+    assert (cache.get_seq_length(), held_images(cache)) == (LENGTH - 6, images)
     twin = copy.deepcopy(cache)
     again = model(IDS[:, -6:], **image_mask(1), **cache_argument(cache)).logits
     assert (again - first[:, -6:]).abs().max() < 0.05
@@ -211,8 +211,8 @@ def test_a_pass_that_is_interrupted_is_taken_back(
         assert cache.get_seq_length() == whole.get_seq_length(), "only the answer is lost"
         return
     assert cache.get_seq_length() == num_before
-    found = model(**inputs, **cache_argument(cache)).logits
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    spectral_logits = model(**inputs, **cache_argument(cache)).logits
+    assert (spectral_logits - expected).abs().max() < 0.05 * expected.abs().max()
     assert held_images(cache) == held_images(whole) == [count + IMAGE_TOKENS * with_image for count in images_before]
     assert cache.get_seq_length() == whole.get_seq_length()
 

@@ -1,4 +1,4 @@
-"""The serde for serving engines without an engine: its options, groups of layers, and what it says of raw chunks."""
+"""The serde for serving engines without an engine: its options, groups of layers, and its messages about raw chunks."""
 
 import logging
 import threading
@@ -79,10 +79,10 @@ def test_what_is_stored_raw_comes_back_exactly_and_is_counted_with_its_reason(
     assert torch.equal(back, group)
     stats = records.stats()
     assert (stats["chunks"], stats["raw"]) == (1, 1)
-    ((told, count),) = stats["raw_because"].items()
-    assert reason in told
+    ((stored_reason, count),) = stats["raw_because"].items()
+    assert reason in stored_reason
     assert count == 1
-    assert [record.getMessage() for record in caplog.records] == [f"stored raw: 1 of 1 chunks so far: {told}"]
+    assert [record.getMessage() for record in caplog.records] == [f"stored raw: 1 of 1 chunks so far: {stored_reason}"]
 
 
 def test_the_log_says_how_many_chunks_were_stored_raw(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +138,7 @@ def test_groups_of_layers_have_sizes_of_their_own() -> None:
     ("options", "width"), [({**HEADS, "head_dim": [None, 64]}, 512), ({**LATENT, "kv_lora_rank": [None, 512]}, 576)]
 )
 def test_a_group_that_the_options_leave_out_is_stored_raw(options: dict[str, Any], width: int) -> None:
-    """Recurrent layers' states come in the shape of keys and values and bear no rounding."""
+    """States of recurrent layers have the shape of keys and values and must not be rounded."""
     records = records_from_options(options)
     states, attended = chunk(1, 3, 256, width), chunk(1, 1, 256, width)
     size, back = there_and_back(records, [states, attended])

@@ -48,7 +48,7 @@ def fast(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
     def gated(*args: Any, **kwargs: Any) -> Any:
         if model._unsloth_fast_path:
-            # As the real one does: whatever cache there is, it gets nothing.
+            # As the real one does: no cache gets any tokens.
             kwargs |= cache_argument(DynamicCache(config=model.config))
         return forward(*args, **kwargs)
 
@@ -60,8 +60,8 @@ def fast(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def generate(model: Any, **options: Any) -> Any:
-    given = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **options}
-    return model.generate(IDS, **given)
+    call_options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(IDS, **call_options)
 
 
 def flags(model: LlamaForCausalLM) -> set[bool]:
@@ -256,7 +256,7 @@ def test_pefts_wrapper_is_looked_through(model: LlamaForCausalLM) -> None:
     assert isinstance(cache_of(generate(model)), SpectralCache)
     unpatch_unsloth_attention(wrapper)
     assert isinstance(cache_of(generate(model)), DynamicCache)
-    with spectral(wrapper) as given:
-        assert given is wrapper
+    with spectral(wrapper) as patched:
+        assert patched is wrapper
         assert isinstance(cache_of(generate(model)), SpectralCache)
     assert isinstance(cache_of(generate(model, **cache_argument(SpectralCache(wrapper)))), SpectralCache)

@@ -116,14 +116,14 @@ def test_an_interruption_at_any_line_of_a_forward_pass_loses_nothing(codec: str,
         for layer in cache.layers:
             assert layer.get_seq_length() in (first, first + then)
         if cache.get_seq_length() == first:  # else the last layer has them too: only the answer is lost
-            found = logits(model, ids[:, first:], cache)
-            assert float((found - expected).abs().max()) < NEAR, f"at line {place} of {lines.count}"
+            spectral_logits = logits(model, ids[:, first:], cache)
+            assert float((spectral_logits - expected).abs().max()) < NEAR, f"at line {place} of {lines.count}"
         assert cache.get_seq_length() == first + then
         for layer, other in zip(cache.layers, whole.layers, strict=True):
             assert layer.spectral.num_tokens == first + then
             assert layer.spectral.stats().exact_blocks == 0
-            for held, came in zip(layer.spectral.reconstruct(), other.spectral.reconstruct(), strict=True):
-                assert float((held - came).norm() / came.norm()) < 0.05
+            for rebuilt, original in zip(layer.spectral.reconstruct(), other.spectral.reconstruct(), strict=True):
+                assert float((rebuilt - original).norm() / original.norm()) < 0.05
 
 
 @codecs
@@ -187,8 +187,8 @@ def test_generation_goes_on_where_sealing_fails_for_want_of_memory(
     cache = SpectralCache(model, config=CONFIGS[codec])
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "unsloth_spectral"):
         patch.setattr(key_codec if codec == "spectral" else rank_codec, "encode", fail)
-        found = greedy(model, ids, cache)
-    assert torch.equal(found, expected)
+        tokens = greedy(model, ids, cache)
+    assert torch.equal(tokens, expected)
     assert str(error) in caplog.text
     assert [layer.exact_blocks for layer in cache.stats().layers] == [2, 2]
     assert [layer.sealed_tokens for layer in cache.stats().layers] == [0, 0]
@@ -211,9 +211,9 @@ def test_what_is_not_finite_in_one_row_leaves_the_other_rows_right(codec: str, b
         return output
 
     hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(spoil)
-    found = greedy(model, ids, cache)
+    tokens = greedy(model, ids, cache)
     hook.remove()
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(tokens[0], expected[0])
     first, second = cache.stats().layers
     assert first.exact_blocks == 0
     assert first.sealed_tokens == 256

@@ -37,13 +37,13 @@ def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_equal_weights_equal_fingerprints(tiny_llama: Build) -> None:
-    found = fingerprint(tiny_llama())
-    assert len(found) == 16
-    assert set(found) <= set("0123456789abcdef")
-    assert fingerprint(tiny_llama()) == found
-    assert fingerprint(copy.deepcopy(tiny_llama())) == found
+    digits = fingerprint(tiny_llama())
+    assert len(digits) == 16
+    assert set(digits) <= set("0123456789abcdef")
+    assert fingerprint(tiny_llama()) == digits
+    assert fingerprint(copy.deepcopy(tiny_llama())) == digits
     model = tiny_llama()
-    assert fingerprint(model) == fingerprint(model) == found
+    assert fingerprint(model) == fingerprint(model) == digits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,15 +30,15 @@ def model(tiny_llama: Build) -> LlamaForCausalLM:
 @pytest.fixture
 def paths(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Why the kernel did not serve, for each call over blocks."""
-    found: list[str | None] = []
+    obstacles: list[str | None] = []
     obstacle = cpu.obstacle
 
     def noting(*args: Any) -> str | None:
-        found.append(obstacle(*args))
-        return found[-1]
+        obstacles.append(obstacle(*args))
+        return obstacles[-1]
 
     monkeypatch.setattr(cpu, "obstacle", noting)
-    return found
+    return obstacles
 
 
 def generate(model: LlamaForCausalLM, padding: int = 0, **options: Any) -> SpectralCache:
@@ -103,7 +103,7 @@ def test_autocast_changes_no_code(model: LlamaForCausalLM, dtype: torch.dtype) -
     cache = generate(model, **cache_argument(SpectralCache(model, preset="balanced")), max_new_tokens=1)
     keys, values = cache.layers[0].spectral.reconstruct()
     generator = torch.Generator().manual_seed(1)
-    one, many = (torch.randn(2, 4, count, 16, generator=generator) for count in (1, 40))
+    one_query, many = (torch.randn(2, 4, count, 16, generator=generator) for count in (1, 40))
     outputs = []
     for enabled in (False, True):
         cache.reset()
@@ -112,9 +112,9 @@ def test_autocast_changes_no_code(model: LlamaForCausalLM, dtype: torch.dtype) -
             layer.append(keys, values)
             layer.observe(keys.repeat_interleave(2, 1), None, 0.25)
             layer.seal()
-            attended = [dispatch.attend(query, layer.blocks, None, ScoreOptions(0.25)) for query in (one, many)]
+            attended = [dispatch.attend(query, layer.blocks, None, ScoreOptions(0.25)) for query in (one_query, many)]
             outputs.append([*layer.reconstruct(), *attended])
         assert layer.is_sealed
-    for found, expected in zip(*outputs, strict=True):
-        assert torch.equal(found, expected)
-        assert found.dtype == torch.float32
+    for actual, expected in zip(*outputs, strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.dtype == torch.float32

@@ -54,17 +54,17 @@ def test_with_int8_codes_only_near_ties_are_decided_otherwise(family: str, padde
     dense = build(family).generate(**inputs, **options)
     model = build(family)
     spectral = SpectralCache(model, config=LOSSLESS)
-    found = model.generate(**inputs, **cache_argument(spectral), **options)
+    generated = model.generate(**inputs, **cache_argument(spectral), **options)
     assert min(sealed_tokens(spectral)) >= 5 * BLOCK
     agreed = 0
     for row in range(3):
         for step in range(30):
-            expected, actual = dense.logits[step][row], found.logits[step][row]
+            expected, actual = dense.logits[step][row], generated.logits[step][row]
             assert (actual - expected).abs().max() < NEAR
-            wanted, got = dense.sequences[row, 80 + step], found.sequences[row, 80 + step]
-            agreed += int(wanted == got)
-            if wanted != got:  # the texts part here, and no later step can be compared
-                assert expected[wanted] - expected[got] < 2 * NEAR
+            dense_token, token = dense.sequences[row, 80 + step], generated.sequences[row, 80 + step]
+            agreed += int(dense_token == token)
+            if dense_token != token:  # the texts differ from here on, and no later step can be compared
+                assert expected[dense_token] - expected[token] < 2 * NEAR
                 break
     assert agreed >= 45
 
@@ -171,9 +171,9 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     logits(model, token_ids(), spectral), logits(dense_model, token_ids(), dense)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
     ids = token_ids(1, 20, seed=1)
-    found, expected = logits(model, ids, spectral), logits(dense_model, ids, dense)
-    assert found.dtype == dtype
-    assert (found.float() - expected.float()).abs().max() < 2 * NEAR
+    spectral_logits, expected = logits(model, ids, spectral), logits(dense_model, ids, dense)
+    assert spectral_logits.dtype == dtype
+    assert (spectral_logits.float() - expected.float()).abs().max() < 2 * NEAR
 
 
 # Exact where nothing is compressed
@@ -189,10 +189,10 @@ def test_short_prompts_have_the_very_logits_of_the_model(
     dense = build(family).generate(**inputs, **options)
     model = build(family)
     spectral = SpectralCache(model, config=LAZY)
-    found = model.generate(**inputs, **cache_argument(spectral), **options)
+    generated = model.generate(**inputs, **cache_argument(spectral), **options)
     assert set(sealed_tokens(spectral)) == {0}
-    assert torch.equal(found.sequences, dense.sequences)
-    for actual, expected in zip(found.logits, dense.logits, strict=True):
+    assert torch.equal(generated.sequences, dense.sequences)
+    for actual, expected in zip(generated.logits, dense.logits, strict=True):
         if family in ("Gemma 2", "gpt-oss"):  # whose own attention here is the eager one, no function of torch
             assert_close(actual, expected, 1e-5)
         else:
@@ -214,12 +214,12 @@ def test_other_caches_and_no_cache_work_as_before(family: str, assert_close: Cal
 def test_attention_dropout_in_training_draws_as_before() -> None:
     plain, model = (build(attention_dropout=0.5).train() for _ in range(2))
     SpectralCache(model, config=LAZY)
-    found = []
+    collected = []
     for candidate in (plain, model):
         torch.manual_seed(0)
-        found.append(logits(candidate, token_ids(2)))
-    assert torch.equal(*found)
-    assert not torch.equal(found[0], logits(model, token_ids(2)))
+        collected.append(logits(candidate, token_ids(2)))
+    assert torch.equal(*collected)
+    assert not torch.equal(collected[0], logits(model, token_ids(2)))
 
 
 def test_dropout_that_the_attention_function_cannot_serve_is_refused() -> None:
@@ -243,9 +243,9 @@ def test_lossy_settings_stay_near_and_finite(family: str) -> None:
     errors = []
     for step in range(20):
         ids = token_ids(2, 1, seed=step)
-        found, expected = logits(model, ids, spectral), logits(dense_model, ids, dense)
-        assert torch.isfinite(found).all()
-        errors.append(((found - expected).norm() / expected.norm()).item())
+        spectral_logits, expected = logits(model, ids, spectral), logits(dense_model, ids, dense)
+        assert torch.isfinite(spectral_logits).all()
+        errors.append(((spectral_logits - expected).norm() / expected.norm()).item())
     assert max(errors) < 0.5
     assert max(errors) > 1e-3, "compression left no trace: was anything sealed?"
 
@@ -288,7 +288,7 @@ def test_a_cache_in_use_refuses_another_batch() -> None:
     assert spectral.get_seq_length() == 80
 
 
-# What the cache says of itself
+# Statistics of the cache
 
 
 @families
@@ -374,12 +374,12 @@ def test_rows_keep_their_own_sinks(recorded: bool) -> None:
     spectral.crop(0)
     assert min(sealed_tokens(spectral)) >= 4 * BLOCK
     for layer, dense_layer in zip(spectral.layers, dense.layers, strict=True):
-        held, came = layer.spectral.reconstruct(), (dense_layer.keys, dense_layer.values)
+        rebuilt, original = layer.spectral.reconstruct(), (dense_layer.keys, dense_layer.values)
         for row, first in enumerate((0, 30, 71)):
-            for part, expected in zip(held, came, strict=True):
+            for part, expected in zip(rebuilt, original, strict=True):
                 assert torch.equal(part[row, :, first : first + SINKS], expected[row, :, first : first + SINKS])
-        assert (held[0][1, :, :30] == 0).all()
-        assert not torch.equal(held[0][1, :, 40:60], came[0][1, :, 40:60])
+        assert (rebuilt[0][1, :, :30] == 0).all()
+        assert not torch.equal(rebuilt[0][1, :, 40:60], original[0][1, :, 40:60])
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -413,10 +413,10 @@ def kl_of_smollm2(smollm2: LoadedModel, config: SpectralConfig | None = None) ->
     dense = run(DynamicCache(config=smollm2.model.config))
     try:
         spectral = SpectralCache(smollm2.model, config=config)
-        found = run(spectral)
+        by_spectral = run(spectral)
     finally:
         unpatch_unsloth_attention(smollm2.model)
-    return (dense.exp() * (dense - found)).sum(-1).mean().item(), spectral.stats()
+    return (dense.exp() * (dense - by_spectral)).sum(-1).mean().item(), spectral.stats()
 
 
 def test_smollm2_with_the_spectral_codec(smollm2: LoadedModel) -> None:

@@ -1,4 +1,4 @@
-"""Masks that users make themselves: what no query has seen is padding, and nothing else."""
+"""Masks that users make themselves: tokens that no query has seen are padding, and no others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,16 +42,16 @@ def logits(passes: list[dict[str, Any]], config: SpectralConfig | None) -> tuple
 
 
 def check(passes: list[dict[str, Any]], assert_close: Callable[..., None], rows: Any = slice(None)) -> None:
-    (expected, _), (found, cache) = logits(passes, None), logits(passes, LOSSLESS)
+    (expected, _), (spectral_logits, cache) = logits(passes, None), logits(passes, LOSSLESS)
     assert min(sealed_tokens(cache)) > 0
-    for answer, wanted in zip(found, expected, strict=True):
+    for answer, wanted in zip(spectral_logits, expected, strict=True):
         assert_close(answer[rows], wanted[rows], NEAR)
 
 
-def question(held: int, form: Callable[[torch.Tensor], torch.Tensor], rows: int = 1) -> dict[str, Any]:
+def question(num_cached: int, form: Callable[[torch.Tensor], torch.Tensor], rows: int = 1) -> dict[str, Any]:
     """Five tokens that see everything."""
-    mask = form(causal(5, held + 5).expand(rows, -1, -1, -1))
-    position_ids = torch.arange(held, held + 5)[None]
+    mask = form(causal(5, num_cached + 5).expand(rows, -1, -1, -1))
+    position_ids = torch.arange(num_cached, num_cached + 5)[None]
     return {"input_ids": token_ids(rows, 5, seed=9), "attention_mask": mask, "position_ids": position_ids}
 
 
@@ -96,7 +96,7 @@ def test_tokens_masked_elsewhere_stay_what_they_are(
     unrounded: None,
     assert_close: Callable[..., None],
 ) -> None:
-    """They are no padding: a later query that sees them reads them."""
+    """They are not padding: a later query that sees them reads them."""
     mask = causal(120, 120).expand(2, -1, -1, -1).clone()
     mask[1, ..., hidden] = False
     first = {"input_ids": token_ids(2, 120), "attention_mask": form(mask)}
@@ -113,9 +113,9 @@ def test_padding_on_the_right_leaves_the_other_rows_alone(preset: str) -> None:
     seen = visible_through(causal(300, 300) & mask.bool()[:, None, None], 2)
     assert seen.asking is not None
     assert seen.asking.sum(1).tolist() == [300, 40]
-    together, by_itself = (each.layers[0].spectral.reconstruct() for each in (cache, alone))
-    for part, whole in zip(together, by_itself, strict=True):
-        assert float((part[0] - whole[0]).norm() / whole.norm()) < 0.2
+    together, by_itself = (filled.layers[0].spectral.reconstruct() for filled in (cache, alone))
+    for actual, expected in zip(together, by_itself, strict=True):
+        assert float((actual[0] - expected[0]).norm() / expected.norm()) < 0.2
 
 
 @pytest.mark.parametrize("length", [80, 300, 600])
@@ -166,7 +166,7 @@ def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
     mask[1, :9] = 0
     logits([{"input_ids": token_ids(2, 40), "attention_mask": mask}], LOSSLESS)
     assert len(calls) == 1
-    one = causal(4, 4).clone()
-    assert visible_through(one, 1).first.tolist() == [0]
-    one[..., :2] = False
-    assert visible_through(one, 1).first.tolist() == [2], "a mask changed in place is another"
+    changed_mask = causal(4, 4).clone()
+    assert visible_through(changed_mask, 1).first.tolist() == [0]
+    changed_mask[..., :2] = False
+    assert visible_through(changed_mask, 1).first.tolist() == [2], "a mask changed in place is another"

@@ -53,33 +53,33 @@ def inputs(*images: int, length: int = 100) -> dict[str, Any]:
     return processed
 
 
-def taken(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``given`` that the installed transformers knows."""
-    known = inspect.signature(type(model).forward).parameters
-    return {name: value for name, value in given.items() if name in known}
+def accepted(model: PreTrainedModel, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    """The entries of ``model_inputs`` that the installed transformers knows."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return {name: value for name, value in model_inputs.items() if name in parameters}
 
 
-def saved(model: PreTrainedModel, path: Path, given: dict[str, Any]) -> SpectralCache:
+def saved(model: PreTrainedModel, path: Path, model_inputs: dict[str, Any]) -> SpectralCache:
     cache = SpectralCache(model, config=CONFIG)
     with torch.no_grad():
-        model(**taken(model, given), **cache_argument(cache))
-    cache.save(path, given["input_ids"], given)
+        model(**accepted(model, model_inputs), **cache_argument(cache))
+    cache.save(path, model_inputs["input_ids"], model_inputs)
     return cache
 
 
 def test_a_prompt_that_begins_with_the_same_image_is_taken(model: PreTrainedModel, tmp_path: Path) -> None:
-    path, given = tmp_path / "a.safetensors", inputs(1)
-    cache = saved(model, path, given)
+    path, model_inputs = tmp_path / "a.safetensors", inputs(1)
+    cache = saved(model, path, model_inputs)
     assert cache.stats().layers[0].sealed_tokens == 128
     for prompt in (inputs(1), inputs(1, 2), inputs(1, 1, 3)):
         assert SpectralCache.load(path, model, prompt["input_ids"], prompt).get_seq_length() == 218
-    question = torch.cat([given["input_ids"], text(8, seed=5)], 1)
-    prompt = {**given, "input_ids": question, "mm_token_type_ids": (question == IMAGE).long()}
+    question = torch.cat([model_inputs["input_ids"], text(8, seed=5)], 1)
+    prompt = {**model_inputs, "input_ids": question, "mm_token_type_ids": (question == IMAGE).long()}
     prompt["attention_mask"] = torch.ones_like(question)
     fresh = vision_model()
     restored = SpectralCache.load(path, fresh, question, prompt)
     # The image itself is in the cache; its size tells which positions come behind it.
-    more = {name: value for name, value in taken(model, prompt).items() if name not in ("pixel_values", "input_ids")}
+    more = {name: value for name, value in accepted(model, prompt).items() if name not in ("pixel_values", "input_ids")}
     options = {"max_new_tokens": 6, "do_sample": False}
     written = model.generate(question, **more, **cache_argument(cache), **options)
     assert torch.equal(fresh.generate(question, **more, **cache_argument(restored), **options), written)
@@ -103,12 +103,12 @@ def test_another_image_is_refused(model: PreTrainedModel, tmp_path: Path) -> Non
 
 
 def test_an_image_that_is_not_told_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    path, given = tmp_path / "a.safetensors", inputs(1)
-    cache = saved(model, path, given)
+    path, model_inputs = tmp_path / "a.safetensors", inputs(1)
+    cache = saved(model, path, model_inputs)
     path.unlink()
-    for missing in (None, {}, {"attention_mask": given["attention_mask"]}):
+    for missing in (None, {}, {"attention_mask": model_inputs["attention_mask"]}):
         with pytest.raises(InvalidArgumentError, match=r"model_inputs must be given, .* 16 .*\(image_token_id 120\)"):
-            cache.save(path, given["input_ids"], missing)
+            cache.save(path, model_inputs["input_ids"], missing)
     assert not path.exists()
     cache.save(path)
     assert SpectralCache.load(path, model).get_seq_length() == 218
@@ -117,7 +117,7 @@ def test_an_image_that_is_not_told_is_refused(model: PreTrainedModel, tmp_path: 
 def test_a_snapshot_from_before_there_were_hashes_of_images(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, given = tmp_path / "a.safetensors", inputs(1)
+    path, model_inputs = tmp_path / "a.safetensors", inputs(1)
 
     def made(*args: Any) -> Any:
         fields: Any = header.make_header(*args)
@@ -125,12 +125,12 @@ def test_a_snapshot_from_before_there_were_hashes_of_images(
         return fields
 
     monkeypatch.setattr("unsloth_spectral.integrations.huggingface.cache.make_header", made)
-    saved(model, path, given)
-    for prompt in (None, given):
+    saved(model, path, model_inputs)
+    for prompt in (None, model_inputs):
         with pytest.raises(LoadError, match="hashes of what its 16 tokens that stand for other inputs"):
-            SpectralCache.load(path, model, given["input_ids"], prompt)
+            SpectralCache.load(path, model, model_inputs["input_ids"], prompt)
     saved(model, path, inputs())
-    assert SpectralCache.load(path, model, given["input_ids"], given).get_seq_length() == 100
+    assert SpectralCache.load(path, model, model_inputs["input_ids"], model_inputs).get_seq_length() == 100
 
 
 def test_an_image_behind_a_saved_text_is_free(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -173,21 +173,36 @@ def compared(model: PreTrainedModel, first: dict[str, Any], second: dict[str, An
 
 
 def test_whatever_a_processor_returns_can_be_hashed(model: PreTrainedModel) -> None:
-    one = torch.rand(3, 5)
-    for value in (one, one.numpy(), [one, one[:2]], [one.numpy(), one.numpy()[:1]], 0.5, [0.5, 1.0], [[1, 2], [3, 4]]):
+    pixels = torch.rand(3, 5)
+    for value in (
+        pixels,
+        pixels.numpy(),
+        [pixels, pixels[:2]],
+        [pixels.numpy(), pixels.numpy()[:1]],
+        0.5,
+        [0.5, 1.0],
+        [[1, 2], [3, 4]],
+    ):
         assert compared(model, {"x": value}, {"x": value}) is None
         other = [*value, 0.25] if isinstance(value, list) and isinstance(value[0], float) else value
         assert compared(model, {"x": value}, {"x": other}) is None, "begins alike"
-    for value in (one + 1, one[:2], one[:, :4], one.T, one.T.reshape(3, 5), [one[0], one[1], one[2] + 1]):
-        assert compared(model, {"x": one}, {"x": value}) == "'x' differs"
+    for value in (
+        pixels + 1,
+        pixels[:2],
+        pixels[:, :4],
+        pixels.T,
+        pixels.T.reshape(3, 5),
+        [pixels[0], pixels[1], pixels[2] + 1],
+    ):
+        assert compared(model, {"x": pixels}, {"x": value}) == "'x' differs"
     assert compared(model, {"x": [0.5, 1.0]}, {"x": [0.5, 2.0]}) == "'x' differs"
-    assert compared(model, {"x": one}, {}) == "'x' is missing"
-    assert compared(model, {}, {"attention_mask": one, "input_ids": one, "pixel_values": None}) is None
+    assert compared(model, {"x": pixels}, {}) == "'x' is missing"
+    assert compared(model, {}, {"attention_mask": pixels, "input_ids": pixels, "pixel_values": None}) is None
 
 
 def test_values_are_compared_as_the_model_takes_them(model: PreTrainedModel) -> None:
-    one = torch.rand(3, 5)
-    assert compared(model.bfloat16(), {"x": one}, {"x": one.bfloat16()}) is None
+    pixels = torch.rand(3, 5)
+    assert compared(model.bfloat16(), {"x": pixels}, {"x": pixels.bfloat16()}) is None
     assert compared(model, {"x": np.array([1, 2], dtype=np.int32)}, {"x": torch.tensor([1, 2])}) is None
 
 

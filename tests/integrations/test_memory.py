@@ -1,4 +1,4 @@
-"""What ``stats()`` says against what is there: every storage a cache keeps alive, and the memory of the process.
+"""``stats()`` against the actual memory: every storage that a cache keeps alive, and the memory of the process.
 
 Run as a script, this file is the process that is measured: ``test_memory.py FRAME layers|model``.
 """
@@ -30,16 +30,17 @@ HEAD_DIM = 64
 
 # Transformers is imported where it is used: the process that does without starts in half the time.
 
-# Not the first holder, or of a few bytes: the codec's share in its blocks, variances between two
-# sealings, and what the kernel found out about a block, in its memo.
+# Tensors that a block counts already, or of a few bytes: those that the codec shares with its blocks, variances between
+# two sealings, and the kernel's memo of a block.
 NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
-# The kernel's tables, shared by all blocks of equal steps of positions; a pair: cosines and sines within a tile as
-# numbers and as integers, what they are in up to 16 smooth functions, and the angles to the next token and tile.
+# The kernel's tables, shared by all blocks of equal steps of positions; per rotary pair: cosines and sines within a
+# tile as numbers and as integers, their coefficients in up to 16 smooth functions, and the angles to the next token and
+# tile.
 TABLE_BYTES = (2 * 4 * 128 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
-# Counted by each that holds it: blocks in one basis that do not join share the basis.
+# Counted by each holder: blocks in one basis that do not join share the basis.
 COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
-# Counted once, by the first: all layers share what they are told of positions.
+# Counted once, by the first holder: all layers share the positions.
 SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_tiers.padding")
 
 CONFIGS = {
@@ -51,20 +52,20 @@ kinds = pytest.mark.parametrize("kind", CONFIGS)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def held(thing: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Every tensor in ``thing`` by each path that leads to it, through attributes, slots and containers."""
-    if isinstance(thing, torch.Tensor):
-        yield path, thing
+def held(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Every tensor in ``value`` by each path that leads to it, through attributes, slots and containers."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
         return
-    if isinstance(thing, str | bytes | int | float | None | type | torch.dtype) or callable(thing):
+    if isinstance(value, str | bytes | int | float | None | type | torch.dtype) or callable(value):
         return
-    if isinstance(thing, dict):
-        parts = list(thing.items())
-    elif isinstance(thing, list | tuple | set):
-        parts = list(enumerate(thing))
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple | set):
+        parts = list(enumerate(value))
     else:
-        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-        parts = [(name, getattr(thing, name)) for name in [*getattr(thing, "__dict__", ()), *slots]]
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        parts = [(name, getattr(value, name)) for name in [*getattr(value, "__dict__", ()), *slots]]
     for name, part in parts:
         yield from held(part, (*path, str(name)))
 
@@ -74,7 +75,7 @@ def ends_with(path: Path, endings: tuple[str, ...]) -> bool:
 
 
 def check_bytes(cache: Any) -> None:
-    """Every storage is counted, to the byte, by each that holds it; what nobody counts is next to nothing."""
+    """Every storage is counted, to the byte, by each of its holders; uncounted storages are negligible."""
     nbytes: dict[int, int] = {}
     holders: defaultdict[int, set[Path]] = defaultdict(set)
     steps = set()
@@ -175,7 +176,7 @@ def anonymous_bytes() -> int:
 
 
 def by_layers(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple[list[SpectralLayer], CacheStats]:
-    """Layers sealed one after another, so that one at most is dense."""
+    """Layers sealed one after another, so that at most one is dense."""
     heads, pairs = 4, HEAD_DIM // 2
     angle = torch.arange(num_tokens)[:, None] * 10_000.0 ** (-torch.arange(pairs) / pairs)
     table = torch.polar(torch.ones_like(angle), angle)[None]
@@ -192,7 +193,7 @@ def by_layers(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple
 
 
 def by_model(config: SpectralConfig, num_layers: int, num_tokens: int) -> tuple[list[SpectralLayer], CacheStats]:
-    """The prefill of a model that is all cache."""
+    """The prefill of a model whose weights are small beside its cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from unsloth_spectral import SpectralCache
@@ -233,12 +234,12 @@ def check_process(kind: str, source: str) -> None:
     command = [sys.executable, __file__, kind, source]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["dense"] > 200 * MB
-    assert abs(found["control"] - found["control_expected"]) < 0.02 * found["control_expected"] + MB, found
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["dense"] > 200 * MB
+    assert abs(record["control"] - record["control_expected"]) < 0.02 * record["control_expected"] + MB, record
     # A tenth and 3 MB: pages begun, and tables of the process. Less than one dense layer, which is 6 to 9 MB.
-    assert abs(found["growth"] - found["stored"]) < 0.1 * found["stored"] + 3 * MB, found
-    assert found["growth"] < 0.25 * found["dense"], found
+    assert abs(record["growth"] - record["stored"]) < 0.1 * record["stored"] + 3 * MB, record
+    assert record["growth"] < 0.25 * record["dense"], record
 
 
 @linux

@@ -1,4 +1,4 @@
-"""A cache that meets a model which cannot read it explains itself and names the line that mends it."""
+"""A cache used with a model that cannot read it gives an error that names the line to add."""
 
 import copy
 import gc
@@ -132,16 +132,16 @@ def test_a_patched_unlisted_model_works_the_second_time() -> None:
 @torch.no_grad()
 def test_the_model_that_computes_with_its_keys_is_marked_and_no_other() -> None:
     model, bystander = build("Llama"), build("Llama")
-    spectral, spared = (SpectralCache(one, config=LOSSLESS) for one in (model, bystander))
+    spectral, spared = (SpectralCache(tested_model, config=LOSSLESS) for tested_model in (model, bystander))
     with pytest.raises(SpectralError, match="from now on"):
         model(token_ids(), **cache_argument(spectral))
     twin = copy.deepcopy(model)
-    for one, kind in (
+    for tested_model, kind in (
         (model, MaterialisingCacheLayer),
         (twin, MaterialisingCacheLayer),
         (bystander, SpectralCacheLayer),
     ):
-        assert {type(layer) for layer in SpectralCache(one, config=LOSSLESS).layers} == {kind}
+        assert {type(layer) for layer in SpectralCache(tested_model, config=LOSSLESS).layers} == {kind}
     # The cache of one model in the hands of another marks neither.
     with pytest.raises(SpectralError, match=f"LlamaAttention is a module of another model.*{MEND}"):
         bystander(token_ids(), **cache_argument(SpectralCache(build("Llama"), config=LOSSLESS)))

@@ -77,14 +77,14 @@ class TestEmbedded:
         tokens = smollm2.model.generate(**prompt, max_new_tokens=4, do_sample=False)
         assert "Paris" in smollm2.tokenizer.decode(tokens[0])
 
-    @pytest.mark.parametrize(("asked", "given"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+    @pytest.mark.parametrize(("asked", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
     def test_without_a_copy_the_gguf_file_is_read(
         self,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         tiny_llama: Callable[..., LlamaForCausalLM],
         asked: str | None,
-        given: torch.dtype,
+        expected: torch.dtype,
     ) -> None:
         source, lines = tmp_path / "model.gguf", []
         source.write_bytes(b"GGUF and so on")
@@ -95,7 +95,7 @@ class TestEmbedded:
         monkeypatch.setattr(module, "read_gguf", lambda path: (model.train(), tokenizer) if path == source else None)
         loaded = load_model(device="cpu", dtype=asked, on_progress=lines.append)
         assert (loaded.name, loaded.tokenizer) == (module.EMBEDDED_NAME, tokenizer)
-        assert loaded.model.dtype == given
+        assert loaded.model.dtype == expected
         assert not loaded.model.training
         assert "from its GGUF file" in lines[-1]
 
@@ -169,7 +169,7 @@ class TestLocalFolder:
 class TestFailures:
     @pytest.fixture(autouse=True)
     def _silence(self, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-        """A failure says all it has to say in its message."""
+        """A failure has its whole explanation in its message."""
         yield
         assert capfd.readouterr() == ("", "")
         assert caplog.record_tuples == []

@@ -48,7 +48,7 @@ def config_of(model: Any, **options: Any) -> SpectralConfig | None:
 
 
 class Worker:
-    """A thread that does one thing after another, each when it is told to."""
+    """A thread that runs actions one after another, each on request."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -79,7 +79,7 @@ class OpenScope:
 
 @dataclass
 class Expected:
-    """What the rules say, kept in step with the model."""
+    """The state that the rules predict, updated along with the model."""
 
     patch: SpectralConfig | None = None
     scopes: list[tuple[int, OpenScope]] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Expected:
 
 
 def step(choices: random.Random, model: Any, expected: Expected, number: int, worker: Worker) -> None:
-    """One random deed of one thread."""
+    """One random action of one thread."""
     scopes, config = expected.of(number), choices.choice(CONFIGS)
     deed = choices.choice(["enter", "exit", "patch", "unpatch", "cache", "use", "generate", "generate"])
     if deed == "enter":
@@ -169,15 +169,15 @@ def test_threads_that_run_at_once_get_their_own_options_and_right_answers(model:
         try:
             for turn, new in enumerate((3, 20, 9)):
                 barrier.wait(60)
-                own = {}
+                cache_option = {}
                 with spectral(model, config=CONFIGS[number]), ExitStack() as stack:
                     config = CONFIGS[number]
                     if (number + turn) % 3 == 1:
                         config = CONFIGS[number - 1]
                         stack.enter_context(spectral(model, config=config))
                     if (number + turn) % 3 == 2:
-                        own = cache_argument(SpectralCache(model, config=config))
-                    result = generate(model, input_ids=IDS, max_new_tokens=new, **own)
+                        cache_option = cache_argument(SpectralCache(model, config=config))
+                    result = generate(model, input_ids=IDS, max_new_tokens=new, **cache_option)
                     assert torch.equal(result.sequences, expected[new])
                     assert cache_of(result).config == config
         except BaseException as error:
@@ -224,8 +224,8 @@ def test_a_generation_goes_on_while_another_thread_unpatches(
         workers[0].do(lambda: unpatch_unsloth_attention(model))
         seen.append((is_enabled(model), workers[0].do(lambda: config_of(model))))
 
-    own = cache_argument(SpectralCache(model, config=CONFIGS[0])) if is_own else {}
-    result = generate(model, input_ids=IDS, streamer=Meanwhile(unpatched), **own)
+    cache_option = cache_argument(SpectralCache(model, config=CONFIGS[0])) if is_own else {}
+    result = generate(model, input_ids=IDS, streamer=Meanwhile(unpatched), **cache_option)
     assert seen == [(True, None)], "another call gets a dense cache, on the attention that this one still needs"
     assert torch.equal(result.sequences, expected)
     assert cache_of(result).get_seq_length() == 77

@@ -1,4 +1,4 @@
-"""The one line: patch, unpatch, and what is refused. Nothing but the caches of generate may change."""
+"""Patching, unpatching, and the models refused. Only the caches of generate may change."""
 
 import copy
 import gc
@@ -118,8 +118,8 @@ def test_long_prompts_compress_and_short_ones_are_exact(model: LlamaForCausalLM)
     short = {"input_ids": token_ids(length=30), "output_logits": True}
     expected, long_expected = generate(model, **short), generate(model, output_logits=True)
     patch_unsloth_attention(model, **OPTIONS)
-    found = generate(model, **short)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
+    generated = generate(model, **short)
+    assert all(torch.equal(a, b) for a, b in zip(generated.logits, expected.logits, strict=True))
     long_found = generate(model, output_logits=True)
     # The prefill is attended to before it is sealed, the next token comes from what is left of it.
     assert torch.equal(long_found.logits[0], long_expected.logits[0])
@@ -156,8 +156,8 @@ def test_a_cache_of_the_callers_own_is_used(model: LlamaForCausalLM) -> None:
     dense = DynamicCache(config=model.config)
     assert torch.equal(generate(model, **cache_argument(dense)).sequences, plain)
     assert dense.get_seq_length() == 127
-    own = SpectralCache(model, config=SpectralConfig(4, 4, 32))
-    assert cache_of(generate(model, **cache_argument(own))) is own
+    own_cache = SpectralCache(model, config=SpectralConfig(4, 4, 32))
+    assert cache_of(generate(model, **cache_argument(own_cache))) is own_cache
 
 
 def test_no_cache_means_no_cache(model: LlamaForCausalLM) -> None:
@@ -286,8 +286,8 @@ def test_a_patched_model_can_be_pickled_after_unpatching(model: LlamaForCausalLM
 def test_a_pickled_model_stays_patched_or_switched(
     is_patched: bool, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kept(one: PreTrainedModel) -> Any:
-        whole = state(one)
+    def lasting(patched_model: PreTrainedModel) -> Any:
+        whole = state(patched_model)
         return [
             [set(names) for names in whole["attributes"]],
             whole["hooks"],
@@ -295,7 +295,7 @@ def test_a_pickled_model_stays_patched_or_switched(
             whole["implementations"],
         ]
 
-    plain = kept(model)
+    plain = lasting(model)
     if is_patched:
         patch_unsloth_attention(model, **OPTIONS)
     else:
@@ -305,13 +305,13 @@ def test_a_pickled_model_stays_patched_or_switched(
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.delitem(interface._global_mapping, ATTENTION_NAME)
     twin = pickle.loads(pickled)
-    found = generate(twin)
-    assert isinstance(cache_of(found), SpectralCache if is_patched else DynamicCache)
-    assert torch.equal(found.sequences, generated.sequences)
+    actual = generate(twin)
+    assert isinstance(cache_of(actual), SpectralCache if is_patched else DynamicCache)
+    assert torch.equal(actual.sequences, generated.sequences)
     # It answers for itself: the first is as before, and the second can be given back.
     assert twin.generate is not model.generate
     unpatch_unsloth_attention(twin)
-    assert kept(twin) == plain
+    assert lasting(twin) == plain
     assert isinstance(cache_of(generate(twin)), DynamicCache)
     assert isinstance(cache_of(generate(model)), SpectralCache if is_patched else DynamicCache)
 

@@ -22,9 +22,9 @@ def model(tiny_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
 
 
 def greedy(model: PreTrainedModel, cache: SpectralCache | None = None) -> torch.Tensor:
-    found = model.generate(token_ids(), **cache_argument(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert isinstance(found, torch.Tensor)
-    return found
+    generated = model.generate(token_ids(), **cache_argument(cache), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert isinstance(generated, torch.Tensor)
+    return generated
 
 
 @pytest.mark.usefixtures("unrounded")
@@ -70,8 +70,8 @@ def test_a_compiled_forward_attends_to_codes(model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         for part in (ids, ids[:, :1], ids[:, 1:2]):
             expected = model(part, **cache_argument(plain)).logits
-            found = step(part, **cache_argument(compiled)).logits
-            assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
+            spectral_logits = step(part, **cache_argument(compiled)).logits
+            assert (spectral_logits - expected).abs().max() < 1e-2 * expected.abs().max()
     assert sealed_tokens(compiled) == sealed_tokens(plain)
     assert min(sealed_tokens(compiled)) > 0
     torch.compiler.reset()

@@ -86,7 +86,7 @@ def check(family: str, reader: Reader, cache: DynamicCache, assert_close: Callab
         keys = cache.layers[index].keys[..., -count:, :]
         plain = projected(family, reader.keys[index])
         assert_close(unrotate(keys, rotation.table()[:, None], rotation), plain, 1e-3)
-        # Nothing to undo would pass, too.
+        # Without a rotation the check would pass, too.
         assert not torch.allclose(keys, plain, atol=0.05)
 
 
@@ -188,7 +188,7 @@ def test_none_without_rotary_embeddings() -> None:
 @pytest.mark.parametrize("family", ["Llama", "GPT-NeoX", "Gemma 2", "Gemma 4, shared keys"])
 @torch.no_grad()
 def test_positions_reach_the_layer_of_their_cache_and_leave_with_the_pass(family: str) -> None:
-    """GPT-NeoX passes its cache under a name of its own, and Gemma 4's last layers read the keys of others."""
+    """GPT-NeoX passes its cache under another argument name, and Gemma 4's last layers read the keys of others."""
     model = build(family)
     cache, other = spectral_cache(model), spectral_cache(model)
     model(ids(length=300), **cache_argument(cache))

@@ -124,10 +124,10 @@ def test_a_copy_goes_its_own_way(tiny_llama: Build) -> None:
     fill(cache, 200)
     before = cache.layers[0].keys
     assert before is not None
-    kept = before.clone()
+    snapshot = before.clone()
     other = copy.deepcopy(cache)
     fill(other, 100, seed=1)
-    assert torch.equal(before, kept)
+    assert torch.equal(before, snapshot)
     assert (cache.get_seq_length(), other.get_seq_length()) == (200, 300)
     assert other.stats().stored_bytes > cache.stats().stored_bytes
 

@@ -1,4 +1,4 @@
-"""A saved cache goes on as the one that was saved, bit for bit; and what does not fit is refused in one line."""
+"""A loaded cache goes on like the one that was saved, bit for bit; a file that does not fit is refused in one line."""
 
 import copy
 import gc
@@ -44,18 +44,18 @@ def feed(model: PreTrainedModel, ids: torch.Tensor, cache: Any, mask: torch.Tens
 
 def decode(model: PreTrainedModel, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits after each of ``ids``, fed one by one."""
-    found = []
+    steps = []
     for step in range(ids.shape[1]):
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        found.append(feed(model, ids[:, step : step + 1], cache, mask))
-    return torch.stack(found, 1)
+        steps.append(feed(model, ids[:, step : step + 1], cache, mask))
+    return torch.stack(steps, 1)
 
 
 def numbers(cache: SpectralCache) -> dict[str, Any]:
     """The statistics but for the time, which goes on elsewhere, and the room the tail has to grow."""
-    found = cache.stats().to_dict()
-    for each in (found, *found["layers"]):
+    plain = cache.stats().to_dict()
+    for statistics in (plain, *plain["layers"]):
         for name in (
             "seal_seconds",
             "dense_bytes",
@@ -64,8 +64,8 @@ def numbers(cache: SpectralCache) -> dict[str, Any]:
             "bits_per_element",
             "compression_factor",
         ):
-            each.pop(name, None)
-    return found
+            statistics.pop(name, None)
+    return plain
 
 
 def check_goes_on(

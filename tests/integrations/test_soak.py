@@ -16,11 +16,11 @@ BLOCK, STEPS = 32, 600
 def live_storages() -> dict[int, torch.UntypedStorage]:
     """Of all tensors that Python knows of, each once; while they are kept, their places are not given anew."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
     return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
-# With the spectral codec the process has tables of its own too: constants, and one turn a rotary pair (8) and token.
+# With the spectral codec the process also has tables: constants, and one rotation per rotary pair (8) and token.
 @pytest.mark.parametrize(
     ("config", "constant", "per_token"),
     [
@@ -39,8 +39,8 @@ def test_memory_follows_the_stated_bytes(
     for step in range(STEPS):
         ids = model(ids, **cache_argument(cache)).logits[:, -1:].argmax(-1)
         if step % 150 == 149:
-            held = sum(storage.nbytes() for place, storage in live_storages().items() if place not in before)
-            unstated = held - cache.stats().stored_bytes
+            held_bytes = sum(storage.nbytes() for place, storage in live_storages().items() if place not in before)
+            unstated = held_bytes - cache.stats().stored_bytes
             assert 0 <= unstated <= constant + per_token * (step + 1)
     stats = cache.stats()
     assert stats.num_tokens == STEPS

@@ -12,7 +12,7 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 
 Build = Callable[..., LlamaForCausalLM]
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
-# A random model's logits differ by about 1.6 between tokens; a lost or turned key costs KL of .01 and more.
+# A random model's logits differ by about 1.6 between tokens; a lost or wrongly rotated key costs KL of .01 and more.
 NEAR = 1e-3
 
 
@@ -42,18 +42,20 @@ def forced_logits(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], token
     """Logits after the prompt and after each of ``tokens [B, n]``, fed one by one."""
     mask = batch["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    found = [model(**batch, position_ids=positions, **cache_argument(cache)).logits[:, -1]]
+    spectral_logits = [model(**batch, position_ids=positions, **cache_argument(cache)).logits[:, -1]]
     for step in range(tokens.shape[1]):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         positions = positions[:, -1:] + 1
-        one = tokens[:, step : step + 1]
-        found.append(model(one, attention_mask=mask, position_ids=positions, **cache_argument(cache)).logits[:, -1])
-    return torch.stack(found, 1)
+        token = tokens[:, step : step + 1]
+        spectral_logits.append(
+            model(token, attention_mask=mask, position_ids=positions, **cache_argument(cache)).logits[:, -1]
+        )
+    return torch.stack(spectral_logits, 1)
 
 
-def divergence(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """KL of ``found`` from ``exact``, in nats."""
-    p, q = exact.double().log_softmax(-1), found.double().log_softmax(-1)
+def divergence(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """KL of ``actual`` from ``exact``, in nats."""
+    p, q = exact.double().log_softmax(-1), actual.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -63,10 +65,10 @@ def test_near_the_dense_cache_with_padded_prompts(frame: str, tiny_llama: Build)
     tokens = torch.randint(3, 128, (3, 150), generator=torch.Generator().manual_seed(1))
     exact = forced_logits(model, batch, tokens, DynamicCache(config=model.config))
     cache = SpectralCache(model, config=config_of(frame))
-    found = forced_logits(model, batch, tokens, cache)
+    spectral_logits = forced_logits(model, batch, tokens, cache)
     stats = cache.stats()
     assert [layer.sealed_tokens for layer in stats.layers] == [384, 384]
-    kl = divergence(found, exact)
+    kl = divergence(spectral_logits, exact)
     assert float(kl[:, 0].max()) < 1e-8, "a prefill is attended to exactly"
     assert float(kl[:, 1:].mean()) < NEAR
     assert float(kl.max()) < 20 * NEAR
@@ -121,8 +123,10 @@ def test_beam_search_and_batches(frame: str, tiny_llama: Build) -> None:
     with torch.no_grad():
         tokens = torch.full((1, 1), 5)
         exact = forced_logits(model, batch, tokens.expand(3, 1), DynamicCache(config=model.config))
-        found = forced_logits(model, batch, tokens.expand(3, 1), SpectralCache(model, config=config_of(frame)))
-    assert float(divergence(found, exact).max()) < 20 * NEAR
+        spectral_logits = forced_logits(
+            model, batch, tokens.expand(3, 1), SpectralCache(model, config=config_of(frame))
+        )
+    assert float(divergence(spectral_logits, exact).max()) < 20 * NEAR
 
 
 def test_unpatching_removes_all_hooks(tiny_llama: Build) -> None:
@@ -159,7 +163,7 @@ def test_half_precision(dtype: torch.dtype, tiny_llama: Build) -> None:
     exact = forced_logits(model, batch, tokens, DynamicCache(config=model.config))
     for frame in ("unrotated", "rotated"):
         cache = SpectralCache(model, config=config_of(frame))
-        found = forced_logits(model, batch, tokens, cache)
-        assert found.dtype == dtype
-        assert float(divergence(found, exact).mean()) < 10 * NEAR
+        spectral_logits = forced_logits(model, batch, tokens, cache)
+        assert spectral_logits.dtype == dtype
+        assert float(divergence(spectral_logits, exact).mean()) < 10 * NEAR
         assert cache.layers[0].spectral.reconstruct()[0].dtype == dtype

@@ -1,4 +1,4 @@
-"""The store of prefixes: what was fed once is loaded, whoever asks, and the folder stays within its limit."""
+"""The store of prefixes: a prefix fed once is loaded by any later process, and the folder stays within its limit."""
 
 import json
 import logging
@@ -130,8 +130,8 @@ def test_the_least_recently_used_goes(model: LlamaForCausalLM, tmp_path: Path) -
     store.prefill(model, texts[0], config=CONFIG)  # used again, so the second is the oldest
     time.sleep(0.01)
     store.prefill(model, texts[3], config=CONFIG)
-    found = [store.num_stored(model, ids, config=CONFIG) for ids in texts]
-    assert found == [299, 0, 299, 299]
+    counts = [store.num_stored(model, ids, config=CONFIG) for ids in texts]
+    assert counts == [299, 0, 299, 299]
     assert sum(path.stat().st_size for path in stored(store)) <= store.max_bytes
 
 
@@ -350,8 +350,8 @@ def write_and_read(folder: Path, seed: int, model: LlamaForCausalLM, max_bytes: 
         text = draw.randrange(TEXTS)
         ids = token_ids(seed=text)
         restored += bool(store.num_stored(model, ids, config=CONFIG))
-        found = after(model, store.prefill(model, ids, config=CONFIG), ids)
-        assert found.tolist() == wanted[text], f"text {text}"
+        actual = after(model, store.prefill(model, ids, config=CONFIG), ids)
+        assert actual.tolist() == wanted[text], f"text {text}"
     (folder / f"restored-{seed}").write_text(str(restored))
 
 

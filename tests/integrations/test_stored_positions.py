@@ -1,4 +1,4 @@
-"""What positions cost a cache: nothing to speak of, wherever its tokens stand."""
+"""Bytes that positions take in a cache: negligible, whatever the positions are."""
 
 import copy
 from collections.abc import Callable
@@ -62,12 +62,12 @@ def filled(model: PreTrainedModel, config: SpectralConfig, *passes: dict[str, to
 
 def rotations(cache: SpectralCache) -> list[list[Rotation]]:
     """Per layer, of its sealed blocks."""
-    found = []
+    by_layer = []
     for layer in cache.layers:
         blocks = [block for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
-        found.append([block.keys.rotation for block in blocks if block.keys.rotation is not None])
-        assert len(found[-1]) == len(blocks) > 0
-    return found
+        by_layer.append([block.keys.rotation for block in blocks if block.keys.rotation is not None])
+        assert len(by_layer[-1]) == len(blocks) > 0
+    return by_layer
 
 
 @frames
@@ -108,7 +108,7 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
     for table in (rotation.places.table for layer in layers for rotation in layer):
         if table is not None:
             assert by_content.setdefault(tuple(table.flatten().tolist()), table) is table, "equal positions are shared"
-    # Blocks of 128 tokens are dear; positions are not what makes them so.
+    # Blocks of 128 tokens take many bytes per token; positions are not the reason.
     tables = {id(rotation.places.table): rotation.places.table for layer in layers for rotation in layer}
     assert sum(table.nbytes for table in tables.values() if table is not None) < 0.03 * cache.stats().stored_bytes
 
@@ -120,11 +120,11 @@ def test_positions_of_three_axes_are_those_of_the_model(frame: str, assert_close
     cache, dense = SpectralCache(model, config=SpectralConfig(bits_per_element=8, key_frame=frame)), None
     with torch.no_grad():
         model(**inputs, **cache_argument(cache))
-        found = model(input_ids=words(20, 5), **cache_argument(cache)).logits
+        spectral_logits = model(input_ids=words(20, 5), **cache_argument(cache)).logits
         model = qwen2_vl()
         dense = model(**inputs).past_key_values if "past_key_values" in cache_argument(None) else model(**inputs).cache
         expected = model(input_ids=words(20, 5), **cache_argument(dense)).logits
-    assert_close(found, expected, 0.03)
+    assert_close(spectral_logits, expected, 0.03)
 
 
 @frames
@@ -174,10 +174,12 @@ def test_what_layers_share_they_share_after_all_that_a_cache_can_do(tmp_path: Pa
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.crop(-3)
     cache.save(tmp_path / "a.safetensors")
-    for one in (cache, copy.deepcopy(cache), SpectralCache.load(tmp_path / "a.safetensors", model)):
-        shared: set[Any] = {id(tensor) for layer in rotations(one) for kept in layer for tensor in kept.tensors}
+    for tested_cache in (cache, copy.deepcopy(cache), SpectralCache.load(tmp_path / "a.safetensors", model)):
+        shared: set[Any] = {
+            id(tensor) for layer in rotations(tested_cache) for rotation in layer for tensor in rotation.tensors
+        }
         assert len(shared) == 3, "a unit, a step and a table of places for all layers"
-        stats = one.stats()
+        stats = tested_cache.stats()
         assert stats.stored_bytes == cache.stats().stored_bytes
         assert stats.layers[0].cold_bytes > stats.layers[1].cold_bytes
 

@@ -53,7 +53,7 @@ def test_two_processes_give_the_tokens_of_one(tiny_llama: Callable[..., LlamaFor
     model.save_pretrained(tmp_path / "model")
     expected = generated(model)
     homes = [str(Path(unsloth_spectral.__file__).parents[1]), str(Path(__file__).parents[1])]
-    found = subprocess.run(
+    completed = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"),
             *(__file__, str(tmp_path / "model"), str(tmp_path)),
@@ -64,19 +64,19 @@ def test_two_processes_give_the_tokens_of_one(tiny_llama: Callable[..., LlamaFor
         text=True,
         timeout=900,
     )
-    assert found.returncode == 0, found.stdout
+    assert completed.returncode == 0, completed.stdout
     for rank in range(PROCESSES):
-        own = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
-        assert own["tokens"] == expected["tokens"]
-        assert own["sealed"] == expected["sealed"]
-        assert min(own["sealed"]) > 0
+        rank_results = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert rank_results["tokens"] == expected["tokens"]
+        assert rank_results["sealed"] == expected["sealed"]
+        assert min(rank_results["sealed"]) > 0
         # Half of the heads on each.
-        assert PROCESSES * own["dense_bytes"] == expected["dense_bytes"]
-        assert own["lossy_sealed"] == expected["lossy_sealed"]
-        assert min(own["lossy_sealed"]) > 0
-        assert own["is_finite"]
+        assert PROCESSES * rank_results["dense_bytes"] == expected["dense_bytes"]
+        assert rank_results["lossy_sealed"] == expected["lossy_sealed"]
+        assert min(rank_results["lossy_sealed"]) > 0
+        assert rank_results["is_finite"]
         kl = torch.nn.functional.kl_div(
-            *(torch.tensor(each["lossy_top"]).log_softmax(-1) for each in (own, expected)),
+            *(torch.tensor(results["lossy_top"]).log_softmax(-1) for results in (rank_results, expected)),
             log_target=True,
             reduction="sum",
         )

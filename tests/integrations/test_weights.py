@@ -1,4 +1,4 @@
-"""Weights of every kind: a model is known again by them, and one that cannot be still generates."""
+"""Weights of every kind identify a model; a model that they cannot identify still generates."""
 
 import logging
 from collections.abc import Callable

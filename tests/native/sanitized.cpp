@@ -445,13 +445,13 @@ std::vector<double> attend_row(const Call& call, const std::vector<std::unique_p
         call.sink_logits ? call.sink_logits[h * (call.num_rows / call.query_length) + row / call.query_length] : never;
     double peak = sink;
     for (double score : scores) peak = std::max(peak, score);
-    std::vector<double> turned(static_cast<size_t>(value_dim)), plain(turned);
+    std::vector<double> rotated(static_cast<size_t>(value_dim)), plain(rotated);
     if (peak == never) return plain;
     double total = std::exp(sink - peak);
     size_t column = 0;
     for (const auto& tokens : held) {
         const int64_t count = tokens->block.num_tokens;
-        std::vector<double>& to = tokens->block.is_coded ? turned : plain;
+        std::vector<double>& to = tokens->block.is_coded ? rotated : plain;
         for (int64_t t = 0; t < count; ++t) {
             const double share = std::exp(scores[column++] - peak);
             total += share;
@@ -460,7 +460,7 @@ std::vector<double> attend_row(const Call& call, const std::vector<std::unique_p
     }
     if (call.hadamard)
         for (int64_t j = 0; j < value_dim; ++j)
-            for (int64_t d = 0; d < value_dim; ++d) plain[d] += turned[j] * call.hadamard[j * value_dim + d];
+            for (int64_t d = 0; d < value_dim; ++d) plain[d] += rotated[j] * call.hadamard[j * value_dim + d];
     for (double& x : plain) x /= total;
     return plain;
 }
@@ -690,13 +690,13 @@ const char* value_case(int64_t number) {
     current = "values " + std::to_string(number) + ": batch " + std::to_string(batch) + ", heads " +
               std::to_string(heads) + ", dim " + std::to_string(dim) + ", bits " + std::to_string(nbits) + ", tokens " +
               std::to_string(tokens);
-    Exact<float> turned(batch * heads * dim * tokens);
-    for (int64_t i = 0; i < turned.size(); ++i) turned[i] = static_cast<float>(heavy());
+    Exact<float> rotated(batch * heads * dim * tokens);
+    for (int64_t i = 0; i < rotated.size(); ++i) rotated[i] = static_cast<float>(heavy());
     for (int64_t head = 0; head < batch * heads; ++head) {
         const int64_t quiet = rng.below(tokens);
         const double size = head % 2 ? 0 : std::pow(10, rng.from(-12, 12));
         for (int64_t d = 0; d < dim; ++d) {
-            float& x = turned[(head * dim + d) * tokens + quiet];
+            float& x = rotated[(head * dim + d) * tokens + quiet];
             x = static_cast<float>(x * size);
         }
     }
@@ -706,7 +706,7 @@ const char* value_case(int64_t number) {
     const double half = static_cast<double>(1 << (nbits - 1));
     const float step = static_cast<float>(std::pow(0.6, nbits - 1.0));
     spectral::ValueEncoding call = {};
-    call.values = turned.data();
+    call.values = rotated.data();
     call.planes = planes.data();
     call.energies = energies.data();
     call.overlaps = overlaps.data();
@@ -724,7 +724,7 @@ const char* value_case(int64_t number) {
             const int64_t place = head * tokens + token;
             double energy = 0, overlap = 0, square = 0, sizes = 0;
             for (int64_t d = 0; d < dim && token < tokens; ++d) {
-                const double x = turned[(head * dim + d) * tokens + token];
+                const double x = rotated[(head * dim + d) * tokens + token];
                 energy += x * x;
             }
             const double unit = std::max(std::sqrt(energy / static_cast<double>(dim)) * step, 1.2e-38);
@@ -737,7 +737,7 @@ const char* value_case(int64_t number) {
                     if (value != 0.5 - half) return "what fills up the last tile is not code 0";
                     continue;
                 }
-                const double x = turned[(head * dim + d) * tokens + token], ideal = mid_rise(x / unit, half);
+                const double x = rotated[(head * dim + d) * tokens + token], ideal = mid_rise(x / unit, half);
                 const double edge = std::fabs(x / unit - std::round(x / unit));
                 if (value != ideal && (std::fabs(value - ideal) > 1 || edge > 1e-3)) return "a wrong code";
                 overlap += x * value;

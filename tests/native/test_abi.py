@@ -1,4 +1,4 @@
-"""Python and the compiler lay out the structures that they share alike, and a difference is found."""
+"""Python and the compiler lay out their shared structures identically, and a difference is detected."""
 
 import ctypes
 from itertools import combinations
@@ -28,7 +28,7 @@ def redeclared(structure: type[ctypes.Structure], fields: list[tuple]) -> type[c
 
 
 def with_replaced(structure: type[ctypes.Structure], other: type[ctypes.Structure]) -> tuple:
-    return tuple(other if each is structure else each for each in STRUCTURES)
+    return tuple(other if declared is structure else declared for declared in STRUCTURES)
 
 
 @needs_kernel
@@ -45,12 +45,12 @@ def test_the_compiler_lays_out_structures_as_python_does(variant: str) -> None:
 def test_any_two_fields_that_are_swapped_are_found(
     structure: type[ctypes.Structure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for one, other in combinations(range(len(structure._fields_)), 2):
+    for first, second in combinations(range(len(structure._fields_)), 2):
         fields = list(structure._fields_)
-        fields[one], fields[other] = fields[other], fields[one]
+        fields[first], fields[second] = fields[second], fields[first]
         monkeypatch.setattr(abi, "STRUCTURES", with_replaced(structure, redeclared(structure, fields)))
         # One of the two may stay where it is, beside padding.
-        assert {f"{structure.__name__}.{fields[place][0]}" for place in (one, other)} & {
+        assert {f"{structure.__name__}.{fields[place][0]}" for place in (first, second)} & {
             *abi.differences(library.load())
         }
     with pytest.raises(InvalidArgumentError, match="of another version: install unsloth-spectral again"):
@@ -82,7 +82,7 @@ def test_other_constants_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_kernel
 def test_a_library_that_cannot_tell_is_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     class Older:
-        """Has no ``spectral_layout``."""
+        """A library without ``spectral_layout``."""
 
     monkeypatch.setattr(library, "load", lambda variant=None: Older())
     with pytest.raises(InvalidArgumentError, match="of another version: install unsloth-spectral again"):

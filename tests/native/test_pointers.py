@@ -1,4 +1,4 @@
-"""An address is given only of a tensor that is what the kernel takes it for."""
+"""An address is given only for a tensor of the dtype, size and device that the kernel expects."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def variant_flags() -> dict[str, tuple[str, ...]]:
 
 
 def run(*command: str, **environment: str) -> tuple[int, str]:
-    found = subprocess.run(
+    completed = subprocess.run(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,7 +41,7 @@ def run(*command: str, **environment: str) -> tuple[int, str]:
         env={**os.environ, **environment},
         timeout=900,
     )
-    return found.returncode, found.stdout
+    return completed.returncode, completed.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """``python case.py WAY``: a process that has loaded Unsloth, and runs each case in a fork of itself.
 
 Cases come as lines of JSON with ``family``, ``precision``, ``folder`` and ``checks``; each is answered by its exit
-status. What it prints is in ``output.txt`` in its folder, and what it came to in ``result.json``.
+status. What it prints is in ``output.txt`` in its folder, and its result in ``result.json``.
 
 Where there is a GPU there are no shims, and each fork loads Unsloth for itself: CUDA does not survive a fork.
 """

@@ -95,9 +95,9 @@ def same_tokens_and_every_update(model: Any, **options: Any) -> None:
     expected = generate(model, **options)
     assert not isinstance(cache_of(expected), SpectralCache)
     with lossless(model), counted() as updates:
-        found = generate(model, **options)
-    took_every_step(cache_of(found), updates)
-    assert torch.equal(found.sequences, expected.sequences), (found.sequences, expected.sequences)
+        generated = generate(model, **options)
+    took_every_step(cache_of(generated), updates)
+    assert torch.equal(generated.sequences, expected.sequences), (generated.sequences, expected.sequences)
 
 
 def same_tokens_as_the_dense_cache(model: Any) -> None:
@@ -105,18 +105,18 @@ def same_tokens_as_the_dense_cache(model: Any) -> None:
     with lossless(model), counted() as updates:
         expected = generate(model, **cache_argument(DynamicCache(config=model.config))).sequences
         assert not updates
-        found = generate(model)
-    took_every_step(cache_of(found), updates)
-    assert torch.equal(found.sequences, expected), (found.sequences, expected)
+        generated = generate(model)
+    took_every_step(cache_of(generated), updates)
+    assert torch.equal(generated.sequences, expected), (generated.sequences, expected)
 
 
 def same_tokens_with_left_padding(model: Any) -> None:
     batch = {name: value[1:] for name, value in padded_batch(LENGTH).items()}
     expected = generate(model, batch).sequences
     with lossless(model):
-        found = generate(model, batch)
-    assert isinstance(cache_of(found), SpectralCache)
-    assert torch.equal(found.sequences, expected), (found.sequences[:, LENGTH:], expected[:, LENGTH:])
+        generated = generate(model, batch)
+    assert isinstance(cache_of(generated), SpectralCache)
+    assert torch.equal(generated.sequences, expected), (generated.sequences[:, LENGTH:], expected[:, LENGTH:])
 
 
 class _Given(LogitsProcessor):
@@ -151,12 +151,12 @@ def as_near_as_the_dense_cache(model: Any, unpatched: bool = False) -> None:
         if dense is None:
             dense, _ = logits(model, **cache_argument(DynamicCache(config=model.config)))
         assert not updates
-        found, cache = logits(model)
+        spectral_logits, cache = logits(model)
     took_every_step(cache, updates)
-    cost, own = (dense - exact).abs(), (found - exact).abs()
-    assert cost.max() > 0, "nothing was computed in half precision"
-    assert own.mean() < 1.25 * cost.mean(), (own.mean(), cost.mean())
-    assert own.max() < 2 * cost.max(), (own.max(), cost.max())
+    dtype_error, spectral_error = (dense - exact).abs(), (spectral_logits - exact).abs()
+    assert dtype_error.max() > 0, "nothing was computed in half precision"
+    assert spectral_error.mean() < 1.25 * dtype_error.mean(), (spectral_error.mean(), dtype_error.mean())
+    assert spectral_error.max() < 2 * dtype_error.max(), (spectral_error.max(), dtype_error.max())
 
 
 def bytes_fall_with_the_balanced_preset(model: Any) -> None:
@@ -190,10 +190,10 @@ def an_image_is_seen(model: Any) -> None:
     expected = generate(model, inputs, output_logits=True)
     other = generate(model, {**inputs, "pixel_values": -image}, output_logits=True)
     with lossless(model):
-        found = generate(model, inputs, output_logits=True)
-    assert isinstance(cache_of(found), SpectralCache)
-    assert torch.equal(found.sequences, expected.sequences)
-    difference = (found.logits[0] - expected.logits[0]).abs().max()
+        generated = generate(model, inputs, output_logits=True)
+    assert isinstance(cache_of(generated), SpectralCache)
+    assert torch.equal(generated.sequences, expected.sequences)
+    difference = (generated.logits[0] - expected.logits[0]).abs().max()
     assert difference < 1e-4
     assert (other.logits[0] - expected.logits[0]).abs().max() > 100 * difference
 
@@ -226,9 +226,9 @@ def streaming(model: Any, tokenizer: Any, on_thread: Callable[[], Any]) -> None:
 
     expected = stream()
     with lossless(model), counted() as updates:
-        found = stream()
-    assert len(found.split()) > LENGTH
-    assert found == expected
+        generated = stream()
+    assert len(generated.split()) > LENGTH
+    assert generated == expected
     assert set(updates.values()) == {NEW}
 
 
@@ -297,9 +297,9 @@ def own_caches_and_turns(model: Any) -> None:
     plain = generate(model)
     with lossless(model):
         dense = DynamicCache(config=model.config)
-        found = generate(model, **cache_argument(dense))
-        assert torch.equal(found.sequences, plain.sequences)
-        assert not isinstance(cache_of(found), SpectralCache)
+        generated = generate(model, **cache_argument(dense))
+        assert torch.equal(generated.sequences, plain.sequences)
+        assert not isinstance(cache_of(generated), SpectralCache)
         first = generate(model)
         longer = torch.cat([first.sequences.cpu(), token_ids(length=10, seed=1).cpu()], dim=1)
         inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
@@ -316,11 +316,11 @@ def fast_generate_without_vllm(model: Any) -> None:
     then = model.fast_generate
     with lossless(model):
         expected = generate(model).sequences
-        found = model.fast_generate(
+        generated = model.fast_generate(
             **on_device(PROMPT, model), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
         )
-        assert isinstance(cache_of(found), SpectralCache)
-        assert torch.equal(found.sequences, expected)
+        assert isinstance(cache_of(generated), SpectralCache)
+        assert torch.equal(generated.sequences, expected)
     assert model.fast_generate is then
 
 

@@ -1,4 +1,4 @@
-"""Recording what each case came to: ``pytest tests/real_unsloth --cases FILE``."""
+"""Records the result of each case: ``pytest tests/real_unsloth --cases FILE``."""
 
 import json
 import platform

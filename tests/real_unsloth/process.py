@@ -29,7 +29,7 @@ class Loaded:
         self._answer("LOADED")
 
     def run(self, folder: Path, **case: Any) -> dict[str, Any]:
-        """What a case came to, run in ``folder``."""
+        """Run a case in ``folder`` and return its result."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**case, "folder": str(folder)}) + "\n")
         self._process.stdin.flush()

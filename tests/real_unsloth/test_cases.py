@@ -71,8 +71,8 @@ def case(
     precision: str = "float32",
     switches: tuple[str, ...] = (),
 ) -> Any:
-    said = ", ".join([f"{version}, {way}: {family}", *([precision] if precision != "float32" else [])])
-    said += f" ({', '.join(switches)})" if switches else ""
+    label = ", ".join([f"{version}, {way}: {family}", *([precision] if precision != "float32" else [])])
+    label += f" ({', '.join(switches)})" if switches else ""
     environment = {"HF_HUB_OFFLINE": "1"}
     if version == "older":
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -84,13 +84,13 @@ def case(
     if not ON_GPU and (not is_tried or family.startswith("gemma3")):
         environment["TORCHDYNAMO_DISABLE"] = "1"
     group = pytest.mark.xdist_group(f"{way} {environment}")
-    return pytest.param(way, environment, family, precision, checks, id=said, marks=group)
+    return pytest.param(way, environment, family, precision, checks, id=label, marks=group)
 
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Current]:
-    with contextlib.closing(Current()) as kept:
-        yield kept
+    with contextlib.closing(Current()) as current_process:
+        yield current_process
 
 
 @pytest.mark.parametrize(("way", "environment", "family", "precision", "checks"), list(cases()))

@@ -1,4 +1,4 @@
-"""One pass over the blocks in the form they are stored in, merged by log-sum-exp.
+"""One pass over the blocks as they are stored; partial results merge by log-sum-exp.
 
 Per block the query is projected into component space once, scores come from the codes, values are summed in code space
 and rotated back once. Nothing as long as the context is rebuilt.
@@ -43,7 +43,7 @@ def attend(query: Tensor, blocks: Iterable[Block], mask: Tensor | None, options:
     assert merged is not None, "attention over no tokens"
     sink_logits = grouped_sink_logits(options, merged.output.shape[1], query_length)
     if sink_logits is not None:
-        # A learned sink is a token with a score and the value zero.
+        # A sink logit acts like a token with that score and the value zero.
         maximum = sink_logits.to(query.dtype).expand_as(merged.maximum)
         merged = merged.merge(Partial(torch.zeros_like(merged.output), maximum, torch.ones_like(maximum)))
     return ungroup_heads(merged.finish(), query_length)

@@ -1,4 +1,4 @@
-"""Which path serves a call."""
+"""The choice of an attention path for each call."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.native import library
 
-# Rebuilding a tile costs the same for any number of queries, the direct path's products grow with them. They cross at
-# 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
+# Rebuilding a tile costs the same for any number of queries; the direct path's products grow with it. The two take
+# equal time at 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
 DIRECT_QUERY_LENGTH = 32
 _REBUILT_TOKENS = 1024  # at a time, on the "tiles" path
 
@@ -28,7 +28,7 @@ class AttentionPath:
 
 
 def available_paths() -> tuple[AttentionPath, ...]:
-    """Every attention path of this version, and those a user may look for in vain."""
+    """Every attention path of this version, with the reason where a path cannot run here."""
     return (
         AttentionPath("dense", "prefill and contexts too short to seal: torch's SDPA on exact tensors"),
         AttentionPath("direct", f"up to {DIRECT_QUERY_LENGTH} queries at a time: torch products on the stored codes"),
@@ -48,7 +48,7 @@ def available_paths() -> tuple[AttentionPath, ...]:
 
 
 def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options: ScoreOptions) -> Tensor:
-    """Attention of ``query [B, num_attention_heads, Q, D]`` over ``blocks``, answered in the query's dtype.
+    """Attention of ``query [B, num_attention_heads, Q, D]`` over ``blocks``, in the query's dtype.
 
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, bool or additive, or None for no mask at all.
     """
@@ -62,7 +62,7 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
                 return gpu.attend(query, blocks, mask, options).to(query.dtype)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a compiler says of a card that nobody has tried
+            except Exception as error:  # a compiler may raise anything on an untested card
                 gpu.give_up(query.device, error)
         return direct.attend(query, blocks, mask, options).to(query.dtype)
 

@@ -1,11 +1,11 @@
-"""Triton kernels: one query against sealed and exact tokens, and the merging of what came of them.
+"""Triton kernels: attention of few queries over sealed and exact tokens, and the merge of their partial results.
 
 Work is split over the tokens (Dao et al., "Flash-Decoding", 2023): a program takes one key-value head of one sequence,
-16 of its query rows and a run of tokens, and leaves ``sum of values under exp(score - maximum)``, that maximum and the
-sum of the weights. ``merge`` adds these up. Values of sealed tokens stay rotated until then.
+16 of its query rows and a run of tokens. It writes a partial result: ``sum of values under exp(score - maximum)``, that
+maximum and the sum of the weights. ``merge`` combines these. Values of sealed tokens stay rotated until then.
 
-Codes are whole numbers that half precision holds exactly. What they are multiplied with is split into two numbers in
-half precision, other dots are made of three tf32 products; both are as good as float32.
+Codes are integers that half precision holds exactly. Their factors are split into two half-precision numbers, and other
+dot products are made of three tf32 products; both are as accurate as float32.
 """
 
 import triton
@@ -13,13 +13,14 @@ import triton.language as tl
 
 from unsloth_spectral.codec.spectral import packing, scales
 
-ROWS = tl.constexpr(16)  # the fewest that a dot takes
+ROWS = tl.constexpr(16)  # the fewest rows that tl.dot takes
 TILE = tl.constexpr(packing.TILE_TOKENS)
-# Of larger pieces, the two sides of a dot take more shared memory than small cards have.
+# With larger chunks, the two operands of a dot exceed the shared memory of small cards.
 CHUNK = tl.constexpr(32)
 _ZERO = tl.constexpr(scales.ZERO)
 _TWO_PI = tl.constexpr(6.283185307179586)
-# Numbers that differ from step to step: triton would compile anew where one is a multiple of 16 or not.
+# These arguments change from step to step. Without this, triton would compile again whenever one becomes a multiple
+# of 16, or stops being one.
 _CHANGING = ("mask_batch", "mask_row", "mask_token", "first_token", "first_split", "num_splits")
 
 
@@ -30,7 +31,7 @@ def _dot(a, b):
 
 @triton.jit
 def _dot_codes(a, codes):
-    """``a [ROWS, k]`` float32 times whole numbers ``codes [k, n]`` of up to 8 bits."""
+    """``a [ROWS, k]`` float32 times integers ``codes [k, n]`` of up to 8 bits."""
     largest = tl.maximum(tl.max(tl.abs(a), 1), 1e-30)
     a = a / largest[:, None]
     high = a.to(tl.float16)
@@ -60,7 +61,7 @@ def _capped(scores, scaling, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _decoded(codes, STEPS: tl.constexpr):
-    """Scales over the largest of their row, see ``codec.spectral.scales``."""
+    """Scales relative to the largest of their row, see ``codec.spectral.scales``."""
     return tl.where(codes == _ZERO, 0.0, tl.exp2(codes.to(tl.float32) * (-1.0 / STEPS)))
 
 
@@ -82,7 +83,7 @@ def _weighed(
     HAS_MASK: tl.constexpr,
     IS_BOOL: tl.constexpr,
 ):
-    """The weights of more dot products, the new maximum and sum, and what earlier sums are to be multiplied with."""
+    """The weights of more dot products, the new maximum and sum, and the factor for the earlier sums."""
     scores = _capped(products, scaling, softcap, HAS_CAP)
     if HAS_MASK:
         scores = _masked(scores, mask, rows, tokens, is_real, query_length, mask_row, mask_token, IS_BOOL)
@@ -123,8 +124,8 @@ def project(
     key_dim,
     COMPONENTS: tl.constexpr,
 ):
-    """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with what of the mean does not
-    rotate, ``[B, H, rows]``."""
+    """The query in a sealed block's basis, ``[B, H, rows, COMPONENTS]``, and its product with the unrotated dimensions
+    of the mean, ``[B, H, rows]``."""
     row_block, batch_head = tl.program_id(0), tl.program_id(1)
     begin = tl.program_id(2) * CHUNK
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
@@ -140,16 +141,18 @@ def project(
     for first in range(0, key_dim, CHUNK):
         dims = first + tl.arange(0, CHUNK)
         is_dim = dims < key_dim
-        some = tl.load(query + at[:, None] * key_dim + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
-        some = some.to(tl.float32)
+        query_chunk = tl.load(
+            query + at[:, None] * key_dim + dims[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0
+        )
+        query_chunk = query_chunk.to(tl.float32)
         row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
-        result += _dot_codes(some, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
-        is_still = tl.load(fixed + dims, mask=is_dim, other=0) != 0
-        still = tl.load(means + dims, mask=is_dim & is_still, other=0.0).to(tl.float32)
-        constant += tl.sum(some * still[None, :], 1)
+        result += _dot_codes(query_chunk, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
+        is_fixed = tl.load(fixed + dims, mask=is_dim, other=0) != 0
+        fixed_mean = tl.load(means + dims, mask=is_dim & is_fixed, other=0.0).to(tl.float32)
+        constant += tl.sum(query_chunk * fixed_mean[None, :], 1)
     scale = tl.load(vector_scales + batch * vector_scales_batch + number, mask=is_slot, other=0.0)
     tl.store(projected + at[:, None] * COMPONENTS + slots[None, :], result * scale[None, :], mask=is_row[:, None])
-    tl.store(constants + at, constant, mask=is_row)  # every chunk's program finds the same
+    tl.store(constants + at, constant, mask=is_row)  # every chunk's program computes the same
 
 
 @triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split"])
@@ -213,7 +216,8 @@ def attend_coded(
     IS_BOOL: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """Tokens of one sealed block, pieces ``split * pieces_a_split`` and on; layouts are those of ``codec.packing``.
+    """Attention over one sealed block, from piece ``split * pieces_a_split`` on; ``codec.spectral.packing`` has the
+    layout.
 
     A piece is ``PIECE`` tokens, a power of two, 16 to 128.
     """
@@ -227,7 +231,7 @@ def attend_coded(
     constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
     first_component, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
 
-    # Pairs of the mean, which rotate.
+    # The rotary pairs of the mean.
     if PAIRS > 0:
         pairs = tl.arange(0, PAIRS)
         is_pair = pairs < num_pairs
@@ -263,7 +267,7 @@ def attend_coded(
         for begin in range(0, count, CHUNK):
             slots = begin + tl.arange(0, CHUNK)
             is_slot = slots < count
-            # Where the components' planes lie: of the quad's common planes, then of those of its own.
+            # The places of the components' planes: first the quad's common planes, then the component's own.
             table = components + (first_component + slots) * 5
             width = tl.load(table, mask=is_slot, other=0)
             common = tl.load(table + 1, mask=is_slot, other=0)
@@ -274,7 +278,7 @@ def attend_coded(
             in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
             in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
             codes = tl.zeros([CHUNK, PIECE], dtype=tl.int32)
-            # Widths fall, so the first has the most planes.
+            # Widths fall, so the first component has the most planes.
             for plane in range(tl.load(components + (first_component + begin) * 5)):
                 is_common = (plane < common)[:, None]
                 byte = tl.where(is_common, in_quad + plane * 8, in_single + plane * 16)
@@ -355,7 +359,7 @@ def attend_exact(
     IS_BOOL: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """Tokens of one exact block, from ``split * tokens_a_split`` on."""
+    """Attention over one exact block, from token ``split * tokens_a_split`` on."""
     row_block, split = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // num_heads, tl.program_id(2) % num_heads
     batch = batch.to(tl.int64)
@@ -363,8 +367,8 @@ def attend_exact(
     is_row = rows < num_rows
     dims, value_dims = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
-    whole = tl.load(queries + dims[None, :], mask=is_row[:, None] & (dims < key_dim)[None, :], other=0.0)
-    whole = whole.to(tl.float32)
+    query_rows = tl.load(queries + dims[None, :], mask=is_row[:, None] & (dims < key_dim)[None, :], other=0.0)
+    query_rows = query_rows.to(tl.float32)
     result = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
     maximum = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -375,8 +379,8 @@ def attend_exact(
         at = keys + batch * keys_batch + head * keys_head + place[None, :].to(tl.int64) * keys_token + dims[:, None]
         key = tl.load(at, mask=is_real[None, :] & (dims < key_dim)[:, None], other=0.0).to(tl.float32)
         weights, maximum, total, fade = _weighed(
-            _dot(whole, key), maximum, total, scaling, softcap, mask + batch * mask_batch, rows, first_token + place,
-            is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
+            _dot(query_rows, key), maximum, total, scaling, softcap, mask + batch * mask_batch, rows,
+            first_token + place, is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
         )  # fmt: skip
         at = values + batch * values_batch + head * values_head
         at = at + place[:, None].to(tl.int64) * values_token + value_dims[None, :]
@@ -403,10 +407,10 @@ def merge(
     VALUE_DIM: tl.constexpr,
     HAS_SINK_LOGITS: tl.constexpr,
 ):
-    """Splits add up; the first ``num_coded`` hold values that are still to be multiplied with
+    """Merge the partial results of all splits. The first ``num_coded`` are still to be multiplied with
     ``hadamard [value_dim, value_dim]``.
 
-    A program answers for a few of the value's dimensions.
+    A program computes ``CHUNK`` of the output's dimensions.
     """
     row_block, batch_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
@@ -426,7 +430,7 @@ def merge(
     level = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros([ROWS], dtype=tl.float32)
     if HAS_SINK_LOGITS:
-        # A learned sink is a token with a score and the value zero.
+        # A sink logit acts like a token with that score and the value zero.
         total += tl.exp(sink - level)
     rotated = tl.zeros([ROWS, VALUE_DIM], dtype=tl.float32)
     result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)

@@ -22,23 +22,23 @@ class Partial:
 
     def merge(self, other: "Partial") -> "Partial":
         """The partial result over the tokens of both."""
-        # Where one side saw no token its maximum is only a placeholder and must not push the other's weights to zero.
+        # The maximum of a side without tokens is a placeholder: it must not push the other side's weights to zero.
         maximum = torch.where(
             self.total == 0,
             other.maximum,
             torch.where(other.total == 0, self.maximum, torch.maximum(self.maximum, other.maximum)),
         )
         # An empty side has total 0 and output 0; clamping keeps exp from making 0 * inf there.
-        own_weight = (self.maximum - maximum).clamp_max(0).exp()
+        self_weight = (self.maximum - maximum).clamp_max(0).exp()
         other_weight = (other.maximum - maximum).clamp_max(0).exp()
         return Partial(
-            self.output * own_weight + other.output * other_weight,
+            self.output * self_weight + other.output * other_weight,
             maximum,
-            self.total * own_weight + other.total * other_weight,
+            self.total * self_weight + other.total * other_weight,
         )
 
     def finish(self) -> Tensor:
-        """The attention output; zeros for a row that may attend to nothing, as torch's SDPA has it."""
+        """The attention output; zeros for a row that may attend to nothing, as in torch's SDPA."""
         return self.output / self.total.clamp_min(torch.finfo(self.total.dtype).tiny)
 
 

@@ -1,6 +1,6 @@
-"""Cosines and sines of the rotary angles within a tile, and the few waves that make them up.
+"""Cosines and sines of the rotary angles within a tile, and the few waves that represent them.
 
-They follow from the angles between tokens alone, so all layers and blocks of a model share them.
+They depend only on the angle from token to token, so all layers and blocks of a model share them.
 """
 
 from functools import lru_cache
@@ -12,8 +12,8 @@ from torch import Tensor
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.native.abi import FULL_WAVE, MAX_SMOOTH
 
-# Pairs that rotate by less than so many radians in a tile are slow: few smooth functions, at most as many as the
-# compiled kernel has room for, make up their cosines and sines to a millionth.
+# Pairs that rotate by fewer radians than this within a tile are slow: a few smooth functions, at most as many as the
+# compiled kernel has room for, represent their cosines and sines to a millionth.
 _SLOW_ANGLE = 4.0
 _NEGLIGIBLE = 1e-6
 
@@ -27,10 +27,10 @@ class WaveTables(NamedTuple):
         tile_step: ``[2, P]`` float64, cosine and sine of the angle from a tile to the next.
         cosines, sines: ``[P, 128]`` float32, of the angles within a tile.
         num_fast: pairs that rotate far in a tile.
-        num_waves: the fast pairs, and the smooth functions two by two.
+        num_waves: one wave for each fast pair, and one for every two smooth functions.
         waves: ``[num_waves, 128, 2]`` int16, 32767 for 1: cosine and sine of the fast pairs, then the smooth functions.
-        mixing: ``[2, P - num_fast, 16]`` float32, how the smooth functions make up the slow pairs' cosines and sines.
-        reach: ``[P - num_fast, 16]`` float32, the most that a pair of length 1 has of each smooth function.
+        mixing: ``[2, P - num_fast, 16]`` float32, weights of the smooth functions in the slow pairs' cosines and sines.
+        reach: ``[P - num_fast, 16]`` float32, the largest weight of each smooth function in a pair of length 1.
     """
 
     order: Tensor
@@ -87,16 +87,16 @@ def _wave_tables(steps: bytes) -> WaveTables:
 
 
 def _within_tile(step: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, both float64: of the angles within a tile, ``[2, P, 128]``, and of a whole tile's,
-    ``[2, P]``."""
+    """Cosines and sines, both float64: of the angles within a tile, ``[2, P, 128]``, and of the angle
+    from a tile to the next, ``[2, P]``."""
     angles = step[:, None] * torch.arange(TILE_TOKENS + 1, dtype=torch.float64, device="cpu")
-    within, whole = angles[:, :-1], angles[:, -1]
-    return torch.stack([within.cos(), within.sin()]), torch.stack([whole.cos(), whole.sin()])
+    within, tile_step = angles[:, :-1], angles[:, -1]
+    return torch.stack([within.cos(), within.sin()]), torch.stack([tile_step.cos(), tile_step.sin()])
 
 
 def _smooth_functions(slow: Tensor) -> tuple[Tensor, Tensor]:
-    """The principal rows of ``slow [2, S, 128]``, each scaled to a peak of 1, and ``[2, S, 16]`` float32, how much
-    of each is in the rows of ``slow``."""
+    """The principal rows of ``slow [2, S, 128]``, each scaled to a peak of 1, and ``[2, S, 16]`` float32, the
+    weight of each in the rows of ``slow``."""
     left, values, right = torch.linalg.svd(slow.flatten(0, 1), full_matrices=False)
     count = min(MAX_SMOOTH, int((values > _NEGLIGIBLE * TILE_TOKENS**0.5).sum()))
     peaks = right[:count].abs().amax(-1)

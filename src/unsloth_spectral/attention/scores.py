@@ -1,4 +1,4 @@
-"""What every attention path does alike: head grouping, scaling, soft cap and masks."""
+"""Steps that all attention paths share: head grouping, scaling, soft cap and masks."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ def apply_mask(scores: Tensor, mask: Tensor | None, query_length: int) -> Tensor
 
 
 def scale_and_cap(scores: Tensor, options: ScoreOptions) -> Tensor:
-    """Scaled, and soft-capped where the model wants it."""
+    """``scores`` times the scaling, soft-capped if the model has a cap."""
     scores = scores * options.scaling
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)

@@ -1,23 +1,23 @@
-"""Giving memory back to the system once dense tokens have been sealed.
+"""Returning memory to the system once dense tokens have been sealed.
 
-The C library's allocator keeps what torch frees where something small lies above it, and codes are made after the
-dense tokens they replace: without this a process stays as large as if nothing had been compressed.
+The C library's allocator keeps memory that torch frees if something small lies above it, and codes are allocated after
+the dense tokens that they replace. Without this a process stays as large as if nothing had been compressed.
 """
 
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache
 
-# Looking through the heap takes some milliseconds, so it waits for enough to have come together.
+# Trimming the heap takes some milliseconds, so it waits until this much has been freed.
 _ENOUGH_BYTES = 64 << 20
 
 _waiting = 0
 
 
 def released(nbytes: int) -> None:
-    """Note that ``nbytes`` of dense tensors were let go; now and then all free memory goes back to the system."""
+    """Note that ``nbytes`` of dense tensors were freed; from time to time, return all free memory to the system."""
     global _waiting
-    # No lock: an interruption could leave it held, and threads that miscount cost nothing but a late trim.
+    # No lock: an interruption could leave it locked, and a miscount between threads only delays a trim.
     _waiting += nbytes
     if _waiting < _ENOUGH_BYTES:
         return

@@ -27,15 +27,15 @@ from unsloth_spectral.rope import Rotation
 class SpectralLayer:
     """Keys and values of one attention layer. Knows nothing of models; attention reads it through ``blocks``.
 
-    Tokens arrive by ``append`` and stay exact until ``seal``. Sealing is a call of its own because a prefill is to be
-    attended to exactly before it is compressed.
+    Tokens arrive by ``append`` and stay exact until ``seal``. Sealing is a separate call because a prefill
+    is attended to exactly before it is compressed.
 
-    Whatever interrupts a call leaves the layer as it was: what it will hold is made aside and assigned at once.
+    An interrupted call leaves the layer as it was: new contents are built aside and assigned at once.
     """
 
     def __init__(self, config: CodecConfig, codec: LayerCodec | None = None) -> None:
         self.config = config
-        # A layer alone shares its budget with no other.
+        # A single layer has the whole budget.
         self._codec = make_codec(config, 1).layer(0) if codec is None else codec
         self._tiers = Tiers()
 
@@ -57,12 +57,12 @@ class SpectralLayer:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether any token has left the exact tail, so that ``blocks`` holds more than one dense piece."""
+        """Whether any token has left the residual, so that ``blocks`` holds more than one dense block."""
         return self._tiers.sinks is not None or bool(self._tiers.cold)
 
     @property
     def batch_size(self) -> int:
-        """Rows held; 0 where the layer is empty."""
+        """Number of rows; 0 if the layer is empty."""
         return 0 if self._tiers.residual is None else self._tiers.residual.block.keys.shape[0]
 
     @property
@@ -101,12 +101,12 @@ class SpectralLayer:
         """Add the newest tokens, ``[B, H, n, head_dim]``, exact.
 
         Raises:
-            InvalidArgumentError: shapes do not fit each other, the tokens held, or the ranks asked for.
+            InvalidArgumentError: the shapes do not fit each other, the tokens in the layer, or the configured ranks.
         """
         check_tokens(keys, values, self.config, None if self._tiers.residual is None else self._tiers.residual.block)
         keys, values = keys.detach(), values.detach()
         if self._tiers.residual is None:
-            # Kept by reference: a prefill is read once by its own attention and then sealed.
+            # By reference: a prefill is read once by its own attention and then sealed.
             self._tiers.residual = ResidualBuffer(keys, values)
         else:
             self._tiers.residual.append(keys, values)
@@ -114,14 +114,14 @@ class SpectralLayer:
 
     @property
     def awaits_rows(self) -> bool:
-        """Whether some row may have nothing but padding so far."""
+        """Whether a row may consist of padding alone so far."""
         return not self.is_sealed or self._tiers.padding is not None
 
     def note_padding(self, padding: Tensor) -> None:
-        """Note how many tokens ``[B]`` at the start of each row no query of a forward pass sees; more than are held
-        where none is seen.
+        """Note the padding ``[B]`` of a forward pass: how many tokens at the start of each row no query sees; more than
+        the row has if none is seen.
 
-        What the queries of an earlier pass have seen is no padding: padding only ever shrinks.
+        A token that an earlier query has seen is not padding, so padding never grows.
         """
         if self.awaits_rows:
             before, padding = self._tiers.padding, padding.cpu()
@@ -130,11 +130,11 @@ class SpectralLayer:
     def observe(
         self, query: Tensor, rotation: Rotation | None, scaling: float = 1.0, asking: Tensor | None = None
     ) -> None:
-        """Note what attention saw of the newest tokens, once they are appended: for a codec that ``uses_queries``.
+        """Note the queries and positions of the newest tokens, after ``append``: for a codec that ``uses_queries``.
 
-        ``query [B, num_attention_heads, Q, D]`` times ``scaling`` is what scores are made with; ``rotation`` holds the
-        positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]`` bool, on the
-        CPU, leaves out the queries of padding.
+        Scores are products of the keys with ``query [B, num_attention_heads, Q, D]`` times ``scaling``; ``rotation``
+        has the positions of the ``Q`` newest tokens, None for a model without rotary embeddings; ``asking [B, Q]``
+        bool, on the CPU, is False for the queries of padding.
         """
         tiers = self._tiers
         if not self.uses_queries or tiers.residual is None:
@@ -148,11 +148,11 @@ class SpectralLayer:
     def seal(self, padding: Tensor | None = None) -> None:
         """Seal every whole block older than the residual. Each block is encoded once and never again.
 
-        A prefill is sealed from the codec's unit on; what came token by token waits for a whole block.
+        A prefill is sealed in multiples of the codec's unit; tokens that came one by one wait for a whole block.
 
         Args:
-            padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding`` was
-                told. Rows keep their own first tokens as sinks, and padding is zeroed so that it takes no rank.
+            padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding``
+                noted it. Each row's own first tokens are its sinks, and padding is zeroed so that it takes no rank.
         """
         config, tiers, residual = self.config, self._tiers, self._tiers.residual
         first_time = not self.is_sealed
@@ -176,28 +176,30 @@ class SpectralLayer:
 
         def observe(first: int, last: int) -> Observed:
             rotation = tiers.positions.range(start + first, start + last)
-            seen = tiers.queries.sample(before + start + first, last - first)
+            queries, distances = tiers.queries.sample(before + start + first, last - first)
             hidden = None if padding is None else (padding - start - first).clamp(0, last - first)
-            return Observed(rotation, *seen, hidden)
+            return Observed(rotation, queries, distances, hidden)
 
         with no_autocast(old.keys.device):
             blocks = list(Sealing(self._codec, old, real, observe, unit, config.block_size).blocks())
         cold = list(tiers.cold)
         for block in blocks:
             join_last(self._codec, cold, block)
-        kept, positions = residual.copy(stop, residual.num_tokens), copy(tiers.positions)
+        rest, positions = residual.copy(stop, residual.num_tokens), copy(tiers.positions)
         positions.drop(stop)
         tally = tiers.tally.add(blocks, config.block_size, time.perf_counter() - started)
-        # Once the first tokens of every row are among those sealed, the sinks hold where they stand.
-        waits = noted is not None and bool((noted >= before + stop).any())
-        self._tiers = Tiers(sinks, cold, kept, noted if waits else None, positions, newest=tiers.newest, tally=tally)
+        # The sinks are final once the first tokens of every row are sealed.
+        has_late_rows = noted is not None and bool((noted >= before + stop).any())
+        self._tiers = Tiers(
+            sinks, cold, rest, noted if has_late_rows else None, positions, newest=tiers.newest, tally=tally
+        )
         released(old.keys.nbytes + old.values.nbytes)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` tokens. Sealed blocks are cut, not encoded again.
 
         Raises:
-            InvalidArgumentError: more tokens are asked for than are held, or fewer than none.
+            InvalidArgumentError: ``num_tokens`` is negative, or more than the layer has.
         """
         if not 0 <= num_tokens <= self.num_tokens:
             raise InvalidArgumentError(f"crop keeps between 0 and the {self.num_tokens} tokens held, got {num_tokens}")
@@ -208,14 +210,14 @@ class SpectralLayer:
             return
         if self._tiers.sinks is not None and num_tokens < self._tiers.sinks.block.num_tokens:
             keys, values = self.reconstruct()
-            kept = ResidualBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
+            residual = ResidualBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
             self._codec.reset()
             padding, places = self._tiers.padding, self._tiers.sinks.positions
             if padding is None:
                 padding = (
                     torch.zeros(len(keys), dtype=torch.int64, device="cpu") if places is None else places[:, 0].cpu()
                 )
-            self._tiers = Tiers(residual=kept, padding=padding_within(padding, num_tokens))
+            self._tiers = Tiers(residual=residual, padding=padding_within(padding, num_tokens))
             return
         cropped = self._tiers.crop(num_tokens)
         if num_tokens < self._tiers.num_before_residual:
@@ -223,7 +225,7 @@ class SpectralLayer:
         self._tiers = cropped
 
     def map_batch(self, function: TensorFunction) -> None:
-        """Apply ``function`` (index, repeat, move) along the batch dimension of everything held."""
+        """Apply ``function`` (index, repeat, move) along the batch dimension of all tensors."""
         if self.is_empty:
             return
         function = _once_each(function)
@@ -232,17 +234,17 @@ class SpectralLayer:
             self._codec.map_batch(function)
             self._tiers = mapped
         except BaseException:
-            self._codec.forget()  # it may be of the rows before or of those after
+            self._codec.forget()  # its state may be of the old rows or of the new ones
             raise
 
     # Storing
 
     def to_fields(self) -> dict[str, Field]:
-        """All that this layer holds, besides the budget it shares; it must not be empty."""
+        """The contents of this layer, which must not be empty, without the budget that layers share."""
         return {"tokens": self._tiers.to_fields(), "sealer": self._codec.to_fields()}
 
     def restore(self, fields: Fields) -> None:
-        """Hold what the layer held whose ``to_fields`` these were, of the same config.
+        """Restore the contents that ``to_fields`` of a layer with the same config returned.
 
         Raises:
             LoadError: a field is missing, or does not fit the others.
@@ -254,7 +256,7 @@ class SpectralLayer:
     # Counting
 
     def stats(self, shared: SharedBytes | None = None) -> LayerStats:
-        """Tokens, bytes, ranks and errors of this layer; without the bytes that are in ``shared`` already."""
+        """Tokens, bytes, ranks and errors of this layer; without the bytes already counted in ``shared``."""
         tiers = self._tiers
         if tiers.residual is None:
             return LayerStats(kind="spectral", num_tokens=0)
@@ -267,7 +269,8 @@ class SpectralLayer:
     # Inside
 
     def _padding_of_residual(self, noted: Tensor | None) -> Tensor | None:
-        """How many tokens of the residual are padding, ``[B]`` on the CPU; None where none is, and no row waited."""
+        """How many tokens of the residual are padding, ``[B]`` on the CPU; None if none are and no row has yet to
+        begin."""
         if noted is None or self._tiers.residual is None:
             return None
         padding = noted - self._tiers.num_before_residual
@@ -276,23 +279,23 @@ class SpectralLayer:
 
     @property
     def _num_missing(self) -> int:
-        """Tokens still to come before the next sealing; 0 where it is due."""
+        """Tokens still to come before the next sealing; 0 if it is due."""
         if self._tiers.residual is None:
             return 0
-        kept = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
-        old, unit = self._tiers.residual.num_tokens - kept, self._codec.unit(True)
-        # A prefill is known by coming many tokens at once, in one piece or several.
+        num_exact = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
+        old, unit = self._tiers.residual.num_tokens - num_exact, self._codec.unit(True)
+        # A prefill is recognised by many tokens that come at once, in one piece or several.
         is_prefill = not self.is_sealed and self._tiers.newest >= unit
         return 0 if is_prefill and old >= unit else max(0, self.config.block_size - old)
 
 
 def _once_each(function: TensorFunction) -> TensorFunction:
-    """``function``, called once for each tensor: what two held in common they have in common afterwards."""
+    """``function``, called once per tensor, so that a tensor shared before is shared afterwards."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def mapped(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
-            # The tensor is held too, so that no other one gets its id.
+            # The tensor is stored too, so that no other one gets its id.
             done[id(tensor)] = tensor, function(tensor)
         return done[id(tensor)][1]
 

@@ -1,4 +1,4 @@
-"""What one layer's tiers come to in numbers."""
+"""Statistics of one layer, computed from its tiers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +17,14 @@ from unsloth_spectral.fields import Field, Fields
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What the sealings so far came to: see ``LayerStats``."""
+    """Running totals over the sealings of a layer: see ``LayerStats``."""
 
     exact_blocks: int = 0
     svd_fallbacks: int = 0
     seal_seconds: float = 0.0
 
     def add(self, blocks: Sequence[Block], block_size: int, seconds: float) -> "Tally":
-        """With one more sealing, which made ``blocks``; an exact one counts as often as it holds ``block_size``."""
+        """The totals after one more sealing, of ``blocks``; exact blocks are counted in units of ``block_size``."""
         exact = [block for block in blocks if isinstance(block, ExactBlock)]
         return Tally(
             self.exact_blocks + sum(-(-block.num_tokens // block_size) for block in exact),
@@ -41,7 +41,7 @@ class Tally:
 
 
 class SharedBytes:
-    """Bytes of storages that layers share: the first that asks for one has it counted."""
+    """Bytes of storages that layers share, each counted for the first layer that has it."""
 
     def __init__(self) -> None:
         self._counted: set[tuple[torch.device, int]] = set()
@@ -72,8 +72,8 @@ def count(
     amounts = sealed[0].amounts if sealed else Amounts()
     tail = residual.block
     heads = tail.keys.shape[0] * tail.keys.shape[1]
-    per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
-    dense = sum(heads * part.shape[-1] * part.element_size() for part in (tail.keys, tail.values))
+    elements_per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])
+    dense_per_token = sum(heads * side.shape[-1] * side.element_size() for side in (tail.keys, tail.values))
     num_cold = sum(block.num_tokens for block in cold)
     cold_bytes = sum(block.nbytes for block in cold) + codec_bytes
     cold_bytes += shared.of(tensor for block in sealed for tensor in block.shared_tensors)
@@ -85,9 +85,9 @@ def count(
         sink_bytes=0 if sinks is None else sinks.nbytes,
         cold_bytes=cold_bytes,
         residual_bytes=residual.nbytes + noted_bytes + shared.of(positions.tensors),
-        dense_bytes=num_tokens * dense,
-        elements=num_tokens * per_token,
-        cold_elements=num_cold * per_token,
+        dense_bytes=num_tokens * dense_per_token,
+        elements=num_tokens * elements_per_token,
+        cold_elements=num_cold * elements_per_token,
         **asdict(amounts),
         error_keys=_mean([block.errors[0] for block in sealed]),
         error_values=_mean([block.errors[1] for block in sealed]),
@@ -98,7 +98,7 @@ def count(
 
 
 def sealed_of(blocks: Iterable[Block]) -> list[SealedBlock]:
-    """Those that a codec made: all that are not exact."""
+    """The blocks that a codec made: all except exact ones."""
     return [cast(SealedBlock, block) for block in blocks if not isinstance(block, ExactBlock)]
 
 

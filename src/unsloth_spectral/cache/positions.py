@@ -1,4 +1,4 @@
-"""Where the tokens of the exact tail stand, until they are sealed."""
+"""The positions of the residual's tokens, until they are sealed."""
 
 from dataclasses import dataclass, replace
 
@@ -8,12 +8,12 @@ from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_rotations
 
-_MOST_PIECES = 64  # decoding adds one a token; joined they take a few numbers
+_MOST_PIECES = 64  # decoding adds a piece per token; joined, all take a few numbers
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Consecutive tokens; ``rotation`` is None where nobody said where they stand."""
+    """Consecutive tokens; ``rotation`` is None if their positions are unknown."""
 
     num_tokens: int
     rotation: Rotation | None
@@ -31,19 +31,19 @@ class PositionLog:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that it holds, of which blocks and other layers may hold the same."""
+        """All tensors of the log; blocks and other layers may share them."""
         return [tensor for piece in self._pieces if piece.rotation is not None for tensor in piece.rotation.tensors]
 
     def append(self, rotation: Rotation | None, num_tokens: int) -> None:
         """Add the newest ``num_tokens`` tokens."""
         if num_tokens > 0:
-            # A new list: a copy of the log is its own.
+            # A new list, because copies of the log share the old one.
             self._pieces = [*self._pieces, _Piece(num_tokens, rotation)]
         if len(self._pieces) > _MOST_PIECES:
             self._keep(0, self.num_tokens)
 
     def range(self, start: int, stop: int) -> Rotation | None:
-        """Tokens ``start`` to ``stop``; None unless the places of all of them are known."""
+        """Rotations of tokens ``start`` to ``stop``; None unless all their positions are known."""
         rotations, begin = [], 0
         for piece in self._pieces:
             end = begin + piece.num_tokens
@@ -93,14 +93,14 @@ class PositionLog:
         return log
 
     def _keep(self, start: int, stop: int) -> None:
-        kept, begin = [], 0
+        pieces, begin = [], 0
         for piece in self._pieces:
             first, last = max(start - begin, 0), min(stop - begin, piece.num_tokens)
             if first < last:
                 rotation = None if piece.rotation is None else piece.rotation.slice(first, last)
-                kept.append(_Piece(last - first, rotation))
+                pieces.append(_Piece(last - first, rotation))
             begin += piece.num_tokens
-        known = [piece.rotation for piece in kept if piece.rotation is not None]
-        if len(known) == len(kept) > 1:
-            kept = [_Piece(sum(piece.num_tokens for piece in kept), join_rotations(known))]
-        self._pieces = kept
+        rotations = [piece.rotation for piece in pieces if piece.rotation is not None]
+        if len(rotations) == len(pieces) > 1:
+            pieces = [_Piece(sum(piece.num_tokens for piece in pieces), join_rotations(rotations))]
+        self._pieces = pieces

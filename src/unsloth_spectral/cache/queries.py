@@ -7,13 +7,13 @@ from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_b
 from unsloth_spectral.fields import Field, Fields
 
 _PREFILL_SAMPLES = 256
-# While decoding: every fourth query of the last 128 before a sealing, in half precision, so that little is held and
-# not for long.
+# While decoding: every fourth query of the last 128 before a sealing, in half precision, to keep few bytes for a short
+# time.
 _DECODE_WINDOW, _DECODE_STRIDE = 128, 4
 
 
 class QuerySampler:
-    """Scaled queries with the positions they were asked at, row by row; -1 where a row has fewer than others."""
+    """Scaled queries with their positions, row by row; position -1 fills up rows with fewer queries."""
 
     def __init__(self) -> None:
         self._queries: list[Tensor] = []
@@ -26,10 +26,10 @@ class QuerySampler:
     def note(
         self, query: Tensor, num_tokens: int, missing: int, scaling: float = 1.0, asking: Tensor | None = None
     ) -> None:
-        """See ``query [B, num_attention_heads, Q, D]``, yet to be scaled, of the newest of ``num_tokens`` tokens.
+        """Sample ``query [B, num_attention_heads, Q, D]``, not yet scaled, of the newest of ``num_tokens`` tokens.
 
-        ``missing`` tokens are still to come before the next sealing; none where it is due now. ``asking [B, Q]`` bool,
-        on the CPU, leaves out the queries of padding.
+        ``missing`` tokens are still to come before the next sealing, 0 if it is due now. ``asking [B, Q]`` bool, on the
+        CPU, is False for the queries of padding.
         """
         length = query.shape[2]
         first = num_tokens - length
@@ -37,8 +37,8 @@ class QuerySampler:
             return
         wanted = torch.ones(1, length, dtype=torch.bool, device="cpu") if asking is None else asking
         if missing > 0:
-            # Tiers until the sealing, so few. By their places: of the tokens that come together in assisted decoding
-            # the newest may be taken back.
+            # They are kept until the sealing, so take few. Pick by position: assisted decoding may remove the newest of
+            # the tokens that come together.
             positions = torch.arange(first, num_tokens, dtype=torch.int64, device="cpu")
             wanted = wanted & (positions >= num_tokens + missing - _DECODE_WINDOW) & (positions % _DECODE_STRIDE == 0)
         places, is_query = _evenly_picked(wanted, _PREFILL_SAMPLES)
@@ -47,15 +47,15 @@ class QuerySampler:
         picked = _picked(query, places, is_query) * scaling
         picked = picked.half() if missing > 0 else picked
         asked_at = torch.where(is_query, first + places, -1).expand(len(query), -1)
-        # New lists, assigned together: an interruption leaves both or neither, and a copy of the sampler is its own.
+        # New lists, assigned together: an interruption changes both or neither, and copies keep the old lists.
         self._queries, self._positions = [*self._queries, picked], [*self._positions, asked_at]
 
     def crop(self, num_tokens: int) -> None:
         """Forget the queries of all but the first ``num_tokens`` tokens."""
         positions = [torch.where(positions < num_tokens, positions, -1) for positions in self._positions]
-        kept = [(asked_at >= 0).any(0) for asked_at in positions]
-        queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, kept, strict=True)]
-        positions = [asked_at[:, keep] for asked_at, keep in zip(positions, kept, strict=True)]
+        keeps = [(asked_at >= 0).any(0) for asked_at in positions]
+        queries = [query[:, :, keep.to(query.device)] for query, keep in zip(self._queries, keeps, strict=True)]
+        positions = [asked_at[:, keep] for asked_at, keep in zip(positions, keeps, strict=True)]
         self._queries, self._positions = queries, positions
 
     def map_batch(self, function: TensorFunction) -> None:
@@ -65,15 +65,15 @@ class QuerySampler:
 
     def sample(self, start: int, num_tokens: int) -> tuple[Tensor | None, Tensor | None]:
         """Queries ``[B, heads, n, D]`` that saw any of the ``num_tokens`` tokens from ``start`` on, and how many of
-        them each saw, ``[B, n]``, 0 for what is no query; None and None if there are none."""
+        these tokens each saw, ``[B, n]``, 0 for entries that are no query; None and None if there are no queries."""
         if not self._queries:
             return None, None
         queries = torch.cat([query.float() for query in self._queries], dim=2)
         distances = (torch.cat(self._positions, 1) + 1 - start).clamp(0, num_tokens)
-        seen = (distances > 0).any(0)
-        if not bool(seen.any()):
+        is_query = (distances > 0).any(0)
+        if not bool(is_query.any()):
             return None, None
-        return queries[:, :, seen.to(queries.device)], distances[:, seen]
+        return queries[:, :, is_query.to(queries.device)], distances[:, is_query]
 
     def to_fields(self) -> dict[str, Field]:
         return {"queries": self._queries, "positions": self._positions}
@@ -90,21 +90,21 @@ class QuerySampler:
 
 
 def _evenly_picked(wanted: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Places ``[B, n]`` int64 of at most ``most`` that are ``wanted [B, Q]`` bool in each row, spread evenly.
+    """Places ``[B, n]`` int64 of at most ``most`` True entries of ``wanted [B, Q]`` per row, spread evenly.
 
-    The second, ``[B, n]`` bool, tells which of them are any, as rows may have fewer. A row's places do not depend on
-    the other rows."""
+    The second result, ``[B, n]`` bool, is False for the filling of rows with fewer. A row's places do not depend on the
+    other rows."""
     counts = wanted.sum(1, keepdim=True)
-    taken = counts.clamp_max(most)
-    numbers = torch.arange(int(taken.max()), dtype=torch.int64, device="cpu")
-    ranks = numbers * (counts - 1).clamp_min(0) // (taken - 1).clamp_min(1)
-    is_any = numbers < taken
+    num_picked = counts.clamp_max(most)
+    numbers = torch.arange(int(num_picked.max()), dtype=torch.int64, device="cpu")
+    ranks = numbers * (counts - 1).clamp_min(0) // (num_picked - 1).clamp_min(1)
+    is_picked = numbers < num_picked
     order = (~wanted).int().argsort(dim=1, stable=True)
-    return order.gather(1, torch.where(is_any, ranks, 0)), is_any
+    return order.gather(1, torch.where(is_picked, ranks, 0)), is_picked
 
 
 def _picked(query: Tensor, places: Tensor, is_query: Tensor) -> Tensor:
-    """``[B, heads, n, D]``: of ``query [B, heads, Q, D]`` those at ``places [B or 1, n]``, zeros for what is none."""
+    """The queries of ``query [B, heads, Q, D]`` at ``places [B or 1, n]``, ``[B, heads, n, D]``, zeros for filling."""
     places = places.to(query.device)
     if len(places) == 1:
         return query[:, :, places[0]]  # all of them are queries

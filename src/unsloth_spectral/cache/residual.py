@@ -1,4 +1,4 @@
-"""The exact tail of a layer's cache: a buffer that grows in place."""
+"""The residual of a layer's cache, its newest tokens: an exact buffer that grows in place."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.tensors import TensorFunction, storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
 
-# Growing by a few tokens at a time makes a decode step write one token instead of copying the whole tail, at the price
-# of at most this many unused tokens, which are counted as stored.
+# The buffer grows by this many tokens at a time, so that a decode step writes one token instead of copying the whole
+# residual. Unused tokens are counted as stored.
 _SPARE_TOKENS = 32
 
 
@@ -44,9 +44,9 @@ class ResidualBuffer:
         self.num_tokens = stop
 
     def copy(self, start: int, stop: int) -> "ResidualBuffer":
-        """A buffer of tokens ``start`` to ``stop`` alone, so that the bytes of the others can be given back."""
-        kept = self.slice(start, stop).map_batch(torch.clone)
-        return ResidualBuffer(kept.keys, kept.values)
+        """A buffer of tokens ``start`` to ``stop`` alone, so that the bytes of the others can be freed."""
+        block = self.slice(start, stop).map_batch(torch.clone)
+        return ResidualBuffer(block.keys, block.values)
 
     def map_batch(self, function: TensorFunction) -> "ResidualBuffer":
         """A buffer with ``function`` applied along the batch dimension."""
@@ -65,10 +65,10 @@ class ResidualBuffer:
 
 
 def check_tokens(keys: Tensor, values: Tensor, config: CodecConfig, earlier: ExactBlock | None) -> None:
-    """Refuse new tokens that fit neither each other, nor ``config``, nor those ``held``.
+    """Check that new keys and values fit each other, ``config`` and the ``earlier`` tokens.
 
     Raises:
-        InvalidArgumentError: they do not.
+        InvalidArgumentError: they do not fit; the message has the shapes.
     """
     if keys.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
         raise InvalidArgumentError(

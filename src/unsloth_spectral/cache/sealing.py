@@ -1,4 +1,4 @@
-"""One sealing: the oldest exact tokens become blocks, run by run, and what cannot be sealed stays exact."""
+"""One sealing: the oldest exact tokens become blocks, run by run; tokens that cannot be sealed stay exact."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ from unsloth_spectral.log import warn_once
 @dataclass(frozen=True, slots=True, eq=False)
 class Sealing:
     """Attributes:
-    codec: how this layer seals.
-    tokens: what is to be sealed, padding zeroed.
-    real: ``[B, num_tokens]`` bool, which of them are no padding; None where all are.
-    observe: what is known of tokens ``start`` to ``stop`` of these.
-    unit: tokens that are finite or not together; ``tokens`` are a multiple of it.
-    block_size: tokens that are tried alone where all together fail.
+    codec: the layer's codec.
+    tokens: the tokens to seal, padding zeroed.
+    real: ``[B, num_tokens]`` bool, False for padding; None if there is no padding.
+    observe: returns the positions and queries of tokens ``start`` to ``stop`` of these.
+    unit: tokens that are checked together for being finite; ``tokens`` are a multiple of it.
+    block_size: tokens that are sealed together when sealing all together fails.
     """
 
     codec: LayerCodec
@@ -44,7 +44,7 @@ class Sealing:
             first = last
 
     def _run(self, start: int, stop: int) -> Iterator[Block]:
-        """Seal finite tokens together, or, where that fails, block by block."""
+        """Seal finite tokens together or, if that fails, block by block."""
         sealed = self._try(start, stop)
         if sealed is not None:
             yield sealed
@@ -73,7 +73,7 @@ class Sealing:
 
 
 def join_last(codec: LayerCodec, cold: list[Block], block: Block) -> None:
-    """Append ``block`` to ``cold``, as part of the last one where the codec can join them."""
+    """Append ``block`` to ``cold``, joined with the last block if the codec can join them."""
     joined = codec.join(cold[-1], block) if cold else None
     if joined is None:
         cold.append(block)
@@ -82,14 +82,14 @@ def join_last(codec: LayerCodec, cold: list[Block], block: Block) -> None:
 
 
 def without_padding(tokens: ExactBlock, real: Tensor) -> ExactBlock:
-    """The tokens with those in the padding zeroed: they are never attended to, so they should cost no rank."""
+    """The tokens with padding zeroed: it is never attended to, so it should cost no rank."""
     return tokens.map_batch(lambda tensor: torch.where(real[:, None, :, None], tensor, torch.zeros_like(tensor)))
 
 
 def _finite_blocks(tokens: ExactBlock, size: int) -> list[bool]:
     """For each block of ``size`` tokens, whether all of its keys and values in all rows and heads are finite."""
-    # A NaN or infinity makes a sum so too, and summing is far cheaper than testing each number; where the sum of finite
-    # ones overflows the closer look below decides.
+    # A NaN or infinity makes the sum not finite, and summing is far cheaper than testing each number. If the sum of
+    # finite numbers overflows, the exact test below decides.
     if math.isfinite(tokens.keys.sum(dtype=torch.float32) + tokens.values.sum(dtype=torch.float32)):
         return [True] * (tokens.num_tokens // size)
     finite = tokens.keys.sum(-1, dtype=torch.float32).isfinite() & tokens.values.sum(-1, dtype=torch.float32).isfinite()

@@ -16,8 +16,8 @@ class SinkTokens:
 
     Attributes:
         block: ``[B, H, num_sink_tokens, head_dim]``.
-        positions: ``[B, num_sink_tokens]`` where left padding gives each row its own, else None for the first ones.
-            With positions the tokens here are copies, their originals stay among the cold ones and are masked there.
+        positions: ``[B, num_sink_tokens]`` if padding gives each row its own sinks; None if they are the first tokens
+            of all rows. With positions, the tokens here are copies: the originals stay in the cold tier, masked.
     """
 
     block: ExactBlock
@@ -34,8 +34,10 @@ class SinkTokens:
         return cls(tokens.map_batch(lambda tensor: tensor.gather(-2, _index(positions, tensor))), positions)
 
     def renewed(self, tokens: ExactBlock, before: int, padding: Tensor) -> "SinkTokens":
-        """The sinks with those of rows that begin among ``tokens``, as ``padding [B]`` says, ``before`` tokens having
-        come before."""
+        """The sinks, renewed for rows whose text begins among ``tokens``, before which there are ``before`` tokens.
+
+        ``padding [B]`` is where the text of each row begins.
+        """
         if self.positions is None:
             return self
         padding = padding.to(self.positions.device)
@@ -55,13 +57,13 @@ class SinkTokens:
 
     @property
     def num_leading(self) -> int:
-        """How many tokens at the start of the sequence are held here and nowhere else."""
+        """How many tokens at the start of the sequence are stored here and nowhere else."""
         return self.block.num_tokens if self.positions is None else 0
 
     def crop(self, num_tokens: int) -> "SinkTokens":
         """The sinks of a sequence cut to ``num_tokens``, no fewer than there are sinks.
 
-        Copies of tokens that are gone point to position 0, which is padding in the rows they belong to.
+        Copies of tokens that were cut get position 0, which is padding in their rows.
         """
         if self.positions is None:
             return self
@@ -101,7 +103,7 @@ class SinkTokens:
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape, num_tokens: int) -> "SinkTokens":
-        """Of a sequence of ``num_tokens``."""
+        """The sinks of a sequence of ``num_tokens``."""
         block, positions = ExactBlock.from_fields(fields.sub("block"), shape), None
         if fields.has("positions"):
             positions = fields.tensor("positions", torch.int64, (shape.batch, block.num_tokens))

@@ -1,8 +1,8 @@
-"""A cache in one file: safetensors, with a record of what is in it and a checksum of everything. Knows no models.
+"""A cache in one safetensors file, with a record of its contents and checksums. Knows no models.
 
 The file's metadata holds ``format``, ``version``, ``record`` and ``record_sha256``. The record is JSON: ``header``
-(what the cache is of), ``fields`` (what it holds, tensors by their numbers) and ``tensors`` (dtype, shape, SHA-256 of
-each). docs/snapshots.md describes it for users.
+(model, tokens and codec of the cache), ``fields`` (its contents, tensors by number) and ``tensors`` (dtype, shape and
+SHA-256 of each). docs/snapshots.md describes it for users.
 """
 
 import hashlib
@@ -31,9 +31,10 @@ SUFFIX = ".safetensors"
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Attributes:
-    header: what ``write`` was given.
-    fields: the same, its tensors mapped from the file: read when they are used, and private to this process.
-    num_tensors, tensor_bytes: how many there are, and what they take.
+    header: the header that ``write`` was given.
+    fields: the field that ``write`` was given. Its tensors are mapped from the file: read on use, and private to this
+        process.
+    num_tensors, tensor_bytes: the number of tensors, and their bytes.
     """
 
     header: Fields
@@ -43,7 +44,7 @@ class Snapshot:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a snapshot to be written.
+    """``path``, checked as the path of a snapshot to write.
 
     Raises:
         InvalidArgumentError: it does not end in .safetensors, or cannot be written.
@@ -52,7 +53,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write(path: Path, header: Field, field: Field) -> None:
-    """Write ``header`` (no tensors in it) and ``field``: the whole file at once, or none of it.
+    """Write ``header``, which has no tensors, and ``field``; a failure leaves no partial file.
 
     Raises:
         OSError: it cannot be written.
@@ -68,7 +69,7 @@ def write(path: Path, header: Field, field: Field) -> None:
     with replacing(path) as temporary:
         try:
             save_file({str(number): tensor for number, tensor in enumerate(plain)}, temporary, metadata)
-        except SafetensorError as error:  # what it makes of a full disk
+        except SafetensorError as error:  # this is how it reports a full disk
             raise OSError(f"{path} cannot be written: {error}") from error
 
 
@@ -77,10 +78,11 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
 
     Args:
         path: the file.
-        check_tensors: whether to compare all checksums, which reads the whole file; the record's always is.
+        check_tensors: whether to check all tensors, which reads the whole file; the record is always checked.
 
     Raises:
-        LoadError: there is no such file, it is no snapshot of this version, or truncated or altered; says which.
+        LoadError: there is no such file, or it is no snapshot of this version, truncated or altered; the message says
+            which.
     """
     title = os.fspath(path)
     place = os.path.expanduser(title)
@@ -104,12 +106,12 @@ def read(path: str | os.PathLike[str], *, check_tensors: bool = True) -> Snapsho
         for number in range(len(record["tensors"])) if check_tensors else ():
             tensors.check(number)
     name = f"the snapshot {title!r}"
-    header, fields = (Fields(record[part], tensors, title=name) for part in ("header", "fields"))
+    header, fields = (Fields(record[section], tensors, title=name) for section in ("header", "fields"))
     return Snapshot(header, fields, len(record["tensors"]), tensors.nbytes)
 
 
 class _Tensors:
-    """The tensors of an open file, each with a storage of its own within the mapping, by number and device."""
+    """The tensors of an open file by number and device, each with its own storage within the mapping."""
 
     def __init__(self, title: str, file: Any, described: list[dict[str, Any]]) -> None:
         self._title, self._described = title, described
@@ -123,7 +125,7 @@ class _Tensors:
             is_same = is_same and sorted(order) == list(range(mapped.ndim - bool(is_complex)))
             if not is_same or (is_complex and not is_pair):
                 raise LoadError(f"{title!r} was altered: tensor {number} is not what its record says; make it anew")
-        self._given: dict[tuple[int, torch.device], Tensor] = {}
+        self._tensors_by_device: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -137,16 +139,16 @@ class _Tensors:
         if not 0 <= number < len(self._mapped):
             raise LoadError(f"{self._title!r} refers to a tensor {number}, which it does not hold: make it anew")
         key = (number, device)
-        if key not in self._given:
+        if key not in self._tensors_by_device:
             tensor = self._mapped[number]
             if self._described[number]["is_complex"]:
                 tensor = torch.view_as_complex(tensor)
             elif tensor.is_floating_point():
-                # Exact tokens and scales: aligned as torch aligns, products add up in the same order as before.
+                # Exact tokens and scales get torch's own alignment, so that products are summed in the same order.
                 tensor = tensor.clone()
             order = self._described[number]["order"]
-            self._given[key] = tensor.permute([order.index(dim) for dim in range(len(order))]).to(device)
-        return self._given[key]
+            self._tensors_by_device[key] = tensor.permute([order.index(dim) for dim in range(len(order))]).to(device)
+        return self._tensors_by_device[key]
 
 
 def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    """On the host, contiguous and real: safetensors knew no complex numbers for long."""
+    """``tensor`` on the host, contiguous and real: older safetensors have no complex numbers."""
     tensor = tensor.detach().permute(_order(tensor))
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
@@ -182,25 +184,25 @@ def _storable(tensor: Tensor) -> Tensor:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """Its dimensions from the widest stride to the narrowest: in another layout products would round otherwise."""
-    # A dimension of one has no stride to speak of, and stays where it is.
+    """The dimensions of ``tensor``, widest stride first: in another layout, products would round differently."""
+    # The stride of a dimension of size 1 means nothing: it stays where it is.
     wide = sorted((dim for dim, size in enumerate(tensor.shape) if size > 1), key=tensor.stride, reverse=True)
     return [wide.pop(0) if size > 1 else dim for dim, size in enumerate(tensor.shape)]
 
 
 def _without_aliases(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of those whose storage another has too, which safetensors refuses."""
-    seen: set[int] = set()
+    """``tensors`` with copies in place of those that share a storage, which safetensors refuses."""
+    storages: set[int] = set()
     distinct = []
     for tensor in tensors:
         place = tensor.untyped_storage().data_ptr()
-        distinct.append(tensor.clone() if place in seen else tensor)
-        seen.add(place)
+        distinct.append(tensor.clone() if place in storages else tensor)
+        storages.add(place)
     return distinct
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The same bytes as a storage of their own: the mapped file is one, and would be counted whole for each tensor."""
+    """``tensor`` with its own storage: the storage of the mapped file would be counted whole for each tensor."""
     if not tensor.numel():
         return torch.empty_like(tensor)
     return torch.from_numpy(raw_bytes(tensor)).view(tensor.dtype).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""What a cache holds, counted."""
+"""Statistics of a cache: tokens, bytes, ranks, bits and errors."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,23 +6,24 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """One layer's cache. Bytes are those of the storages torch has allocated, metadata included. What all layers of a
-    cache share, the tokens' positions, is counted in the first.
+    """One layer's cache. Bytes are those of the storages torch has allocated, metadata included. Tensors that all
+    layers share, such as the tokens' positions, are counted in the first.
 
     Attributes:
-        kind: ``"spectral"``, or the class name of the model's own cache for a layer that keeps it (sliding window ...).
-        num_tokens: tokens held, and ``sealed_tokens`` of them as spectral factors.
+        kind: ``"spectral"``, or the class name of transformers' own layer (sliding window ...).
+        num_tokens: tokens in the layer; ``sealed_tokens`` of them are compressed.
         sink_bytes, cold_bytes, residual_bytes: bytes of the three tiers.
         dense_bytes: bytes a dense cache of the same dtype takes for the same tokens.
         elements: numbers a dense cache would hold, for ``bits_per_element``.
         cold_elements: numbers a dense cache would hold for the tokens of the cold tier.
-        rank_keys, rank_values: ranks of the rank codec's blocks; None while it has sealed nothing.
-        bits_keys, bits_values: bits per element of the spectral codec's codes, metadata aside; None likewise.
-        error_keys, error_values: mean relative error of the sealed blocks; None while nothing is sealed. Frobenius, but
-            for the spectral codec's keys in the norm of the queries.
+        rank_keys, rank_values: ranks of the rank codec's blocks; None while there are none.
+        bits_keys, bits_values: bits per element of the spectral codec's codes, without metadata; None while there are
+            none.
+        error_keys, error_values: mean relative error of the sealed blocks; None while nothing is sealed. The
+            norm is Frobenius, and that of the queries for the spectral codec's keys.
         exact_blocks: blocks kept exact because they held NaN or infinity, or could not be factorized.
         svd_fallbacks: matrices for which the randomized SVD gave way to the exact one.
-        seal_seconds: time spent sealing so far, as seen by the host.
+        seal_seconds: time that sealing has taken on the host.
     """
 
     kind: str
@@ -53,7 +54,7 @@ class LayerStats:
 class CacheStats:
     """The whole cache: the sums of its layers, and the layers.
 
-    ``cold_bits_per_element`` is of the cold tier alone, metadata included; None while that is empty.
+    ``cold_bits_per_element`` covers the cold tier alone, metadata included; None while the tier is empty.
     """
 
     layers: tuple[LayerStats, ...] = field(repr=False)

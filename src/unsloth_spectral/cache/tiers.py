@@ -1,4 +1,4 @@
-"""All that a layer holds at one time, so that a change of several tiers is one assignment."""
+"""The contents of a layer in one object, so that a change of several tiers is one assignment."""
 
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -16,26 +16,26 @@ from unsloth_spectral.codec.registry import block_from_fields, block_to_fields
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 
-# Where a row's first seen token is, of a row of which none was seen.
+# The position of a row's first seen token, if no token of the row was seen.
 NEVER = torch.iinfo(torch.int64).max
 
 
 def padding_within(padding: Tensor, num_tokens: int) -> Tensor:
-    """``padding [B]`` of the first ``num_tokens`` tokens: rows of which these show nothing wait again."""
+    """``padding [B]`` after a crop to ``num_tokens`` tokens: a row without seen tokens among them has yet to begin."""
     return torch.where(padding < num_tokens, padding, NEVER)
 
 
 @dataclass(slots=True, eq=False)
 class Tiers:
     """Attributes:
-    sinks: the exact first tokens; None before the first sealing, and where none are wanted.
+    sinks: the exact first tokens; None before the first sealing, or if ``num_sink_tokens`` is 0.
     cold: sealed tokens, oldest first.
     residual: the newest tokens; None in an empty layer.
-    padding: ``[B]`` on the CPU, tokens at the start of each row that no query has seen so far, or more than are held
-        where none was seen; None before the first query, and once the text of every row is sealed or being sealed.
-    positions, queries: what is known of the residual's tokens.
-    newest: how many tokens came last.
-    tally: what the sealings came to.
+    padding: ``[B]`` on the CPU, tokens at the start of each row that no query has seen so far, more than the row has if
+        none was seen; None before the first query, and once the sealed part of every row has text.
+    positions, queries: positions of the residual's tokens, and sampled queries.
+    newest: the number of tokens in the last ``append``.
+    tally: running totals over the sealings.
     """
 
     sinks: SinkTokens | None = None
@@ -77,7 +77,7 @@ class Tiers:
         )
 
     def map_batch(self, function: TensorFunction) -> "Tiers":
-        """The same with ``function`` applied along the batch dimension."""
+        """The tiers with ``function`` applied along the batch dimension."""
         positions, queries = copy(self.positions), copy(self.queries)
         positions.map_batch(function)
         queries.map_batch(function)
@@ -93,13 +93,13 @@ class Tiers:
 
     @property
     def shape(self) -> TokenShape:
-        """Of the tokens held, of which there must be some."""
+        """The common shape of the tokens; the layer must not be empty."""
         assert self.residual is not None, "an empty layer has no shape"
         keys, values = self.residual.block.keys, self.residual.block.values
         return TokenShape(keys.shape[0], keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, values.dtype)
 
     def to_fields(self) -> dict[str, Field]:
-        """All of it, of a layer that is not empty."""
+        """The stored form; the layer must not be empty."""
         assert self.residual is not None, "an empty layer is stored as none"
         shape = self.shape
         return {
@@ -118,7 +118,7 @@ class Tiers:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "Tiers":
-        """What ``to_fields`` named.
+        """The tiers that ``to_fields`` stored.
 
         Raises:
             LoadError: a field is missing, or does not fit the others.

@@ -81,7 +81,7 @@ def command(
     methods = chosen_methods(method or ["*"], available, missing)
     with progress_shown(f"run the same command again to continue; all finished cases are in {output}") as report:
         loaded = load(model, report)
-        progress = _Bars(report, [one.name for one in tasks])
+        progress = _Bars(report, [task_object.name for task_object in tasks])
         summary = run_evaluation(loaded, tasks, methods, output, on_progress=progress)
     results = read_results(output)
     for name in results.tasks:
@@ -120,14 +120,14 @@ def _chosen_tasks(names: list[str], known: list[str]) -> list[str]:
 
 def _make_tasks(makers: "dict[str, Callable[..., Task]]", **options: Any) -> "list[Task]":
     """Make the tasks; each gets those ``options`` that are not None and that it accepts."""
-    given = {name: value for name, value in options.items() if value is not None}
-    taken = {task: set(given) & set(inspect.signature(make).parameters) for task, make in makers.items()}
-    for name in given:
-        if not any(name in names for names in taken.values()):
+    chosen = {name: value for name, value in options.items() if value is not None}
+    accepted = {task: set(chosen) & set(inspect.signature(make).parameters) for task, make in makers.items()}
+    for name in chosen:
+        if not any(name in names for names in accepted.values()):
             raise InvalidArgumentError(
                 f"--{name} has no effect on {', '.join(makers)}: leave it out, or add a task that uses it"
             )
-    return [make(**{name: given[name] for name in taken[task]}) for task, make in makers.items()]
+    return [make(**{name: chosen[name] for name in accepted[task]}) for task, make in makers.items()]
 
 
 def _parse_starts(text: str) -> Sequence[int]:

@@ -1,8 +1,8 @@
 """Blocks: runs of tokens of a cache layer, exact or sealed by a codec, that attention can read.
 
-All kinds answer the same calls, so attention never asks which one it holds: ``scores`` and ``combine`` for the direct
-path, ``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are
-``(batch, num_key_value_heads, seq_len, head_dim)`` throughout.
+All kinds have the same methods, so attention does not distinguish them: ``scores`` and ``combine`` for the direct path,
+``reconstruct`` and ``tiles`` for the paths that rebuild. Shapes are ``(batch, num_key_value_heads, seq_len, head_dim)``
+throughout.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from unsloth_spectral.fields import Field, Fields
 class Block(Protocol):
     """A run of consecutive tokens of one layer.
 
-    ``kind`` is the name it is stored under, see ``registry``.
+    ``kind`` is the name under which snapshots store it, see ``registry``.
     """
 
     kind: ClassVar[str]
@@ -65,7 +65,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """How much a sealed block keeps of its tokens, in the terms of its codec; see ``LayerStats``."""
+    """Ranks or bits of a sealed block, as its codec has them; see ``LayerStats``."""
 
     rank_keys: int | None = None
     rank_values: int | None = None
@@ -74,11 +74,11 @@ class Amounts:
 
 
 class SealedBlock(Block, Protocol):
-    """A block that a codec made. It is immutable, and no token is ever encoded twice."""
+    """A block that a codec made. It is immutable; no token is encoded twice."""
 
     @property
     def is_finite(self) -> bool:
-        """False where numbers overflowed, so that the block is worthless."""
+        """False if numbers overflowed: the block is then unusable."""
         ...
 
     @property
@@ -96,13 +96,13 @@ class SealedBlock(Block, Protocol):
 
     @property
     def shared_tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that layers share, and which ``nbytes`` leaves out."""
+        """Tensors that layers share; ``nbytes`` does not count them."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactBlock:
-    """Keys and values as they came, ``[B, H, tokens, head_dim]`` in the model's dtype, or in two under autocast."""
+    """Keys and values as the model made them, ``[B, H, tokens, head_dim]``; under autocast they have two dtypes."""
 
     kind: ClassVar[str] = "exact"
     keys: Tensor
@@ -145,7 +145,7 @@ class ExactBlock:
         return ExactBlock(function(self.keys), function(self.values))
 
     def first_tokens(self, num_tokens: int) -> list[Block]:
-        # Cloned: a view would keep the bytes of the tokens that are gone.
+        # Cloned: a view would keep the bytes of the tokens that are cut off.
         return [self.slice(0, num_tokens).map_batch(torch.clone)]
 
     def to_fields(self) -> dict[str, Field]:

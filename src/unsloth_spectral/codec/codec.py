@@ -46,9 +46,9 @@ class CodecConfig(Protocol):
 
 
 class LayerCodec(ABC):
-    """How the tokens of one layer are sealed. What it keeps from one sealing to the next is its own.
+    """Seals the tokens of one layer, and holds that layer's state between sealings.
 
-    A codec that seals every block on its own has ``seal`` alone.
+    A codec without such state implements ``unit`` and ``seal`` alone.
     """
 
     @property
@@ -58,7 +58,7 @@ class LayerCodec(ABC):
 
     @abstractmethod
     def unit(self, is_first: bool) -> int:
-        """Sealed tokens are a multiple of this; ``is_first`` for the first sealing of a layer."""
+        """The number of sealed tokens is a multiple of this; ``is_first`` for the first sealing of a layer."""
 
     @abstractmethod
     def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
@@ -68,22 +68,22 @@ class LayerCodec(ABC):
         """
 
     def join(self, last: Block, new: Block) -> Block | None:
-        """Both as one block, or None where they do not fit together."""
+        """Both blocks as one, or None if they cannot be joined."""
         return None
 
-    # A codec that keeps nothing has nothing to do in these.
+    # A codec without state inherits these.
 
     def map_batch(self, function: TensorFunction) -> None:  # noqa: B027
         """Apply ``function`` along the batch dimension, as was done to the blocks sealed before.
 
-        The function gives the same result for the same tensor, so that later blocks still join those.
+        The function returns the same result for the same tensor, so that later blocks can still join earlier ones.
         """
 
     def forget(self) -> None:  # noqa: B027
-        """The blocks sealed before were cut: later blocks use nothing of them."""
+        """Drop the state: the sealed blocks were cut, and later blocks share nothing with them."""
 
     def reset(self) -> None:
-        """The layer is empty again: forget its blocks, and give back its share of what layers share."""
+        """Drop the state of an emptied layer, and return its share of the budget."""
         self.forget()
 
     def to_fields(self) -> dict[str, Field]:
@@ -91,7 +91,7 @@ class LayerCodec(ABC):
         return {}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:  # noqa: B027
-        """Go on as the layer whose ``to_fields`` these were.
+        """Restore the state that ``to_fields`` returned.
 
         Raises:
             LoadError: a field is missing, or does not fit ``shape``.
@@ -102,12 +102,12 @@ class Codec(ABC):
     """One codec of one cache: its options, its budget, its profile.
 
     Attributes:
-        name: under which it is registered, and which ``config.codec`` says.
+        name: the name in the registry, and of ``config.codec``.
         config_type: the class of its options.
         block_types: the sealed blocks that it makes, each with a ``kind`` of its own.
-        compared: the options that the evaluation compares, by the name of the family that a picture joins by a line.
-        uses_queries: whether layers note the positions and queries of their tokens for it.
-        uses_profile: whether it is given the model's profile.
+        compared: the options that the evaluation compares, by family; pictures join a family by a line.
+        uses_queries: whether ``seal`` needs the positions and queries of the tokens.
+        uses_profile: whether the codec takes the model's profile.
     """
 
     name: ClassVar[str]
@@ -129,8 +129,8 @@ class Codec(ABC):
         return {}
 
     def restore(self, fields: Fields) -> None:  # noqa: B027
-        """Go on with what was shared.
+        """Restore the shared state that ``to_fields`` returned.
 
         Raises:
-            LoadError: a field is missing, or of other layers.
+            LoadError: a field is missing, or belongs to other layers.
         """

@@ -1,4 +1,4 @@
-"""How a cache is compressed: one frozen set of options, checked once when it is made."""
+"""The options of this library's codecs: one frozen dataclass, checked when it is made."""
 
 import math
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ class SpectralConfig:
     ``compression_factor`` asks for ("balanced" if none is given).
 
     Attributes:
-        rank_keys: singular vectors kept per block and head for the keys, 1 to ``head_dim``; 16 if only the other is
-            given.
-        rank_values: the same for the values, which have flatter spectra and want about twice the rank; 32 likewise.
+        rank_keys: singular vectors kept per block and head for the keys, 1 to ``head_dim``; 16 if only
+            ``rank_values`` is given.
+        rank_values: the same for the values, which have flatter spectra and need about twice the rank; 32 if only
+            ``rank_keys`` is given.
         block_size: tokens sealed together while decoding; at least as many as either rank, and for the spectral codec a
             multiple of 128. A prefill is sealed as a whole by the spectral codec, from
             ``num_sink_tokens + residual_length + 128`` tokens on.
@@ -90,7 +91,7 @@ class SpectralConfig:
 
     @property
     def title(self) -> str:
-        """What tables call it: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits unrotated``."""
+        """The name in tables: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits unrotated``."""
         if self.codec == "rank":
             return f"rank {self.rank_keys}/{self.rank_values}"
         has_amount = self.bits_per_element is not None or self.compression_factor is not None
@@ -99,7 +100,7 @@ class SpectralConfig:
 
     @property
     def target_bits(self) -> float:
-        """Bits per element asked of the spectral codec."""
+        """Bits per element that the spectral codec aims at."""
         if self.bits_per_element is not None:
             return self.bits_per_element
         if self.compression_factor is not None:

@@ -1,4 +1,4 @@
-"""What attention has seen of tokens about to be sealed: where they stand, and which queries look at them."""
+"""Positions of the tokens to seal, and a sample of the queries that attended to them."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from unsloth_spectral.rope import Rotation
 class Observed:
     """Attributes:
     rotation: positions of the tokens to be sealed; None for a model without rotary embeddings.
-    queries: ``[B, num_attention_heads, n, D]`` a sample, rotated and scaled as for the scores, zeros where a row has
-        fewer than others; None where none were seen.
-    distances: ``[B, n]`` int64 on the CPU, how many of the tokens to be sealed came before each query; 0 where it is
-        none.
+    queries: ``[B, num_attention_heads, n, D]``, a sample, rotated and scaled as for the scores; zeros fill up rows with
+        fewer queries; None if there is no query.
+    distances: ``[B, n]`` int64 on the CPU, how many of the tokens to be sealed came before each query; 0 for the
+        filling.
     padding: ``[B]`` int64 on the CPU, how many of the tokens to be sealed are padding at the start of each row; None
-        where none are.
+        if none are.
     """
 
     rotation: Rotation | None = None

@@ -1,4 +1,4 @@
-"""What was measured of a model once: how much each layer's errors matter. It is the model's, hardly the text's."""
+"""A model's profile: how much errors in each layer matter. It hardly depends on the text that it is measured on."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from unsloth_spectral.fields import Field, Fields
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
     """Attributes:
-    value_sensitivities: for each full-attention layer, KL to the dense cache in nats when that layer's values alone are
-        kept at one bit.
-    key_sensitivities: KL in nats for each unit of score variance that is lost with that layer's keys alone.
-    key_variances: for each layer the variances of its keys' components, as the scores see them: what a layer still to
-        come is likely to need.
+    value_sensitivities: for each full-attention layer, KL to the dense cache in nats with only that layer's values
+        quantized, to one bit.
+    key_sensitivities: KL in nats per unit of score variance lost, with only that layer's keys quantized.
+    key_variances: for each layer, the variances of its keys' components in the scores: an estimate for layers that are
+        still to be sealed.
     """
 
     value_sensitivities: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""All codecs by name. A new one has a folder beside this file, and a place here."""
+"""All codecs by name. A new codec is a folder beside this file and an entry here."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def codecs() -> tuple[type[Codec], ...]:
 
 
 def codec_of(config: CodecConfig) -> type[Codec]:
-    """The codec that ``config`` is of."""
+    """The codec whose options ``config`` holds."""
     return _CODECS[config.codec]
 
 
@@ -40,7 +40,7 @@ def is_config(config: Any) -> bool:
 
 
 def config_type_of(name: str, fields: Fields) -> type:
-    """The class of the options of the codec ``name``, which ``fields`` ask for.
+    """The class of the options of the codec ``name``, which was read from ``fields``.
 
     Raises:
         LoadError: no codec has that name.
@@ -50,12 +50,12 @@ def config_type_of(name: str, fields: Fields) -> type:
 
 
 def block_to_fields(block: Block) -> dict[str, Field]:
-    """A block under the name of its kind."""
+    """The stored form of a block, with its ``kind``."""
     return {"kind": block.kind, **block.to_fields()}
 
 
 def block_from_fields(fields: Fields, shape: TokenShape) -> Block:
-    """The block whose tokens are of ``shape``.
+    """The block that ``block_to_fields`` stored, with tokens of ``shape``.
 
     Raises:
         LoadError: it is of no known kind, or a field is missing or does not fit the others.

@@ -1,4 +1,4 @@
-"""Small helpers that stored things share."""
+"""Small helpers for stored tensors: bytes, shapes and errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ TensorFunction: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def storage_bytes(*tensors: Tensor) -> int:
-    """Bytes of the storages behind ``tensors``, each storage once: a view that pins a larger tensor is seen."""
+    """Bytes of the storages behind ``tensors``, each storage once: a view counts all that it keeps alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -23,8 +23,8 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TokenShape:
-    """What all tokens of one layer have in common: keys ``[batch, heads, tokens, key_dim]`` of ``dtype``, values
-    ``[batch, heads, tokens, value_dim]`` of ``value_dtype``, which is another one under autocast."""
+    """The common shape of one layer's tokens: keys ``[batch, heads, tokens, key_dim]`` of ``dtype``, values
+    ``[batch, heads, tokens, value_dim]`` of ``value_dtype``, which differs under autocast."""
 
     batch: int
     heads: int
@@ -35,7 +35,7 @@ class TokenShape:
 
 
 class Coded(Protocol):
-    """Tokens in codes, with their relative error ``[B, H]``."""
+    """Coded tokens, with their relative error ``[B, H]``."""
 
     @property
     def num_tokens(self) -> int: ...

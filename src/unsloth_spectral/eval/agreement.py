@@ -1,4 +1,4 @@
-"""Agreement of two caches: how close one's logits are to the other's."""
+"""Agreement of two caches, measured by their logits."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unsloth_spectral.errors import InvalidArgumentError
 
-_ROWS = 32  # positions at a time: a row of logits is as wide as the vocabulary
+_ROWS = 32  # positions compared at a time: a row of logits is as wide as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Agreement:
         kl: mean Kullback-Leibler divergence from the dense cache's distribution, in nats.
         top1_agreement: share of positions where both prefer the same token.
         perplexity: of the true next tokens.
-        perplexity_change: ``perplexity`` less the dense cache's.
+        perplexity_change: ``perplexity`` minus the dense cache's.
     """
 
     kl: float

@@ -1,4 +1,4 @@
-"""A conversation about a document with a compressed cache, which a store can keep between runs."""
+"""A conversation about a document with a compressed cache, which a store may keep between runs."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from unsloth_spectral.integrations.huggingface import PrefixStore, SpectralCache
 from unsloth_spectral.integrations.huggingface.prefill import feed
 from unsloth_spectral.integrations.models import LoadedModel
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete letter: some of its bytes are still to come
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete character: some of its bytes are still to come
 
 
 class Conversation:
@@ -68,7 +68,7 @@ class Conversation:
         with layers_reported(self._model, "reading the document", on_progress):
             if store is None:
                 self._cache = SpectralCache(self._model, config=config)
-                # The last token is fed with the question, as a store does it.
+                # The last token is fed with the question, as with a store.
                 if self.document_tokens > 1:
                     feed(self._model, input_ids[:, :-1], self._cache)
             else:
@@ -87,9 +87,9 @@ class Conversation:
         frame = (
             chat_frame(self._tokenizer, question)[1] if self._is_first else followup_frame(self._tokenizer, question)
         )
-        asked = self._tokens(frame)
-        self._check_room(len(asked), "start a new conversation, or ask a shorter question")
-        self._ids.extend(asked)
+        question_ids = self._tokens(frame)
+        self._check_room(len(question_ids), "start a new conversation, or ask a shorter question")
+        self._ids.extend(question_ids)
         self._is_first = False
         answer: list[int] = []
         shown = 0

@@ -151,7 +151,7 @@ class _Run:
         self._sample: tuple[Tensor, Tensor] | None = None
         self._num_full_layers = 0
         count = self._context.shape[1]
-        # The first forward pass loads the weights into memory, which no cache's time should include.
+        # The first forward pass loads the weights into memory; no cache's time should include that.
         continue_on(loaded, dense_cache(self._model), self._context[:, :32])
         self.lengths = tuple(sorted({max(1, count * step // 16) for step in range(1, 17)}))
 

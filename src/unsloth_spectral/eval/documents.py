@@ -29,7 +29,7 @@ def default_document() -> str:
     Raises:
         LoadError: this Python was built without it.
     """
-    # Half a megabyte of text, wanted only here.
+    # Half a megabyte of text, needed only here.
     try:
         from pydoc_data.topics import topics
     except ImportError as error:

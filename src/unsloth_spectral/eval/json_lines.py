@@ -36,10 +36,10 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop unwanted lines and a half-written last line. The file changes completely or not at all."""
     if not path.exists():
         return
-    kept = b"".join(_encode(line) for line in read_lines(path) if wanted(line))
-    if kept != path.read_bytes():
+    content = b"".join(_encode(line) for line in read_lines(path) if wanted(line))
+    if content != path.read_bytes():
         with replacing(path) as temporary:
-            temporary.write_bytes(kept)
+            temporary.write_bytes(content)
 
 
 def _encode(line: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ _LOWER_IS_BETTER = frozenset(["kl", "perplexity", "loss", "error", "errors", "se
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a lower value is better, judged by the metric's name; of unknown names, higher is better."""
+    """Whether a lower value is better, judged by the metric's name; for unknown names, higher is better."""
     return not _LOWER_IS_BETTER.isdisjoint(name.lower().replace("-", "_").split("_"))
 
 

@@ -15,8 +15,8 @@ from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.tasks.asking import continue_on, fill
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
-from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
@@ -24,9 +24,9 @@ from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 # Tokens of the default document where the texts begin. The evaluation uses none of these texts.
 STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
-# About one bit for the keys and one for the values.
+# About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
-# As a share of the mean: a layer that did not matter in these texts still gets some bits.
+# As a share of the mean, so that a layer that did not matter in these texts still gets some bits.
 _LEAST_SENSITIVITY = 0.02
 
 
@@ -47,7 +47,7 @@ class _Measured:
 
 
 class _RecordingBudget(Budget):
-    """A budget that keeps what it was asked for.
+    """A budget that records the variances of its allocations.
 
     Attributes:
         variances: by layer, ``[H, D]`` float32, of its keys' components.
@@ -81,28 +81,30 @@ def measure_profile(
         LoadError: the document is too short.
         UnsupportedModelError: no layer keeps the whole context.
     """
-    text = default_document() if document is None else document
-    ids = tokens_of(text, loaded.tokenizer, max(starts) + prefix + continuation + 1).to(loaded.model.device)
+    whole_text = default_document() if document is None else document
+    ids = tokens_of(whole_text, loaded.tokenizer, max(starts) + prefix + continuation + 1).to(loaded.model.device)
     measured = []
     for number, start in enumerate(starts):
-        part = ids[:, start : start + prefix + continuation + 1]
-        measured.append(_measure(loaded.model, part, prefix, number, len(starts), on_progress))
-    values = torch.stack([one.value_damages for one in measured]).mean(0)
-    lost = torch.stack([one.lost for one in measured]).sum(0)
-    keys = torch.stack([one.key_damages for one in measured]).sum(0) / lost
+        text_ids = ids[:, start : start + prefix + continuation + 1]
+        measured.append(_measure(loaded, text_ids, prefix, number, len(starts), on_progress))
+    values = torch.stack([text.value_damages for text in measured]).mean(0)
+    lost = torch.stack([text.lost for text in measured]).sum(0)
+    keys = torch.stack([text.key_damages for text in measured]).sum(0) / lost
     keys = keys.clamp_min(_LEAST_SENSITIVITY * float(keys.mean())).clamp_min(torch.finfo(keys.dtype).tiny)
-    variances = torch.stack([one.variances for one in measured]).mean(0)
+    variances = torch.stack([text.variances for text in measured]).mean(0)
     return ModelProfile(tuple(values.tolist()), tuple(keys.tolist()), tuple(map(tuple, variances.tolist())))
 
 
 def _measure(
-    model: Any, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
+    loaded: LoadedModel, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
 ) -> _Measured:
+    model = loaded.model
+    context, continuation, targets = ids[:, :prefix], ids[:, prefix:-1], ids[0, prefix + 1 :]
     coarse = SpectralCache(model, config=_COARSE, use_profile=False)
     assert isinstance(coarse.codec, SpectralCodec)
-    replaced = coarse.codec.budget
-    budget = coarse.codec.budget = _RecordingBudget(replaced.bits_per_element, replaced.num_layers)
-    model(input_ids=ids[:, :prefix], **cache_argument(coarse), use_cache=True, logits_to_keep=1)
+    plain_budget = coarse.codec.budget
+    budget = coarse.codec.budget = _RecordingBudget(plain_budget.bits_per_element, plain_budget.num_layers)
+    fill(loaded, coarse, context, "profile: coarse prefill", None)
     unpatch_unsloth_attention(model)
     layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
     if not layers:
@@ -110,8 +112,8 @@ def _measure(
             f"{type(model).__name__} has no layer that keeps the whole context: nothing to measure"
         )
     cache: Any = dense_cache(model)
-    model(input_ids=ids[:, :prefix], **cache_argument(cache), use_cache=True, logits_to_keep=1)
-    dense = _logits(model, ids, prefix, _with(model, cache))
+    fill(loaded, cache, context, "profile: dense prefill", None)
+    dense = continue_on(loaded, _with(model, cache), continuation)
     damages: dict[str, list[float]] = {"values": [], "keys": []}
     lost, variances = [], []
     for done, index in enumerate(layers):
@@ -122,11 +124,11 @@ def _measure(
         variances.append(layer_variances.flatten())
         rebuilt = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
         for step, name in enumerate(damages):
-            logits = _logits(model, ids, prefix, _with(model, cache, index, **{name: rebuilt[name]}))
-            damages[name].append(max(0.0, compare_logits(dense, logits, ids[0, prefix + 1 :]).kl))
+            logits = continue_on(loaded, _with(model, cache, index, **{name: rebuilt[name]}), continuation)
+            damages[name].append(max(0.0, compare_logits(dense, logits, targets).kl))
             if on_progress is not None:
-                whole = 2 * len(layers)
-                on_progress("profile: each layer at one bit", number * whole + 2 * done + step + 1, count * whole)
+                steps = 2 * len(layers)
+                on_progress("profile: each layer at one bit", number * steps + 2 * done + step + 1, count * steps)
     by_layer = torch.tensor([damages["values"], damages["keys"], lost], dtype=torch.float32, device="cpu")
     value_damages, key_damages, lost_variances = by_layer
     return _Measured(value_damages, key_damages, lost_variances, torch.stack(variances))
@@ -136,11 +138,6 @@ def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:
     """A copy of ``cache`` with keys or values of layer ``coarse`` replaced; the tensors of the others are shared."""
     fresh: Any = dense_cache(model)
     for index, (old, new) in enumerate(zip(cache.layers, fresh.layers, strict=True)):
-        taken = {"keys": old.keys, "values": old.values} | (replaced if index == coarse else {})
-        new.update(taken["keys"], taken["values"])
+        states = {"keys": old.keys, "values": old.values} | (replaced if index == coarse else {})
+        new.update(states["keys"], states["values"])
     return fresh
-
-
-def _logits(model: Any, ids: Tensor, prefix: int, cache: Any) -> Tensor:
-    logits: Tensor = model(input_ids=ids[:, prefix:-1], **cache_argument(cache)).logits[0]
-    return logits

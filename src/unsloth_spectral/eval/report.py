@@ -1,4 +1,4 @@
-"""Results as one HTML page: a headline, tables, the caller's pictures, and the settings of the measurement."""
+"""Results as one HTML page: headline, tables, the caller's pictures and the settings of the measurement."""
 
 import json
 from collections.abc import Sequence

@@ -140,14 +140,14 @@ def frontier(means: Iterable[Mean], metric: str) -> list[Point]:
 
 def _ordered(names: Iterable[str], order: list[str]) -> list[str]:
     """Each name once: names in ``order`` first, in that order, then the others."""
-    given = list(dict.fromkeys(names))
-    return sorted(given, key=lambda name: order.index(name) if name in order else len(order))
+    distinct = list(dict.fromkeys(names))
+    return sorted(distinct, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _mean(records: list[Record], *, complete: bool) -> Mean:
     footprints = [record.footprint for record in records if record.footprint is not None]
-    bits = [one.cold_bits_per_element for one in footprints if one.cold_bits_per_element is not None]
-    stored = sum(one.stored_bytes for one in footprints)
+    bits = [size.cold_bits_per_element for size in footprints if size.cold_bits_per_element is not None]
+    stored = sum(size.stored_bytes for size in footprints)
     return Mean(
         method=records[0].method,
         family=records[0].family,
@@ -155,7 +155,7 @@ def _mean(records: list[Record], *, complete: bool) -> Mean:
         complete=complete,
         metrics=_means_by_name([record.metrics for record in records]),
         cold_bits_per_element=_average(bits) if bits else None,
-        compression_factor=sum(one.dense_bytes for one in footprints) / stored if stored else math.nan,
+        compression_factor=sum(size.dense_bytes for size in footprints) / stored if stored else math.nan,
         series=_mean_series([record.series for record in records]),
         seconds=_average([record.seconds for record in records]),
     )

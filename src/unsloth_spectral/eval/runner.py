@@ -148,34 +148,34 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InvalidArgumentError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
-    here = environment()
+    present = environment()
     if (folder / CONFIG).exists():
         earlier = read_config(folder)
         check_same(folder, earlier, config)
         for name in ("tasks", "methods"):
             config[name] = list(dict.fromkeys([*earlier[name], *config[name]]))
         config["task_settings"] = {**earlier.get("task_settings", {}), **config["task_settings"]}
-        here = _with_earlier(folder / ENVIRONMENT, here)
+        present = _with_earlier(folder / ENVIRONMENT, present)
     elif any((folder / name).exists() for name in (METRICS, PREDICTIONS)):
         raise InvalidArgumentError(f"{str(folder)!r} holds results without their {CONFIG}: use another folder")
     # The environment first: a folder with a config counts as a results folder and must be complete.
-    for name, content in {ENVIRONMENT: here, CONFIG: config}.items():
+    for name, content in {ENVIRONMENT: present, CONFIG: config}.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for name in (METRICS, PREDICTIONS):
         (folder / name).touch()
 
 
-def _with_earlier(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+def _with_earlier(path: Path, present: dict[str, Any]) -> dict[str, Any]:
     """This run's environment, and those of earlier runs that differ in more than the date."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         others = before.pop("earlier", [])
     except (OSError, ValueError, AttributeError):
-        return here  # missing or damaged; no result depends on it
-    if {**before, "date": None} != {**here, "date": None}:
+        return present  # missing or damaged; no result depends on it
+    if {**before, "date": None} != {**present, "date": None}:
         others = [*others, before]
-    return {**here, "earlier": others} if others else here
+    return {**present, "earlier": others} if others else present
 
 
 def _resume(folder: Path) -> set[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ def run_config(
 
 
 def _options_of(task: Any) -> dict[str, Any]:
-    """The plain public fields of a task that is a dataclass, without what it caches between cases.
+    """The plain public fields of a task that is a dataclass, without the fields that cache results.
 
     A long text, such as a document, is replaced by its digest.
     """

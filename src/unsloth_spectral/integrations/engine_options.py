@@ -7,7 +7,7 @@ from unsloth_spectral.codec.chunk.layout import Blocks, ChunkLayout, Heads, Late
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.engine_records import EngineRecords
 
-# What each layout takes; the first may differ by group of layers.
+# The options of each layout; the first may differ by group of layers.
 _LAYOUT_OPTIONS = {
     "heads": ("head_dim",),
     "blocks": ("head_dim", "block_tokens"),
@@ -33,9 +33,9 @@ def records_from_options(options: dict[str, Any]) -> EngineRecords:
     """The records that ``options`` describe.
 
     ``options``: ``bits_per_element`` and ``rope_theta`` as in ``ChunkCodec``; ``layout``, ``"heads"``, ``"blocks"``,
-    ``"planes"`` or ``"latent"``, and what that layout takes (see ``codec.layout``). Where chunks have several groups
-    of layers, ``head_dim`` or ``kv_lora_rank`` is a list with a number for each, or None for a group to be stored raw.
-    ``max_workers`` is left to the server's integration.
+    ``"planes"`` or ``"latent"``, and the options of that layout (see ``codec.chunk.layout``). Where chunks have several
+    groups of layers, ``head_dim`` or ``kv_lora_rank`` is a list with a number for each, or None for a group to be
+    stored raw. ``max_workers`` is left to the server's integration.
 
     Raises:
         InvalidArgumentError: an option is missing, unknown, of another layout or out of its range.
@@ -49,11 +49,11 @@ def records_from_options(options: dict[str, Any]) -> EngineRecords:
     if not isinstance(name, str) or name not in _LAYOUT_OPTIONS:
         raise InvalidArgumentError(f"layout must be one of {', '.join(_LAYOUT_OPTIONS)}, got {name!r}: {_WHICH_LAYOUT}")
     needed = _LAYOUT_OPTIONS[name]
-    known = (*_COMMON_OPTIONS, *needed)
-    unknown = sorted(set(options) - set(known))
+    accepted = (*_COMMON_OPTIONS, *needed)
+    unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise InvalidArgumentError(
-            f'with layout "{name}" the spectral serde takes {", ".join(known)}; got {", ".join(unknown)}'
+            f'with layout "{name}" the spectral serde takes {", ".join(accepted)}; got {", ".join(unknown)}'
         )
     missing = [option for option in ("bits_per_element", *needed) if options.get(option) is None]
     if missing:

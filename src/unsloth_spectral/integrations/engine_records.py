@@ -1,4 +1,4 @@
-"""Chunks that a serving engine hands over, as records, and a count of those that were stored raw.
+"""A serving engine's chunks as records, and a count of the chunks that were stored raw.
 
 A chunk is one tensor per group of equal layers. A group that the codec cannot encode is stored raw, which is
 counted and logged with its reason.
@@ -17,7 +17,7 @@ from unsloth_spectral.log import logger
 
 
 class EngineRecords:
-    """Codes chunks and decodes records.
+    """Encodes chunks into records, and decodes them.
 
     Args:
         codecs: one for each group of layers that a chunk has; None for a group to store raw.
@@ -43,11 +43,11 @@ class EngineRecords:
         for group, plan in zip(groups, self._plan_of(groups), strict=True):
             if isinstance(plan, str):
                 reasons.append(plan)
-                part = _bytes_of(group)
+                encoded = _bytes_of(group)
             else:
-                part = plan.encode(group.cpu())
-            record[place : place + len(part)] = part
-            place += len(part)
+                encoded = plan.encode(group.cpu())
+            record[place : place + len(encoded)] = encoded
+            place += len(encoded)
         self._raw.count(reasons)
         return place
 
@@ -60,11 +60,11 @@ class EngineRecords:
         place = 0
         for group, plan in zip(groups, self._plan_of(groups), strict=True):
             end = place + _group_nbytes(group.shape, group.dtype, plan)
-            part, place = record[place:end], end
+            encoded, place = record[place:end], end
             if isinstance(plan, str):
-                _bytes_of(group).copy_(part)
+                _bytes_of(group).copy_(encoded)
             else:
-                group.copy_(plan.decode(part, group.shape, group.dtype))
+                group.copy_(plan.decode(encoded, group.shape, group.dtype))
 
     def stats(self) -> dict[str, Any]:
         """``chunks`` stored, how many of them ``raw`` in whole or in part, and ``raw_because``: chunks by reason."""
@@ -97,7 +97,7 @@ class EngineRecords:
 
 
 class _RawChunks:
-    """How many chunks were stored, how many of them raw, and why; from several threads."""
+    """Thread-safe counts of stored chunks, of those stored raw, and of the reasons."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

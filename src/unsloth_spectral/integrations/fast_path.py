@@ -1,8 +1,8 @@
-"""Leaving Unsloth's fast path, whose one-token steps keep keys and values out of any cache, for transformers' code.
+"""Leaving Unsloth's fast path for transformers' code: its one-token steps keep keys and values out of any cache.
 
-Nothing here needs Unsloth: a model shows whether it has a fast path. Since 2026.10.9 every module checks a flag of its
-own at each call. Earlier releases replaced methods of the classes, so each instance is given those of the untouched
-source file.
+Nothing here needs Unsloth: a model shows whether it has a fast path. Since 2026.10.9 every module checks its own flag
+at each call. Earlier releases replaced methods of the classes, so each instance gets the methods of the original source
+file.
 """
 
 import re
@@ -19,7 +19,7 @@ from unsloth_spectral.integrations.huggingface.methods import Method
 
 _FLAG = "_unsloth_fast_path"
 _REPLACED = ("forward", "prepare_inputs_for_generation")
-# One generation's keys and values, and later ones would take them for theirs.
+# The keys and values of one generation, which a later generation would use as its own.
 _BUFFERS = ("paged_attention", "paged_attention_K", "paged_attention_V")
 
 
@@ -31,13 +31,14 @@ class TransformersMethod(Method):
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What is called, and whose signature transformers looks at."""
+        """The method to call; transformers inspects its signature."""
         kind: Any = type(self.module)
         return MethodType(_source_function(kind, self.__name__), self.module)
 
 
 def leave(model: nn.Module) -> None:
-    """Let ``model`` run transformers' code, which gives every key and value to the cache; harmless where it does."""
+    """Let ``model`` run transformers' code, which gives every key and value to the cache; harmless if it already
+    does."""
     for module in model.modules():
         attributes = vars(module)
         for name in _BUFFERS:
@@ -84,7 +85,7 @@ def _replaced(module: nn.Module) -> Iterator[str]:
     """Names of the methods of ``module``'s class that Unsloth replaced."""
     kind = type(module)
     if _is_unsloths(kind):
-        # Its own class of rotary embeddings, which the others are to call as they call transformers'.
+        # Unsloth's class of rotary embeddings: other modules must be able to call it like transformers' own.
         if hasattr(kind, "get_cached"):
             yield "forward"
         return
@@ -104,7 +105,7 @@ def _source_function(kind: type, name: str) -> Callable[..., Any]:
 
 
 def copied_class(kind: type) -> Any:
-    """Transformers' class of which ``kind`` is a copy by FastModel's compiler; ``kind`` itself if it is none."""
+    """Transformers' class that FastModel's compiler copied to ``kind``; ``kind`` itself if it is no copy."""
     return kind if _home(kind) == kind.__module__ else _pristine_class(kind)
 
 
@@ -113,21 +114,21 @@ def _pristine_class(kind: type) -> Any:
 
 
 def _home(kind: type) -> str:
-    """The module ``kind`` is of. FastModel's compiler names its copy of a file after it."""
+    """The module that defines ``kind``, or its original: FastModel's compiler names a copied file after it."""
     return re.sub(r"^unsloth_compiled_module_(\w+)$", r"transformers.models.\1.modeling_\1", kind.__module__)
 
 
-def _is_unsloths(thing: Any, package: str = "unsloth.") -> bool:
-    # A gated method asks the flag, and a module without one gets transformers'.
-    if getattr(thing, "_unsloth_gated", False):
+def _is_unsloths(definition: Any, package: str = "unsloth.") -> bool:
+    # A gated method checks the flag, and runs transformers' code for a module without one.
+    if getattr(definition, "_unsloth_gated", False):
         return False
-    # A replacement may carry the name of what it replaced.
-    homes = (getattr(thing, "__module__", ""), getattr(thing, "__globals__", {}).get("__name__", ""))
+    # A replacement may have the module name of the method that it replaced.
+    homes = (getattr(definition, "__module__", ""), getattr(definition, "__globals__", {}).get("__name__", ""))
     return any(str(home).startswith(package) for home in homes)
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether it may be what attends: of what `unsloth_zoo` replaces, that alone reads keys (Gemma 3's does)."""
+    """Whether ``module`` attends. Of the modules that `unsloth_zoo` replaces, only these read keys (Gemma 3's does)."""
     return isinstance(getattr(module, "layer_idx", None), int)
 
 
@@ -138,7 +139,7 @@ def _pristine(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Decorators look their function's module up.
+    # Decorators look up the module of their function.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

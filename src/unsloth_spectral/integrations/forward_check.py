@@ -1,4 +1,4 @@
-"""The check that a forward pass gave its tokens to the spectral cache it was called with, and why one did not."""
+"""The check that a forward pass gave its tokens to its spectral cache, and the explanation if it did not."""
 
 import inspect
 import sys
@@ -24,8 +24,8 @@ class Call(Owner):
     """A call of ``generate``.
 
     Attributes:
-        is_prepared: whether it has asked for its cache.
-        cache: its spectral cache; None where it uses another kind or none.
+        is_prepared: whether the call has asked for its cache.
+        cache: the call's spectral cache; None if it uses another kind or none.
     """
 
     def __init__(self, model: PreTrainedModel, config: CodecConfig) -> None:
@@ -53,7 +53,7 @@ def check_cache_was_used(call: Call, model: PreTrainedModel, method: Callable[..
         raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 
 
-# Kept from the compiler, which would compile the model anew for every length.
+# Not compiled: the compiler would compile the model again for every length.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def before_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook, with keyword arguments, of a model: tells a spectral cache that a pass begins."""

@@ -1,13 +1,13 @@
-"""Spectral records in LMCache (0.5.6 or newer): what engines offload and share is stored several times smaller.
+"""Spectral records in LMCache (0.5.6 or newer), which make offloaded and shared prefixes several times smaller.
 
-It is loaded by configuration alone: an L2 adapter of type ``plugin`` that names this module, any adapter of LMCache's
-own inside, and a serde of type ``spectral`` (docs/engines.md has whole commands):
+Configuration alone loads this module: an L2 adapter of type ``plugin`` that names it, with any of LMCache's own
+adapters inside, and a serde of type ``spectral`` (docs/engines.md has complete commands):
 
     {"type": "plugin", "module_path": "unsloth_spectral.integrations.lmcache", "class_name": "SpectralL2Adapter",
      "adapter_params": {"type": "fs", "base_path": "/var/cache/kv"},
      "serde": {"type": "spectral", "bits_per_element": 2.5, "layout": "heads", "head_dim": 128, "rope_theta": 500000}}
 
-Importing it registers the serde, which is how LMCache finds one; no other module of this package imports it.
+Importing this module registers the serde, so that LMCache finds it; no other module of this package imports it.
 """
 
 from typing import Any
@@ -33,12 +33,12 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.engine_options import records_from_options
 from unsloth_spectral.integrations.engine_records import EngineRecords
 
-# LMCache makes an adapter and its serde apart, and asks only the adapter for its status.
+# LMCache creates adapters and serdes separately, and asks only adapters for their status.
 _open_records: list[EngineRecords] = []
 
 
 class SpectralSerializer(Serializer):  # type: ignore[misc]
-    """Chunks to records."""
+    """Encodes chunks into records."""
 
     def __init__(self, records: EngineRecords) -> None:
         self._records = records
@@ -48,12 +48,12 @@ class SpectralSerializer(Serializer):  # type: ignore[misc]
         return self._records.encode(_groups(src), _bytes_of(dst))
 
     def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
-        """The exact size: LMCache reads back as many bytes as this says."""
+        """The exact size of the record, because LMCache reads back this many bytes."""
         return self._records.nbytes(layout_desc.shapes, layout_desc.dtypes)
 
 
 class SpectralDeserializer(Deserializer):  # type: ignore[misc]
-    """Records to chunks. LMCache treats an exception as a miss: the engine computes the tokens again."""
+    """Decodes records into chunks. LMCache treats an exception as a miss: the engine computes the tokens again."""
 
     def __init__(self, records: EngineRecords) -> None:
         self._records = records
@@ -64,7 +64,7 @@ class SpectralDeserializer(Deserializer):  # type: ignore[misc]
 
 
 class SpectralSerde(AsyncSerdeProcessor):  # type: ignore[misc]
-    """Serializer and deserializer, in threads. While open, it adds its count of raw chunks to the adapters' status."""
+    """Serializer and deserializer in threads. While it is open, the adapters' status has its count of raw chunks."""
 
     def __init__(self, records: EngineRecords, max_workers: int) -> None:
         super().__init__(SpectralSerializer(records), SpectralDeserializer(records), max_workers=max_workers)
@@ -72,7 +72,7 @@ class SpectralSerde(AsyncSerdeProcessor):  # type: ignore[misc]
         _open_records.append(records)
 
     def close(self) -> None:
-        """Finish what was begun, and log how many chunks were stored raw."""
+        """Finish running work, and log how many chunks were stored raw."""
         super().close()
         if self._records in _open_records:
             _open_records.remove(self._records)
@@ -80,9 +80,9 @@ class SpectralSerde(AsyncSerdeProcessor):  # type: ignore[misc]
 
 
 class SpectralL2Adapter(L2AdapterInterface):  # type: ignore[misc]
-    """Any adapter of LMCache's own, with that adapter's parameters. It exists so that LMCache imports this module.
+    """Any of LMCache's own adapters, with that adapter's parameters. It exists so that LMCache imports this module.
 
-    Its status, which ``lmcache server`` answers with under ``/status``, has the spectral serdes' ``stats`` too.
+    Its status, which ``lmcache server`` shows under ``/status``, also has the ``stats`` of the spectral serdes.
     """
 
     def __new__(cls, config: "SpectralL2AdapterConfig", l1_memory_desc: Any = None) -> Any:
@@ -93,7 +93,7 @@ class SpectralL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
 
 class SpectralL2AdapterConfig(L2AdapterConfigBase):  # type: ignore[misc]
-    """``adapter_params``: a ``type`` that LMCache knows and what that type takes."""
+    """``adapter_params``: a ``type`` that LMCache knows, and the parameters of that type."""
 
     def __init__(self, inner: L2AdapterConfigBase) -> None:
         self.inner = inner
@@ -116,7 +116,7 @@ class SpectralL2AdapterConfig(L2AdapterConfigBase):  # type: ignore[misc]
 def create_serde(options: dict[str, Any]) -> SerdeProcessor:
     """The serde of type ``spectral``.
 
-    ``options``: those of ``records_from_options``, and ``max_workers`` threads, 1.
+    ``options``: those of ``records_from_options``, and ``max_workers``, the number of threads (1 by default).
 
     Raises:
         InvalidArgumentError: an option is missing, unknown or out of its range.
@@ -130,7 +130,7 @@ def create_serde(options: dict[str, Any]) -> SerdeProcessor:
 
 
 def _groups(memory: MemoryObj) -> list[Tensor]:
-    """The chunk's tensors: one, or one for each group of like layers."""
+    """The tensors of a chunk, one for each group of equal layers."""
     count = len(memory.get_shapes())
     tensors = [memory.tensor] if count == 1 else [memory.get_tensor(index) for index in range(count)]
     groups = [tensor for tensor in tensors if tensor is not None]

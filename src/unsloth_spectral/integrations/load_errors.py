@@ -1,4 +1,4 @@
-"""One line, with the fix, for any error that loading a model raises in the libraries beneath."""
+"""One-line messages with the fix, for errors that other libraries raise while a model is loaded."""
 
 import os
 
@@ -43,7 +43,7 @@ _REASONS_BY_TEXT = (
 
 
 def explain(error: BaseException) -> str:
-    """The reason for ``error`` and the fix: by the types of it and its causes, else by the wording of its message."""
+    """The reason for ``error`` and the fix, by the types of the error and its causes, else by the wording."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -59,7 +59,7 @@ def explain(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of the error's message, at most 160 characters; for an error of the system its reason and file."""
+    """The first line of the error's message, at most 160 characters; for a system error, its reason and file."""
     if isinstance(error, OSError) and error.strerror:
         return (
             error.strerror if error.filename is None else f"{error.strerror} ({os.path.basename(str(error.filename))})"

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, in this file only. Without a name, the embedded model is loaded."""
+"""Loading models and tokenizers; the embedded model if no name is given. No other file loads any."""
 
 import os
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ def _check_folder(title: str, path: str) -> None:
 
 
 def _load(source: str, title: str, place: torch.device, *, local: bool, options: dict[str, Any]) -> LoadedModel:
-    # trust_remote_code=False, not its default None: with None a checkpoint with own code asks on the terminal.
+    # trust_remote_code=False instead of the default None, by which a checkpoint with code asks on the terminal.
     shared: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
         with silenced():
@@ -160,7 +160,7 @@ def _load(source: str, title: str, place: torch.device, *, local: bool, options:
 def _check_loaded(title: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: set[str]) -> None:
     """Raise LoadError for flaws that transformers only warns of, or silently accepts."""
     names = model.config.architectures or []
-    # Encoders load as causal models too, but attend in both directions. GPT-NeoX is causal and yet no `is_decoder`.
+    # Encoders load as causal models too, but attend in both directions. GPT-NeoX is causal, but has no `is_decoder`.
     if getattr(model.config, "is_decoder", None) is False and not any(name.endswith("ForCausalLM") for name in names):
         raise LoadError(f"cannot load {title!r}: {NOT_CAUSAL}")
     if missing:
@@ -168,6 +168,6 @@ def _check_loaded(title: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             f"cannot load {title!r}: {len(missing)} weights are not in the checkpoint, such as {min(missing)!r}; use a "
             "complete checkpoint of a causal language model"
         )
-    # Where no vocabulary file is found, some tokenizers come up with nothing but their special tokens.
+    # Without a vocabulary file, some tokenizers load with only their special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise LoadError(f"cannot load {title!r}: {NO_TOKENIZER}")

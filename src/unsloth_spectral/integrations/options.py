@@ -9,18 +9,18 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 
 def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
-    """``config``, or one of those ``options`` that are given (not None).
+    """``config``, or a new one from those ``options`` that are not None.
 
     Raises:
         InvalidArgumentError: both are given, or an option is out of its range.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     if config is None:
-        return SpectralConfig(**given)
+        return SpectralConfig(**chosen)
     if not is_config(config):
         raise InvalidArgumentError(
             f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...)"
         )
-    if given:
-        raise InvalidArgumentError(f"{', '.join(given)} and config both say how to compress: give one of them")
+    if chosen:
+        raise InvalidArgumentError(f"{', '.join(chosen)} and config both say how to compress: give one of them")
     return config

@@ -1,4 +1,4 @@
-"""Giving every ``model.generate(...)`` a spectral cache, and giving the model back as it was."""
+"""Giving every ``model.generate(...)`` a spectral cache, and restoring the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class _Patch:
 
     Attributes:
         methods: the methods put on the model.
-        config: the options of the last patch; None where there are scopes and calls alone.
+        config: the options of the last patch; None if there are only scopes and calls.
         owners: scopes and calls that have not ended, of all threads.
     """
 
@@ -48,7 +48,7 @@ class _Patch:
 
 
 def patched(model: PreTrainedModel) -> CodecConfig | None:
-    """The options of the cache that ``generate`` would make for ``model`` here; None where it would make none.
+    """The options of the cache that ``generate`` would make for ``model`` here; None if it would make none.
 
     Scopes of this context come first. A thread started within a scope does not inherit it, so a thread without a scope
     of its own follows the scope opened last, and then the patch.
@@ -61,9 +61,9 @@ def patched(model: PreTrainedModel) -> CodecConfig | None:
 
 
 def patch(model: PreTrainedModel, config: CodecConfig) -> None:
-    """Give every ``model.generate(...)`` from now on a fresh spectral cache; patching again changes the options.
+    """Give every later ``model.generate(...)`` a fresh spectral cache; patching again changes the options.
 
-    Within a scope it changes that scope's.
+    Within a scope, it changes that scope's options.
 
     Raises:
         InvalidArgumentError: a rank exceeds the model's head_dim.
@@ -81,8 +81,10 @@ def patch(model: PreTrainedModel, config: CodecConfig) -> None:
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Undo ``patch`` and what ``SpectralCache(model)`` switched, or within a scope that scope; scopes of other threads
-    and calls that run stay. Harmless on any other model."""
+    """Undo ``patch`` and the switch by ``SpectralCache(model)``; within a scope, undo that scope.
+
+    Scopes of other threads and running calls stay. Harmless on any other model.
+    """
     with lock:
         scope = innermost(model, Scope)
         if scope is not None:
@@ -119,7 +121,7 @@ def _trains_in_between(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _owned(model: PreTrainedModel, owner: Owner) -> Iterator[None]:
-    """Keep the methods of ``model`` replaced for ``owner``, and undo afterwards what was switched for it."""
+    """Keep the methods of ``model`` replaced for ``owner``, and release the model afterwards."""
     with lock:
         patch = _attach(model)
         patch.owners.append(owner)
@@ -183,17 +185,17 @@ def _prepare_cache(
 ) -> Any:
     call = innermost(model, Call)
     config = patched(model) if call is None else call.config
-    given = cache_in(model_kwargs)
-    if given is not None and _trains_in_between(model):
-        # Unsloth's generate names one in every call, which transformers refuses beside a cache.
+    caller_cache = cache_in(model_kwargs)
+    if caller_cache is not None and _trains_in_between(model):
+        # Unsloth's generate names an implementation in every call, which transformers refuses together with a cache.
         generation_config.cache_implementation = None
     if (
-        given is not None
+        caller_cache is not None
         or config is None
         or generation_config.use_cache is False
         or _names_another_cache(model, generation_config)
     ):
-        expect(model, given if isinstance(given, SpectralCache) else None)
+        expect(model, caller_cache if isinstance(caller_cache, SpectralCache) else None)
         return original(generation_config, model_kwargs, *args, **kwargs)
     cache = SpectralCache(model, config=config)
     if generation_config.is_assistant:
@@ -223,6 +225,6 @@ _METHODS: dict[str, Replacement] = {
     PREPARE_CACHE: _prepare_cache,
     "generate": _generate,
     "generate_batch": _generate_batch,
-    # Unsloth's, which does not pass through the others.
+    # Unsloth's method, which calls none of the others.
     "fast_generate": _fast_generate,
 }

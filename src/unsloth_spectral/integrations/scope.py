@@ -17,18 +17,18 @@ def spectral(
 ) -> Iterator[PreTrainedModel]:
     """Within the scope every ``model.generate(...)`` gets a fresh spectral cache; afterwards the model is as before.
 
-    Scopes nest, and one within ``patch_unsloth_attention`` gives back that patch. Threads and tasks may each open
+    Scopes nest, and a scope within ``patch_unsloth_attention`` restores that patch. Threads and tasks may each open
     scopes with their own options on one model; a thread without a scope follows the scope opened last. A cache made in
     the scope is read by the model's spectral attention function, so it cannot be used after the scope.
 
     Args:
-        model: a decoder-only transformers model that uses the AttentionInterface; the scope's value.
+        model: a decoder-only transformers model; also the value of the ``with`` statement.
         preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
         config: bits or ranks, block size and exact tiers.
 
     Raises:
         InvalidArgumentError: an option is out of its range, or both are given.
-        UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
+        UnsupportedModelError: the model cannot carry a spectral cache; the message says what is supported.
     """
     chosen = config_of(config, preset=preset)
     inner = unwrapped(model)

@@ -1,4 +1,4 @@
-"""Keeping transformers and its hub client silent, since every failure is reported as one line of our own."""
+"""Silencing transformers and its hub client, because this package reports every failure in one line of its own."""
 
 import contextlib
 import warnings

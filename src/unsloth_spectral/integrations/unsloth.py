@@ -17,15 +17,16 @@ def patch_unsloth_attention(
     preset: str | None = None,
     config: CodecConfig | None = None,
 ) -> None:
-    """Give every ``model.generate(...)`` call from now on a fresh spectral cache, with no other change of code.
+    """Give every later ``model.generate(...)`` call a fresh spectral cache, without another change of code.
 
-    A call that brings its own cache, names a ``cache_implementation`` (of Unsloth's models every call does, which is
-    overruled) or has ``use_cache=False`` is left alone. Patching again only changes the options, within a scope that
-    scope's. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` if nothing else is said.
+    A call with its own cache, with a ``cache_implementation`` or with ``use_cache=False`` is not changed. (Unsloth's
+    models name a ``cache_implementation`` in every call; it is overruled.) Patching again only changes the options;
+    within a scope, that scope's. With a rank the rank codec runs, otherwise the spectral codec, ``"balanced"`` by
+    default.
 
     A model that Unsloth has loaded generates on transformers' code, off Unsloth's fast path, and trains as before. If a
-    step of ``generate`` does not reach the cache all the same, it raises ``CacheBypassedError``, which names the path
-    and what to do. So does ``generate_batch``, which uses no cache.
+    step of ``generate`` still does not reach the cache, it raises ``CacheBypassedError``, which names the path and the
+    fix. So does ``generate_batch``, which uses no cache.
 
     Args:
         model: a decoder-only transformers model, Unsloth's or PEFT's wrapper around it, patched before or after
@@ -37,15 +38,15 @@ def patch_unsloth_attention(
 
     Raises:
         InvalidArgumentError: an option is out of its range, or given together with another that excludes it.
-        UnsupportedModelError: the model cannot carry a spectral cache; names it and what is supported.
+        UnsupportedModelError: the model cannot carry a spectral cache; the message says what is supported.
     """
     ranks = {"rank_keys": k_rank_keys, "rank_values": k_rank_values}
     patch(unwrapped(model), config_of(config, preset=preset, block_size=block_size, **ranks))
 
 
 def unpatch_unsloth_attention(model: nn.Module) -> None:
-    """Undo ``patch_unsloth_attention`` and what ``SpectralCache(model)`` switched; harmless on any other model.
+    """Undo ``patch_unsloth_attention`` and the switch by ``SpectralCache(model)``; harmless on any other model.
 
-    Calls that run in other threads end as they began, and so do their scopes; within a scope it ends that scope's part.
+    Running calls and scopes of other threads are not affected. Within a scope, it undoes that scope alone.
     """
     unpatch(unwrapped(model))

@@ -6,14 +6,14 @@
 
 namespace spectral {
 
-// A field; a whole structure, whose `field` is empty; or a constant, whose `structure` is empty and value is `size`.
+// A field; a whole structure, with an empty `field`; or a constant, with an empty `structure` and its value as `size`.
 struct LayoutEntry {
     const char* structure;
     const char* field;
     int64_t offset, size;
 };
 
-// Ends with an entry of null names.
+// The table ends with an entry whose names are null.
 extern "C" const LayoutEntry* spectral_layout() {
     static const std::vector<LayoutEntry> entries = [] {
         std::vector<LayoutEntry> all = {

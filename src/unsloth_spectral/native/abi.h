@@ -1,6 +1,6 @@
-// Structures and constants that Python shares. native/abi.py mirrors them, and compares with what abi.cpp says of them.
+// Structures and constants shared with Python. native/abi.py mirrors them and compares its layout with abi.cpp's table.
 //
-// A structure is a list of its fields, so that its declaration and its layout cannot differ.
+// A structure is a list of its fields, from which its declaration and its entries in that table are made.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 namespace spectral {
 
 constexpr int MAX_SMOOTH = 16;         // smooth functions that `Rotation.mixing` has room for
-constexpr float FULL_WAVE = 32767.0f;  // what stands for 1 in `Rotation.waves`
+constexpr float FULL_WAVE = 32767.0f;  // stands for 1 in `Rotation.waves`
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // Exact keys or values, [batch, head, token, dim], the last dimension contiguous.
 #define EXACT_TOKENS(FIELD)                                                                                         \
     FIELD(const void*, data)                                                                                        \
-    FIELD(int64_t, dtype)               /* a Dtype; under autocast those of keys and values differ */               \
-    FIELD(int64_t, batch_stride)        /* elements, as all strides */                                              \
+    FIELD(int64_t, dtype)               /* a Dtype; under autocast keys and values differ */                        \
+    FIELD(int64_t, batch_stride)        /* all strides are in elements */                                           \
     FIELD(int64_t, head_stride)                                                                                     \
     FIELD(int64_t, token_stride)
 
@@ -31,8 +31,8 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, num_planes)                                                                                      \
     FIELD(int64_t, is_rotated)          /* whether the codes are of rotated keys */
 
-// How keys rotate: pairs of dimensions, the fast ones first; num_pairs is 0 where they do not. Slow pairs rotate little
-// within a tile, where a few smooth functions make up all their cosines and sines (attention/rotary_tables.py).
+// The rotation of keys: pairs of dimensions, the fast ones first; num_pairs is 0 without rotation. Slow pairs rotate
+// little within a tile, so a few smooth functions represent all their cosines and sines (attention/rotary_tables.py).
 #define ROTATION(FIELD)                                                                                             \
     FIELD(int64_t, num_pairs)                                                                                       \
     FIELD(int64_t, num_fast)                                                                                        \
@@ -40,14 +40,14 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(const int32_t*, first)        /* [pair] dimensions */                                                     \
     FIELD(const int32_t*, second)       /* [pair] */                                                                \
     FIELD(const float*, start)          /* [batch or 1, pair, 2]: cosine and sine of the first token's angle */     \
-    FIELD(int64_t, start_stride)        /* between batches; 0 where they share it */                                \
+    FIELD(int64_t, start_stride)        /* between batches; 0 if they share it */                                   \
     FIELD(const double*, step)          /* [pair] angle from a token to the next */                                 \
     FIELD(const double*, tile_step)     /* [2, pair] cosine and sine of the angle from a tile to the next */        \
     FIELD(const float*, cosines)        /* [pair, 128] of a tile's angles, relative to its first token */           \
     FIELD(const float*, sines)          /* [pair, 128] */                                                           \
     FIELD(const int16_t*, waves)        /* [num_waves, 128, 2] cosine and sine of fast pairs, then smooth functions */ \
     FIELD(const float*, mixing)         /* [2, pair - num_fast, MAX_SMOOTH] slow pairs in smooth functions */       \
-    FIELD(const float*, reach)          /* [pair - num_fast, MAX_SMOOTH] the most a pair of length 1 has of each */
+    FIELD(const float*, reach)          /* [pair - num_fast, MAX_SMOOTH] the largest weights in a pair of length 1 */
 
 #define CODED_VALUES(FIELD)                                                                                         \
     FIELD(const uint8_t*, planes)       /* [batch, tile, head, dim, bit, 16 bytes] */                               \
@@ -74,7 +74,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, mask_batch)                                                                                      \
     FIELD(int64_t, mask_query)                                                                                      \
     FIELD(const float*, sink_logits)    /* [head, row / query_length]: logits without a value; null for none */     \
-    FIELD(const float*, hadamard)       /* [value dim, value dim]: multiplies coded values; null without such */    \
+    FIELD(const float*, hadamard)       /* [value dim, value dim]: multiplies coded values; null if none */        \
     FIELD(float*, output)               /* [batch, head, row, value dim] */                                         \
     FIELD(int64_t, batch)                                                                                           \
     FIELD(int64_t, num_heads)                                                                                       \
@@ -85,14 +85,14 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, num_threads)                                                                                     \
     FIELD(float, scaling)                                                                                           \
     FIELD(float, softcap)               /* 0 for none */                                                            \
-    FIELD(const float*, key_levels)     /* [256] what a scale's byte stands for, keys */                            \
-    FIELD(const float*, value_levels)   /* [256] likewise, values */
+    FIELD(const float*, key_levels)     /* [256] the scale of each byte, keys */                                    \
+    FIELD(const float*, value_levels)   /* [256] the same, values */
 
 // A call of spectral_encode_keys.
 #define KEY_ENCODING(FIELD)                                                                                         \
     FIELD(const float*, coefficients)   /* [batch, component, token] */                                             \
     FIELD(const int32_t*, widths)       /* [component] */                                                           \
-    FIELD(const int32_t*, places)       /* [component] its first plane */                                           \
+    FIELD(const int32_t*, places)       /* [component] the first plane */                                           \
     FIELD(uint8_t*, planes)             /* [batch, tile, plane, 16] */                                              \
     FIELD(float*, scales)               /* [batch, component, tile] */                                              \
     FIELD(float*, energies)             /* [batch, component, tile] squared lengths */                              \
@@ -122,7 +122,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, num_threads)                                                                                     \
     FIELD(float, step)                  /* of the quantizer of a unit Gaussian */
 
-// Every structure, after those that it holds.
+// All structures, each after its member structures.
 #define STRUCTURES(STRUCTURE)                                                                                       \
     STRUCTURE(ExactTokens, EXACT_TOKENS)                                                                            \
     STRUCTURE(CodedKeys, CODED_KEYS)                                                                                \

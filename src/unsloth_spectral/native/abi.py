@@ -1,4 +1,4 @@
-"""Structures and constants that the compiled kernel shares, as native/abi.h declares them."""
+"""The structures and constants of native/abi.h, which the compiled kernel uses, for ctypes."""
 
 import ctypes
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from ctypes import c_char_p, c_float, c_int64, c_void_p
 from itertools import count
 
 MAX_SMOOTH = 16  # smooth functions that Rotation.mixing has room for
-FULL_WAVE = 32767  # what stands for 1 in Rotation.waves
-# What ExactTokens.dtype may be.
+FULL_WAVE = 32767  # stands for 1 in Rotation.waves
+# Values of ExactTokens.dtype.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 _CONSTANTS = {
     "MAX_SMOOTH": MAX_SMOOTH,
@@ -17,15 +17,16 @@ _CONSTANTS = {
     "FLOAT16": FLOAT16,
 }
 
-# Offset and size of each field by the names of structure and field. As in abi.cpp a whole structure has no field, and
-# the size of what has no structure is a constant.
+# Offset and size of each field, by the names of structure and field. As in abi.cpp, an entry without a field is a whole
+# structure, and an entry without a structure is a constant, with its value as the size.
 Layout = dict[tuple[str, str], tuple[int, int]]
 
 
 class _Structure(ctypes.Structure):
-    """Refuses names that are no fields: ctypes alone would make attributes of them.
+    """A structure that refuses names without a field, which ctypes alone would make attributes.
 
-    It is filled by keyword, wholly or not at all (zeros), but for parts of a block; tests/test_source.py sees to that.
+    It is filled by keyword, completely or not at all (zeros), except parts of a block; tests/test_source.py checks
+    that.
     """
 
     __slots__ = ()
@@ -188,7 +189,7 @@ class _LayoutEntry(ctypes.Structure):
 
 
 def declared_layout(structures: Iterable[type[ctypes.Structure]] = STRUCTURES) -> Layout:
-    """The layout that ctypes makes of ``structures``, and the constants."""
+    """The layout of ``structures`` in ctypes, and the constants."""
     layout = {("", name): (0, value) for name, value in _CONSTANTS.items()}
     for structure in structures:
         layout[structure.__name__, ""] = (0, ctypes.sizeof(structure))
@@ -199,7 +200,7 @@ def declared_layout(structures: Iterable[type[ctypes.Structure]] = STRUCTURES) -
 
 
 def compiled_layout(library: ctypes.CDLL) -> Layout:
-    """The layout that the compiler made of abi.h; empty for a library too old to tell."""
+    """The compiler's layout of abi.h; empty for a library that is too old to have the table."""
     try:
         function = library.spectral_layout
     except AttributeError:
@@ -216,7 +217,7 @@ def compiled_layout(library: ctypes.CDLL) -> Layout:
 
 
 def differences(library: ctypes.CDLL) -> list[str]:
-    """Names of fields, structures and constants that this module and ``library`` do not have alike."""
+    """Names of fields, structures and constants that differ between this module and ``library``."""
     declared, compiled = declared_layout(STRUCTURES), compiled_layout(library)
     names = sorted(declared.keys() | compiled.keys())
     return [".".join(filter(None, name)) for name in names if declared.get(name) != compiled.get(name)]

@@ -1,11 +1,11 @@
-// Attention of a few queries over a layer's cache, read as it is stored.
+// Attention of a few queries over a layer's cache in its stored form.
 //
 // One pass per key-value head and run of tokens: scores from the packed codes for all query rows of the head, a running
 // softmax, values summed in code space. Threads take heads and runs; their partial results are merged by log-sum-exp.
 // Weights (queries in component space, probabilities) have 15 bits and a sign, or one byte for codes of few bits where
 // the processor multiplies bytes; products and sums of them with codes are exact integers. Codes are counted from 0
-// here; what half of their range adds is taken off the sums. attention/cpu.py fills in the structures of abi.h and
-// checks everything: nothing is checked here.
+// here; half of their range is subtracted from the sums. attention/cpu.py fills in the structures of abi.h and checks
+// everything: nothing is checked here.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -61,26 +61,26 @@ std::vector<Run> split(const Call& call) {
     return runs;
 }
 
-// Partial results of one thread, for the heads [first, last) that it met.
+// Partial results of one thread, for its heads [first, last).
 struct ThreadPartials {
     int64_t first = 0, last = 0;
     std::vector<float> numbers;
 };
 
-// Numbers of one row: its maximum, its total, its sums of coded and of exact values.
+// Floats per row: the maximum, the total, the sums of coded and of exact values.
 int64_t partial_size(int value_dim) { return 2 + 2 * value_dim; }
 
-void work(Worker& w, const std::vector<Run>& runs, int64_t total, int64_t from, int64_t to,
+void work(Worker& w, const std::vector<Run>& runs, int64_t cost, int64_t from, int64_t to,
           ThreadPartials& thread) {
     const Call& call = w.call;
     const int64_t size = partial_size(w.value_dim), heads = call.batch * call.num_heads;
-    thread.first = from / total;
-    thread.last = std::min(heads, (to + total - 1) / total);
+    thread.first = from / cost;
+    thread.last = std::min(heads, (to + cost - 1) / cost);
     thread.numbers.assign(std::max<int64_t>(0, thread.last - thread.first) * call.num_rows * size, 0.0f);
     for (size_t i = 0; i < thread.numbers.size(); i += size) thread.numbers[i] = NOTHING;
     for (int64_t head = thread.first; head < thread.last; ++head) {
         const int64_t b = head / call.num_heads, h = head % call.num_heads;
-        int64_t place = head * total, current = -1;
+        int64_t place = head * cost, current = -1;
         bool started = false;
         for (const Run& run : runs) {
             const bool mine = place >= from && place < to;
@@ -107,7 +107,7 @@ void work(Worker& w, const std::vector<Run>& runs, int64_t total, int64_t from, 
                 }
                 for (int r = 0; r < rows; ++r) numbers[r][0] = partials[r].maximum, numbers[r][1] = partials[r].total;
                 row += rows;
-                // The next chunk of rows passes over the same tiles again.
+                // The next chunk of rows reads the same tiles again.
                 if (row < call.num_rows) w.next_tile = -1;
             }
         }
@@ -144,8 +144,8 @@ void finish(const Call& call, const std::vector<ThreadPartials>& threads, int64_
                 for (int64_t d = 0; d < call.value_dim; ++d)
                     values[d] += buffer[j] * call.hadamard[j * call.value_dim + d];
         float* to = call.output + (head * call.num_rows + row) * call.value_dim;
-        const float whole = total > 0.0f || total != total ? total : std::numeric_limits<float>::min();
-        for (int64_t d = 0; d < call.value_dim; ++d) to[d] = values[d] / whole;
+        const float divisor = total > 0.0f || total != total ? total : std::numeric_limits<float>::min();
+        for (int64_t d = 0; d < call.value_dim; ++d) to[d] = values[d] / divisor;
     }
 }
 
@@ -154,9 +154,9 @@ void finish(const Call& call, const std::vector<ThreadPartials>& threads, int64_
 extern "C" void spectral_attend(const Call* given) {
     const Call& call = *given;
     const std::vector<Run> runs = split(call);
-    int64_t total = 0;
-    for (const Run& run : runs) total += run.cost;
-    const int64_t heads = call.batch * call.num_heads, whole = heads * total;
+    int64_t cost = 0;
+    for (const Run& run : runs) cost += run.cost;
+    const int64_t heads = call.batch * call.num_heads, total_cost = heads * cost;
     const int64_t pieces = heads * static_cast<int64_t>(runs.size());
     const int threads = static_cast<int>(std::max<int64_t>(1, std::min(call.num_threads, pieces)));
     std::vector<ThreadPartials> partials(threads);
@@ -173,7 +173,8 @@ extern "C" void spectral_attend(const Call* given) {
         {
             Worker worker(call);
             for (int part = thread; part < threads; part += present)
-                work(worker, runs, total, whole * part / threads, whole * (part + 1) / threads, partials[part]);
+                work(worker, runs, cost, total_cost * part / threads, total_cost * (part + 1) / threads,
+                     partials[part]);
         }
 #if defined(_OPENMP)
 #pragma omp barrier

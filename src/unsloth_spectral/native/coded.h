@@ -1,4 +1,4 @@
-// A run of coded tokens: scores from the codes, the softmax, values summed as codes.
+// Attention over a run of coded tokens: scores from the codes, the softmax, sums of the values' codes.
 #pragma once
 
 #include <algorithm>

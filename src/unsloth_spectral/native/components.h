@@ -1,4 +1,4 @@
-// The components of coded keys: their codes, and the queries as weights of them.
+// The components of coded keys: their codes, and the queries as integer weights for them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace spectral {
 namespace {
 
-// Where the components of head h lie.
+// Sets the places of the components of head h.
 void start_components(Components& c, const CodedKeys& keys, int64_t h) {
     c.first = c.first_plane = 0;
     for (int64_t before = 0; before < h; ++before)
@@ -27,7 +27,7 @@ void start_components(Components& c, const CodedKeys& keys, int64_t h) {
             c.nbits.push_back(static_cast<uint8_t>(nbits));
             c.offsets.push_back(0.5f * static_cast<float>((1 << nbits) - 1));
         }
-    // A block may have no component at all; there is room for some all the same.
+    // Room for one vector, even in a block without components.
     c.count = static_cast<int>(c.nbits.size());
     c.width = std::max(LANES, round_up(c.count, LANES));
     c.num_quads = (c.count + 3) / 4;
@@ -73,15 +73,15 @@ void project(Worker& w, const int8_t* vectors, const float* vector_scales) {
     }
 }
 
-// Components of a head in one tile, whose planes these are (codec/spectral/packing.py has their order): all of them, or
-// without those quads that `add_rough` expands by itself.
+// Expands the planes of a head in one tile (codec/spectral/packing.py has their order) to codes: of all quads, or of
+// all except those that `add_rough` expands itself.
 void expand_tile(Worker& w, const uint8_t* planes, bool all) {
     for (int quad = 0; quad < w.components.num_quads; ++quad) {
         const uint8_t* nbits = &w.components.nbits[4 * quad];
         w.next_keys.fetch(1);
         if (!all && quad >= w.components.num_fine && nbits[0] == nbits[3]) continue;
         const uint8_t* from = planes + w.components.places[quad] * PLANE;
-        const int shared = nbits[3];  // they fall
+        const int shared = nbits[3];  // the smallest, as widths fall
         Bytes* to = &w.components.codes[quad * VECTORS];
         const Plane* further = w.components.further.data() + w.components.first_further[quad];
         const int count = w.components.first_further[quad + 1] - w.components.first_further[quad];
@@ -102,8 +102,8 @@ void expand_tile(Worker& w, const uint8_t* planes, bool all) {
     }
 }
 
-// Weights of the components under the tile's scales for ROWS rows, what one of them is worth, and what belongs to the
-// score beside them.
+// Integer weights of the components under the tile's scales for ROWS rows, the value of one unit of them (worth), and
+// the part of the score that does not depend on the codes (constant).
 template <int ROWS>
 INLINE void weigh_components(Worker& w, int64_t row, float* worth, float* constant) {
     const int lanes = w.components.width / 4;
@@ -136,10 +136,10 @@ INLINE void weigh_components(Worker& w, int64_t row, float* worth, float* consta
 }
 
 // Adds the products of the quads behind the fine ones with their weights' high bytes. Codes go from planes into
-// products without a detour through memory.
+// products without being stored.
 template <int ROWS>
 INLINE void add_rough(Worker& w, const uint8_t* planes, Floats (&products)[ROWS][VECTORS]) {
-    constexpr int TOGETHER = ROWS == 4 ? VECTORS / 2 : VECTORS;  // as many sums as there are registers for
+    constexpr int TOGETHER = ROWS == 4 ? VECTORS / 2 : VECTORS;  // limited by the registers for sums
     constexpr int PER_RUN = QUAD_TOKENS / LANES;
     const int lanes = w.components.width / 4;
     for (int v0 = 0; v0 < VECTORS; v0 += TOGETHER) {

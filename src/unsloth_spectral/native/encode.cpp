@@ -1,4 +1,4 @@
-// Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/spectral).
+// Fits scales, quantizes and packs in one pass; torch needs dozens of passes (codec/spectral).
 //
 // codec/spectral/kernel.py fills in the structures of abi.h and checks everything: nothing is checked here.
 #include <algorithm>
@@ -36,7 +36,7 @@ void pack(const uint8_t* codes, int nbits, uint8_t* planes) {
         }
 }
 
-// Of 16 bits, bit i as bit 4 i.
+// Moves bit i of 16 bits to bit 4 i.
 INLINE uint64_t every_fourth(uint64_t bits) {
     bits = (bits | bits << 24) & 0x000000ff000000ffu;
     bits = (bits | bits << 12) & 0x000f000f000f000fu;
@@ -44,8 +44,8 @@ INLINE uint64_t every_fourth(uint64_t bits) {
     return (bits | bits << 3) & 0x1111111111111111u;
 }
 
-// Four components' planes in place: those that all have together, for every QUAD_TOKENS tokens plane by plane, the four
-// bits of a token side by side; then the others.
+// Reorders the planes of four components in place: first their common planes, for every QUAD_TOKENS tokens plane by
+// plane, with the four bits of a token side by side; then the others.
 void join_quad(uint8_t* planes, const int32_t* widths) {
     const int shared = std::min({widths[0], widths[1], widths[2], widths[3]});
     uint8_t apart[4 * 8 * PLANE];
@@ -68,8 +68,8 @@ struct Quantized {
     float scale, energy, square;
 };
 
-// A tile of one component, of `count` tokens and zeros: the clipping point of least error, the unbiased scale and the
-// codes; the squared lengths of the coefficients and of their codes around zero.
+// Quantizes a tile of one component, with `count` tokens and zeros behind: finds the clipping point of least error, the
+// unbiased scale, the codes, and the squared lengths of the coefficients and of their codes around zero.
 Quantized quantize(const float* from, int count, int nbits, const float* clips, int num_clips, uint8_t* codes) {
     const float half = static_cast<float>(1 << (nbits - 1)), most = half - 0.5f;
     Floats peaks = {}, squares = {};
@@ -104,7 +104,7 @@ Quantized quantize(const float* from, int count, int nbits, const float* clips, 
         const Ints code = __builtin_convertvector(value + most, Ints);
         for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(code[lane]);
     }
-    // A zero has the code around zero of one half.
+    // The filling zeros have the code 0.5 around zero.
     const float square = sum(energy) - 0.25f * static_cast<float>(TILE - count);
     return {sum(squares) / std::max(sum(overlap), TINY), sum(squares), square};
 }
@@ -120,14 +120,14 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t b = row / call.num_components, c = row % call.num_components;
         const float* from = call.coefficients + row * call.num_tokens;
-        float rest[TILE];
+        float filled[TILE];
         uint8_t codes[TILE];
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const float* place = from + tile * TILE;
             const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
             if (count < TILE) {
-                std::fill(std::copy(place, place + count, rest), rest + TILE, 0.0f);
-                place = rest;
+                std::fill(std::copy(place, place + count, filled), filled + TILE, 0.0f);
+                place = filled;
             }
             const Quantized quantized =
                 quantize(place, count, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes);

@@ -1,4 +1,4 @@
-// A run of exact tokens.
+// Attention over a run of exact tokens.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
     const ExactTokens& values = block.exact_values;
     const int64_t first_value = b * values.batch_stride + h * values.head_stride + token * values.token_stride;
     const int value_dim = static_cast<int>(w.call.value_dim);
-    constexpr int TOGETHER = 4;  // vectors of a token, so that sums do not wait for each other
+    constexpr int TOGETHER = 4;  // vectors of a token at a time, so that sums do not wait for each other
     for (int d0 = 0; d0 < value_dim; d0 += TOGETHER * LANES) {
         const int vectors = std::min(TOGETHER, round_up(value_dim - d0, LANES) / LANES);
         Floats totals[ROWS][TOGETHER] = {};
@@ -50,7 +50,7 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
                     for (int r = 0; r < ROWS; ++r) totals[r][i] += value * w.scores[r * RUN + t];
                 }
         };
-        // With a number that the compiler knows the sums stay in registers.
+        // With a constant count, the sums stay in registers.
         if (vectors == TOGETHER)
             add(std::integral_constant<int, TOGETHER>());
         else

@@ -1,4 +1,4 @@
-// Scores of coded keys: what a block, then a tile of it needs, and the scores of a tile.
+// Scores of coded keys: preparation of a block and of a tile, and the scores of a tile.
 #pragma once
 
 #include <algorithm>
@@ -36,13 +36,13 @@ void pair_dimensions(Rebuilding& rebuilt, const Rotation& rotation, const std::v
     rebuilt.second.resize(rebuilt.first.size(), none);
 }
 
-// Everything of a coded block that does not depend on the tokens.
+// Prepares everything for a coded block that does not depend on the tokens.
 void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     const Call& call = w.call;
     const int pairs = static_cast<int>(block.rotation.num_pairs);
     start_components(w.components, block.keys, h);
     w.projection.scaled.assign(4 * w.components.width, 0.0f);
-    for (auto& each : w.projection.weights) each.assign(w.components.width, 0);
+    for (auto& weights : w.projection.weights) weights.assign(w.components.width, 0);
     read_mean(w, block, b, h);
     const float* mean = w.mean.data();
     const bool rebuilds = !block.keys.is_rotated && pairs > 0;
@@ -60,8 +60,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
         project(w, vectors, vector_scales);
     }
     const int per_row = rebuilds ? static_cast<int>(w.rebuilt.first.size()) : pairs;
-    // Read in whole vectors.
-    for (auto* each : {&w.angles.cosine, &w.angles.sine}) each->assign(call.num_rows * per_row + LANES, 0.0f);
+    // LANES more, because whole vectors are read.
+    for (auto* parts : {&w.angles.cosine, &w.angles.sine}) parts->assign(call.num_rows * per_row + LANES, 0.0f);
     for (int64_t row = 0; row < call.num_rows; ++row) {
         const float* q = w.query.data() + row * w.key_dim;
         for (int p = 0; p < per_row; ++p) {
@@ -70,7 +70,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
             const bool alone = second >= call.key_dim;
             const float real = q[first], imaginary = alone ? 0.0f : q[second];
             const float m_real = mean[first], m_imaginary = alone ? 0.0f : mean[second];
-            // Rotated frame: q R(n) mu = cosine * cos + sine * sin. Else the query itself, to be rotated to each tile.
+            // Rotated frame: q R(n) mu = cosine * cos + sine * sin. Else the query itself, which each tile rotates.
             w.angles.cosine[row * per_row + p] = rebuilds ? real : real * m_real + imaginary * m_imaginary;
             w.angles.sine[row * per_row + p] = rebuilds ? imaginary : imaginary * m_real - real * m_imaginary;
         }
@@ -84,7 +84,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     w.next_tile = -1;
 }
 
-// a, b rotated by the angle of (c, s), for pairs that lie together: a' = a c + b s, b' = b c - a s.
+// Rotates the pairs (a, b) back by the angle of (c, s): a' = a c + b s, b' = b c - a s.
 INLINE void rotate_back(const float* a, const float* b, const float* c, const float* s, float* to_a, float* to_b,
                         int n) {
     for (int p = 0; p < n; ++p) {
@@ -99,7 +99,7 @@ INLINE const uint8_t* levels_of(const Worker& w, const Block& block, int64_t b, 
     return block.keys.scales + (b * tiles + tile) * block.keys.num_components + w.components.first;
 }
 
-// The rotation of the tile's first token, what the rows look like from there, and the tile's scales.
+// Prepares a tile: the rotation of its first token, the rows relative to that rotation, and the tile's scales.
 void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     Angles& a = w.angles;
     const int pairs = static_cast<int>(block.rotation.num_pairs);
@@ -135,7 +135,7 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     scales_of(levels_of(w, block, b, tile), w.components.count, w.call.key_levels, 1.0f, w.components.scales.data());
 }
 
-// Scores of the tile at hand for ROWS rows from `row` on, keys in the rotated frame or without rotation.
+// Scores of the current tile for ROWS rows from `row` on, with keys in the rotated frame or without rotation.
 template <int ROWS>
 void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t row, int length, float* scores) {
     const int vectors = round_up(length, BYTES) / LANES, lanes = w.components.width / 4;

@@ -1,4 +1,4 @@
-"""The compiled kernel: which build of it suits this processor, or why there is none."""
+"""The compiled kernel: the build that suits this processor, or the reason why there is none."""
 
 import ctypes
 import platform
@@ -12,16 +12,16 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import abi
 
 FOLDER = Path(__file__).parent
-# Written by the build (hatch_build.py) where it failed.
+# The build (hatch_build.py) writes this file if it fails.
 REASON = FOLDER / "not_built.txt"
 # Best first.
 VARIANTS = ("avx512", "avx2", "portable")
-# Beyond what torch asks of a processor before it uses AVX-512: Intel since Ice Lake, AMD since Zen 4.
+# Instructions besides those that torch requires for AVX-512: Intel since Ice Lake, AMD since Zen 4.
 _AVX512 = {"avx512_vnni", "avx512vbmi", "gfni"}
 
 
 def path_of(variant: str) -> Path:
-    """Where the build puts a variant."""
+    """The file of a variant."""
     return FOLDER / f"kernel_{variant}.so"
 
 
@@ -35,11 +35,11 @@ def runs_here(variant: str) -> bool:
 
 @lru_cache
 def load(variant: str | None = None) -> ctypes.CDLL | None:
-    """The best library that was built and runs here, or the given variant of it; None where there is none."""
+    """The best variant that was built and runs here, or the given variant; None if there is none."""
     for name in VARIANTS if variant is None else (variant,):
         if path_of(name).exists() and runs_here(name):
             try:
-                # torch comes first, so that both share its OpenMP threads.
+                # This module imports torch first, so that both share its OpenMP threads.
                 return ctypes.CDLL(str(path_of(name)))
             except OSError:
                 continue
@@ -48,7 +48,7 @@ def load(variant: str | None = None) -> ctypes.CDLL | None:
 
 @lru_cache
 def function(name: str, variant: str | None = None) -> Any:
-    """A function of the library that ``load`` finds, there being one; it takes a pointer and answers nothing.
+    """A function of the library that ``load`` finds, which must exist; it takes a pointer and returns nothing.
 
     Raises:
         InvalidArgumentError: the library was compiled from other sources than this package's.
@@ -60,7 +60,7 @@ def function(name: str, variant: str | None = None) -> Any:
 
 @lru_cache
 def _checked(variant: str | None) -> ctypes.CDLL:
-    """The library, after a check that both sides lay out their structures alike."""
+    """The library, after a check that its structures have the layout of ``abi``."""
     loaded = load(variant)
     assert loaded is not None, f"no kernel {variant or ''} here: {obstacle()}"
     different = abi.differences(loaded)
@@ -74,7 +74,7 @@ def _checked(variant: str | None) -> ctypes.CDLL:
 
 @lru_cache
 def obstacle() -> str | None:
-    """Why there is no kernel here, for people; None where there is one."""
+    """Why there is no kernel here, as a message; None if there is one."""
     if load() is not None:
         return None
     if REASON.exists():
@@ -91,7 +91,7 @@ def obstacle() -> str | None:
 
 @lru_cache
 def chosen() -> str | None:
-    """The variant that ``load`` takes."""
+    """The variant that ``load`` chooses."""
     return next((name for name in VARIANTS if load(name) is not None), None)
 
 

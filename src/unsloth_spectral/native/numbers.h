@@ -1,4 +1,4 @@
-// Numbers as they are stored, read as vectors of floats.
+// Reading stored numbers of any dtype as vectors of floats.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace spectral {
 namespace {
 
-// LANES numbers from `from` on, `count` of them there; zeros behind.
+// LANES numbers from `from + place` on; zeros if only `count` fewer exist.
 template <int DTYPE>
 INLINE Floats numbers(const void* from, int64_t place, int count) {
     if constexpr (DTYPE == FLOAT32) {
@@ -29,14 +29,14 @@ INLINE Floats numbers(const void* from, int64_t place, int count) {
             for (int i = 0; i < count; ++i) halves[i] = values[i];
         const Words wide = __builtin_convertvector(halves, Words);
         if constexpr (DTYPE == BFLOAT16) return bits<Floats>(wide << 16);
-        // Half precision: the exponent's bias differs by 112; infinities and NaN keep theirs.
+        // Half precision: the exponent's bias differs by 112, except for infinities and NaN.
         const Floats value = bits<Floats>((wide & 0x7fffu) << 13) * 5.192296858534828e+33f;
         const Words special = bits<Words>((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;
         return bits<Floats>(bits<Words>(value) | special | ((wide & 0x8000u) << 16));
     }
 }
 
-// Calls `function` with a dtype as a constant.
+// Calls `function` with the dtype as a compile-time constant.
 template <typename Function>
 void with_dtype(int64_t dtype, const Function& function) {
     switch (dtype) {
@@ -46,9 +46,9 @@ void with_dtype(int64_t dtype, const Function& function) {
     }
 }
 
-// What n scales' bytes stand for, times a factor. There is room for whole vectors.
+// The scales of n bytes, times a factor. Whole vectors are written.
 INLINE void scales_of(const uint8_t* levels, int n, const float* meanings, float factor, float* to) {
-    // Levels fall by a constant ratio, but for the last, which is zero.
+    // Levels fall by a constant ratio, except the last one, which is zero.
     const float step = std::log(meanings[1]);
     uint8_t rest[LANES] = {};
     for (int i = 0; i < n; i += LANES) {

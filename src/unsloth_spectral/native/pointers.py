@@ -1,4 +1,4 @@
-"""Addresses of tensors for the compiled kernel, which reads and writes wherever it is told."""
+"""Checked addresses of tensors for the compiled kernel, which reads and writes without checks."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 
 def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, strided: bool = False) -> int:
-    """Where ``tensor`` begins, once it is known to be what the kernel takes it for.
+    """The address of ``tensor``, after a check that it is what the kernel expects.
 
-    The address is good for as long as the caller keeps the tensor.
+    The address is valid as long as the caller keeps the tensor.
 
     Args:
-        name: what it is called in the error.
+        name: the tensor's name in the error.
         tensor: on the CPU, of ``dtype`` and ``shape``, and contiguous.
-        strided: contiguous along the last dimension is enough, as the kernel is given the other strides.
+        strided: being contiguous along the last dimension is enough, because the kernel gets the other strides.
 
     Raises:
-        InvalidArgumentError: it is on another device, of another dtype or shape, or has gaps.
+        InvalidArgumentError: the tensor is on another device, has another dtype or shape, or is not contiguous.
     """
     is_dense = tensor.stride(-1) == 1 if strided else tensor.is_contiguous()
     if is_dense and tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu:
@@ -27,12 +27,12 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
     raise refusal(name, wanted, f"a {tensor.dtype} one of shape {tuple(tensor.shape)} on {tensor.device}{gaps}")
 
 
-def require(holds: bool, name: str, wanted: object, got: object) -> None:
-    """Raise InvalidArgumentError, which says that ``name`` must be ``wanted``, unless that ``holds``."""
+def require(holds: bool, name: str, wanted: object, actual: object) -> None:
+    """Raise InvalidArgumentError unless the condition ``holds``; the message says that ``name`` must be ``wanted``."""
     if not holds:
-        raise refusal(name, wanted, got)
+        raise refusal(name, wanted, actual)
 
 
-def refusal(name: str, wanted: object, got: object) -> InvalidArgumentError:
+def refusal(name: str, wanted: object, actual: object) -> InvalidArgumentError:
     """The error that ``require`` raises."""
-    return InvalidArgumentError(f"{name} must be {wanted} for the compiled kernel, got {got}")
+    return InvalidArgumentError(f"{name} must be {wanted} for the compiled kernel, got {actual}")

@@ -1,7 +1,7 @@
-// Vectors as wide as the processor's registers, and the few operations on them that compilers do not find on their own.
+// Vectors as wide as the processor's registers, and the few operations on them that compilers do not generate well.
 //
-// Everything else is written with the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2, NEON and
-// whatever else there is: each library is this source compiled for one of them.
+// Everything else uses the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2, NEON and others.
+// Each library is this source, compiled for one of them.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +69,7 @@ INLINE Floats to_floats(Ints value) { return __builtin_convertvector(value, Floa
 // a where the mask is set (all bits of a lane), else b.
 INLINE Floats choose(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
-// The larger of each, b where one is not a number.
+// The larger of a and b in each lane; b if either is not a number.
 INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512BW__)
     return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
@@ -102,7 +102,7 @@ INLINE float largest(Floats v) {
 #endif
 }
 
-// The sums of as many vectors as there are lanes, one a lane: a quarter of the work of single sums.
+// The sums of LANES vectors, one per lane, with a quarter of the work of single sums.
 INLINE Floats sums(const Floats (&v)[LANES]) {
 #if defined(__AVX512BW__)
     Floats a[8], b[4];
@@ -136,7 +136,7 @@ INLINE Floats sums(const Floats (&v)[LANES]) {
 #endif
 }
 
-// LANES bytes as numbers.
+// LANES bytes as integers.
 INLINE Ints widen(const uint8_t* from) {
 #if defined(__AVX512BW__)
     return bits<Ints>(_mm512_cvtepu8_epi32(load<__m128i>(from)));
@@ -149,19 +149,19 @@ INLINE Ints widen(const uint8_t* from) {
 
 INLINE Floats magnitude(Floats x) { return bits<Floats>(bits<Words>(x) & 0x7fffffffu); }
 
-// The nearest integers of numbers between -32768 and 32767; some integer of what is not a number.
+// The nearest integers of numbers between -32768 and 32767; an arbitrary integer for NaN.
 INLINE Ints rounded(Floats x) {
 #if defined(__AVX512BW__)
     return bits<Ints>(_mm512_cvtps_epi32(bits<__m512>(x)));
 #elif defined(__AVX2__)
     return bits<Ints>(_mm256_cvtps_epi32(bits<__m256>(x)));
 #else
-    // Shifted to be positive, where cutting off the fraction rounds down.
+    // Shifted to be positive, so that dropping the fraction rounds down.
     return bits<Ints>(bits<Words>(__builtin_convertvector(x + 32768.5f, Ints)) - 32768u);
 #endif
 }
 
-// 2^x of x between -0.5 and 0.5, to 1e-7, relative: the polynomial of least largest error.
+// 2^x for x between -0.5 and 0.5 with a relative error of 1e-7, by the minimax polynomial.
 INLINE Floats power_of_two(Floats x) {
     Floats power = all(1.3276472e-3f);
     power = power * x + 9.6755415e-3f;
@@ -171,7 +171,7 @@ INLINE Floats power_of_two(Floats x) {
     return power * x + 1.0000001f;
 }
 
-// e^x to about 1e-7, relative, for x up to 88; 0 far below -87, NaN of NaN.
+// e^x with a relative error of about 1e-7, for x up to 88; 0 far below -87, NaN for NaN.
 INLINE Floats exponential(Floats x) {
     constexpr float OCTAVES = 1.44269504088896341f;
 #if defined(__AVX512BW__)
@@ -190,13 +190,13 @@ INLINE Floats exponential(Floats x) {
 
 constexpr int TILE = 128;             // tokens that share scales and lie together in memory
 constexpr int PLANE = TILE / 8;       // bytes
-constexpr int PARTS = TILE / BYTES;   // of a tile, expanded one by one, a byte a token
-constexpr int VECTORS = TILE / LANES; // of a tile, a number a token
-constexpr int QUAD_TOKENS = 16;       // of which the planes of four components lie together
+constexpr int PARTS = TILE / BYTES;   // vectors of a tile with a byte per token
+constexpr int VECTORS = TILE / LANES; // vectors of a tile with a number per token
+constexpr int QUAD_TOKENS = 16;       // tokens whose common planes of a quad lie together
 constexpr int QUAD_PLANE = QUAD_TOKENS * 4 / 8;  // bytes
 
 #if defined(__AVX512BW__)
-// COUNT bytes, a multiple of 8 up to 64, and zeros behind.
+// Loads COUNT bytes, a multiple of 8 up to 64, with zeros behind.
 template <int COUNT>
 INLINE __m512i load_bytes(const uint8_t* from) {
     if constexpr (COUNT == 16) return _mm512_zextsi128_si512(load<__m128i>(from));
@@ -207,8 +207,8 @@ INLINE __m512i load_bytes(const uint8_t* from) {
 #endif
 
 #if defined(__AVX512BW__)
-// For eight codes, the `eight`th eight, the places of their planes' bytes, last plane first; of planes that do not
-// exist the last of 64 bytes.
+// The places of the plane bytes for the eight codes number `eight`, last plane first; for missing planes, the last of
+// 64 bytes.
 template <int NBITS, int EACH>
 constexpr int64_t places(int eight) {
     uint64_t index = 0;
@@ -218,12 +218,12 @@ constexpr int64_t places(int eight) {
 }
 #endif
 
-// BYTES codes, the part'th of those whose planes start here and follow each other EACH bytes apart.
+// The BYTES codes number `part` of the planes from `planes` on, which follow each other EACH bytes apart.
 template <int NBITS, int EACH>
 INLINE Bytes expand(const uint8_t* planes, int part) {
 #if defined(__AVX512BW__)
-    // Eight bytes of eight codes are the transpose of eight planes' bytes: gathered here, and transposed by the
-    // multiplication with a matrix of bits.
+    // The bytes of eight codes are the transpose of the bytes of eight planes. They are gathered here, and transposed
+    // by a multiplication with a bit matrix.
     const int k = 8 * part;
     const __m512i index = _mm512_set_epi64(
         places<NBITS, EACH>(k + 7), places<NBITS, EACH>(k + 6), places<NBITS, EACH>(k + 5), places<NBITS, EACH>(k + 4),
@@ -259,7 +259,7 @@ INLINE Bytes expand(const uint8_t* planes, int part) {
 #endif
 }
 
-// Calls function(constant) with nbits, 1 to 8, as a constant of the compiler's.
+// Calls function(constant) with nbits, 1 to 8, as a compile-time constant.
 template <typename Function>
 INLINE void with_nbits(int nbits, const Function& function) {
     switch (nbits) {
@@ -274,7 +274,7 @@ INLINE void with_nbits(int nbits, const Function& function) {
     }
 }
 
-// Lanes of the v'th vector of a tile's tokens, with `worth` where the token's bit is set in a plane.
+// `lanes`, vector v of a tile's tokens, with `worth` added where the token's bit is set in the plane.
 INLINE Bytes with_plane(Bytes lanes, const uint8_t* plane, int v, int32_t worth) {
 #if defined(__AVX512BW__)
     const __m512i before = bits<__m512i>(lanes);
@@ -287,13 +287,13 @@ INLINE Bytes with_plane(Bytes lanes, const uint8_t* plane, int v, int32_t worth)
 #endif
 }
 
-// Weights are integers of 15 bits and a sign, in two rows of lanes: the high and the low bytes of four where the
-// processor multiplies bytes, else the even and the odd ones of four. So both rows have a lane for every four.
-constexpr float FULL = 32639.0f;  // the largest: 127 * 256 + 127
+// Weights are integers of 15 bits and a sign, stored in two rows with a lane for every four weights: their high and
+// their low bytes if the processor multiplies bytes, else the even and the odd weights.
+constexpr float FULL = 32639.0f;  // the largest weight: 127 * 256 + 127
 
 INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 #if defined(__AVX512VNNI__)
-    // The low byte counts from -128 on.
+    // The low byte is signed.
     store(first, __builtin_convertvector((whole + 128) >> 8, QuarterBytes));
     store(second, __builtin_convertvector(whole, QuarterBytes));
 #else
@@ -308,18 +308,18 @@ INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 #endif
 }
 
-// Codes of few bits carry so much error themselves that the high bytes of their weights serve as well, where bytes are
-// multiplied: half of the work. Elsewhere nothing would be saved.
+// Codes of few bits have so much error that the high bytes of their weights suffice, which halves the work if the
+// processor multiplies bytes. Otherwise nothing would be saved.
 #if defined(__AVX512VNNI__)
 constexpr int ROUGH_NBITS = 3;
 #else
 constexpr int ROUGH_NBITS = 0;
 #endif
 
-// What is left of weights where the mask is set, the others being rounded to their high bytes.
+// Weights unchanged where the mask is set, rounded to their high bytes elsewhere.
 INLINE Ints keep_low(Ints whole, Ints mask) { return (whole & mask) | ((whole + 128) & ~255 & ~mask); }
 
-// Codes ready to be multiplied with weights.
+// Codes in the form for products with weights.
 struct Codes {
 #if defined(__AVX512VNNI__)
     Bytes all;
@@ -348,13 +348,13 @@ INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
 }
 
 #if defined(__AVX512VNNI__)
-// total + products of four bytes each, with a sign or without.
+// total + products of four bytes each, signed times unsigned.
 INLINE Ints add_byte_products(Ints total, Ints with_sign, Bytes without) {
     return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(total), bits<__m512i>(without), bits<__m512i>(with_sign)));
 }
 #endif
 
-// Sums of products of codes with weights, lane by lane.
+// Sums of products of codes and weights, lane by lane.
 struct Sums {
 #if defined(__AVX512VNNI__)
     Ints high, low;
@@ -373,7 +373,7 @@ struct Sums {
 #endif
 };
 
-// Weights of a byte, from 0 to 255. The largest leaves room for what rounding takes from the others.
+// Byte weights, 0 to 255. The largest leaves room for the rounding errors of earlier ones.
 constexpr float FULL_BYTE = 254.0f;
 
 INLINE void store_byte_weights(Ints whole, int32_t* to) { store(to, __builtin_convertvector(whole, QuarterBytes)); }

@@ -12,15 +12,15 @@ namespace {
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// Attention over some tokens before the division by the softmax's denominator, one query row.
+// Attention of one query row over some tokens, before the division by the softmax's denominator.
 struct Partial {
     float maximum, total;
     float* coded;  // [value dim, padded] sum of coded values, still to be multiplied with the Hadamard matrix
     float* exact;  // [value dim, padded] sum of exact values
 };
 
-// Softmax bookkeeping of a run: scores become exp(score - maximum) in place. False where there is nothing to add.
-// With factors, each is then multiplied with its own.
+// Updates the softmax with a run: scores become exp(score - maximum) in place, times their factors if SCALED. Returns
+// false if every token is masked.
 template <bool SCALED>
 bool exponentiate(const Call& call, float* scores, int length, int64_t b, int64_t row, int64_t column,
                   Partial& partial, int value_dim, const float* factors, float& most_scaled) {
@@ -41,7 +41,7 @@ bool exponentiate(const Call& call, float* scores, int length, int64_t b, int64_
     const float most = largest(peak);
     const float maximum = std::max(partial.maximum, most);
     if (maximum == NOTHING) {
-        // All masked, or not a number.
+        // All scores are masked, or some are not a number.
         bool clean = true;
         for (int t = 0; t < length; ++t) clean = clean && scores[t] == scores[t];
         if (clean) return false;

@@ -11,12 +11,12 @@
 namespace spectral {
 namespace {
 
-// Values of a run under their shares, which `weighed` belong to.
+// Adds the values of a run, weighted by the shares that `weighed` describes.
 template <int NBITS, int ROWS>
 void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int length, const Weighed* weighed,
                 const Partial* partials) {
     constexpr bool ROUGH = NBITS <= ROUGH_NBITS;
-    constexpr int TOGETHER = ROUGH ? 4 : 2;  // dimensions, so that shares are read less often
+    constexpr int TOGETHER = ROUGH ? 4 : 2;  // dimensions at a time, so that shares are read less often
     const int tiles = round_up(length, TILE) / TILE;
     const int64_t dims = w.call.value_dim;
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
@@ -28,7 +28,7 @@ void add_values(Worker& w, const uint8_t* planes, int64_t tile_stride, int lengt
             std::conditional_t<ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
             const uint8_t* from = planes + (d0 + k) * NBITS * PLANE;
             w.next_keys.fetch(TOGETHER / 2);
-            int next[TOGETHER];  // the last one again, for lanes that are not read
+            int next[TOGETHER];  // the last dimension again for lanes beyond it, which are not used
             for (int i = 0; i < TOGETHER; ++i) next[i] = std::min(i, count - 1 - k) * NBITS * PLANE;
             for (int tile = 0; tile < tiles; ++tile, from += tile_stride)
                 for (int part = 0; part < PARTS; ++part) {

@@ -1,4 +1,4 @@
-// Floats as integer weights, which codes are multiplied with.
+// Floats as integer weights for products with codes.
 #pragma once
 
 #include "simd.h"
@@ -6,19 +6,19 @@
 namespace spectral {
 namespace {
 
-// What makes numbers of up to `most` in magnitude such of up to `full`; 0 where they are all next to nothing.
+// The factor that scales numbers of magnitude up to `most` to magnitude up to `full`; 0 if `most` is next to nothing.
 INLINE float factor_to(float full, float most) {
-    // Below this the quotient is infinite, and zeros times it are not numbers.
+    // Below this the quotient is infinite, and zero times it is not a number.
     return most > 1e-33f ? full / most : 0.0f;
 }
 
 struct Weighed {
-    float worth;  // of one of the integers
-    float sum;    // of the integers, each times its offset
+    float worth;  // the value of one unit of the integers
+    float sum;    // the sum of the integers, each times its offset
 };
 
-// n floats, none above `most` in magnitude, as weights, that one as FULL; n is a multiple of LANES. Without offsets
-// each is 1.
+// Converts n floats of magnitude up to `most` to weights up to FULL; n is a multiple of LANES. Without OFFSETS each
+// offset is 1.
 template <bool OFFSETS>
 INLINE Weighed to_weights(const float* from, float most, const float* offsets, int32_t* first, int32_t* second, int n) {
     Floats sums = {};
@@ -34,19 +34,19 @@ INLINE Weighed to_weights(const float* from, float most, const float* offsets, i
     return {most / FULL, sum(sums)};
 }
 
-// n shares of tokens as weights of a byte. What rounding takes from one token is given to one behind it, so that
-// the many whose share is less than one weight keep what they have together.
+// Converts n shares of tokens to byte weights. The rounding error of a token is added to a later one, so that many
+// tokens with shares below one unit keep their total.
 INLINE Weighed to_byte_weights(const float* from, float most, int32_t* to, int n) {
     const float factor = factor_to(FULL_BYTE, most);
-    constexpr int TOGETHER = 4;  // each waits for the one before it in its own place only
-    Floats rest[TOGETHER] = {}, sums = {};
+    constexpr int TOGETHER = 4;  // independent chains of rounding errors
+    Floats errors[TOGETHER] = {}, sums = {};
     for (int t = 0; t < n; t += TOGETHER * LANES)
         for (int k = 0; k < TOGETHER; ++k) {
-            const Floats exact = load<Floats>(from + t + k * LANES) * factor + rest[k];
+            const Floats exact = load<Floats>(from + t + k * LANES) * factor + errors[k];
             const Ints whole = rounded(exact);
-            const Floats kept = to_floats(whole);
-            rest[k] = exact - kept;
-            sums += kept;
+            const Floats rounded_share = to_floats(whole);
+            errors[k] = exact - rounded_share;
+            sums += rounded_share;
             store_byte_weights(whole, to + (t + k * LANES) / 4);
         }
     return {most / FULL_BYTE, sum(sums)};

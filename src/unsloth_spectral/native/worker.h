@@ -1,4 +1,4 @@
-// What one thread of spectral_attend keeps: the query, the head at hand, and room for a run of tokens.
+// The state of one thread of spectral_attend: the query, the current head, and buffers for a run of tokens.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,22 @@
 namespace spectral {
 namespace {
 
-constexpr int RUN = 4 * TILE;  // tokens between two looks at the running maximum
-constexpr int LINE = 64;       // bytes that come from memory together
+constexpr int RUN = 4 * TILE;  // tokens between two updates of the running maximum
+constexpr int LINE = 64;       // bytes of a cache line
 
 INLINE int round_up(int64_t n, int64_t unit) { return static_cast<int>((n + unit - 1) / unit * unit); }
 
-// Memory that will be read soon. Codes lie head by head within each tile, so what a head reads is a piece here and a
-// piece there, which no processor fetches ahead by itself: waiting for them took half of the time.
+// Prefetches memory that will be read soon. Codes lie head by head within each tile, so a head reads separate pieces,
+// which no processor prefetches by itself: waiting for them took half of the time.
 struct Ahead {
     const uint8_t *place = nullptr, *end = nullptr;
 
     void expect(const uint8_t* from, int64_t bytes) {
-        // Whole lines, the first one included wherever in it the memory begins.
+        // From the beginning of the first line, wherever in it the memory begins.
         place = from - reinterpret_cast<uintptr_t>(from) % LINE;
         end = from + bytes;
     }
-    // A few lines at a time, between the sums: a processor waits for only so many.
+    // A few lines at a time, between the sums: a processor has a limited number of outstanding fetches.
     void fetch(int lines) {
         for (; lines > 0 && place < end; --lines, place += LINE) __builtin_prefetch(place);
     }
@@ -43,23 +43,23 @@ INLINE void fetch(const uint8_t* from, int64_t bytes) {
 // A plane of one component of a quad.
 struct Plane {
     int place;      // bytes from the quad's first plane
-    int32_t worth;  // of its bits in a lane of four components
+    int32_t worth;  // the value of its bits in a lane of four components
 };
 
 // The components of one head of a coded block, filled up to whole vectors.
 struct Components {
     int count = 0, width = 0, num_quads = 0;
-    int num_fine = 0;                // quads, the first ones, whose weights are not rounded to bytes
+    int num_fine = 0;                // the number of leading quads whose weights are not rounded to bytes
     int64_t first = 0;               // among the block's components
     int64_t first_plane = 0, num_planes = 0;
-    std::vector<uint8_t> nbits;      // [component] 0 behind the last
+    std::vector<uint8_t> nbits;      // [component] 0 in the filling
     std::vector<int> places;         // [quad] its first plane, counted from the head's first
-    std::vector<Plane> further;      // planes that not all components of a quad have
-    std::vector<int> first_further;  // [quad + 1] in these
+    std::vector<Plane> further;      // planes that only some components of a quad have
+    std::vector<int> first_further;  // [quad + 1] index into `further`
     std::vector<float> offsets;      // [component] half of the codes' range
     std::vector<int32_t> is_fine;    // [component] all bits or none
-    std::vector<float> scales;       // [component] of the tile at hand
-    std::vector<Bytes> codes;        // [quad, VECTORS] of the tile at hand, four components a lane
+    std::vector<float> scales;       // [component] of the current tile
+    std::vector<Bytes> codes;        // [quad, VECTORS] of the current tile, four components per lane
 };
 
 // The queries in the space of the components.
@@ -70,21 +70,21 @@ struct Projection {
     std::vector<float> fixed;         // [row]: the mean's term of dimensions that do not rotate
 };
 
-// The rotation of the tile at hand's first token, and what the rows look like from there.
+// The rotation of the current tile's first token, and the rows relative to it.
 struct Angles {
     std::vector<double> tile;                   // [2, rotary pair] cosine and sine
-    std::vector<float> tile_float;              // the same
-    std::vector<float> cosine, sine;            // [row, rotary pair]: the mean's term, or the queries, from block start
+    std::vector<float> tile_float;              // the same as floats
+    std::vector<float> cosine, sine;            // [row, rotary pair]: the mean's term or the queries, from place 0
     std::vector<float> tile_cosine, tile_sine;  // [row, rotary pair]: the same from the tile's first token
 };
 
 // The mean's term of keys in the rotated frame, as integers.
 struct Waves {
-    std::vector<float> unit;       // [row] what one of the integers is worth, in which `cosine` and `sine` count then
-    std::vector<int32_t> heights;  // [row of a chunk, wave] what the mean's term has of each, two integers of 16 bits
+    std::vector<float> unit;       // [row] the value of one unit of the integers; `cosine` and `sine` are divided by it
+    std::vector<int32_t> heights;  // [row of a chunk, wave] heights in the mean's term, two integers of 16 bits each
 };
 
-// What un-rotated keys are rebuilt with: pairs of dimensions, also of those that do not rotate; key_dim is none.
+// The tables that rebuild un-rotated keys. Dimensions that do not rotate are paired too; key_dim stands for no partner.
 struct Rebuilding {
     std::vector<int> first, second;
     std::vector<float> cosines, sines;     // [pair, 128]
@@ -93,13 +93,13 @@ struct Rebuilding {
     std::vector<float> worths, constants;  // [key dim + 1]
 };
 
-// What one thread works with.
+// The state of one thread.
 struct Worker {
     const Call& call;
     const int key_dim, value_dim;     // padded to whole vectors
     std::vector<float> query;         // [row, key dim] scaled
     std::vector<float> scores;        // [row of a chunk, RUN]
-    std::vector<int32_t> shares[2];   // [row of a chunk, RUN / 4] probabilities times scales, as weights
+    std::vector<int32_t> shares[2];   // [row of a chunk, RUN / 4] probabilities times scales, as integer weights
     std::vector<float> token_scales;  // [RUN]
     std::vector<float> mean;          // [key dim]
     Components components;
@@ -107,14 +107,14 @@ struct Worker {
     Angles angles;
     Waves waves;
     Rebuilding rebuilt;
-    int64_t next_tile = -1;           // the one behind the tile at hand
-    Ahead next_keys, next_values;     // the next tile's keys, and the values of the run at hand
+    int64_t next_tile = -1;           // the tile after the current one
+    Ahead next_keys, next_values;     // the next tile's keys, and the values of the current run
 
     explicit Worker(const Call& c)
         : call(c), key_dim(round_up(c.key_dim, LANES)), value_dim(round_up(c.value_dim, LANES)) {
         query.assign(c.num_rows * key_dim, 0.0f);
         scores.assign(4 * RUN, 0.0f);
-        for (auto& each : shares) each.assign(RUN, 0);
+        for (auto& row_shares : shares) row_shares.assign(RUN, 0);
         token_scales.assign(RUN, 0.0f);
     }
 };

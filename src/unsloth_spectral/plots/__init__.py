@@ -1,4 +1,4 @@
-"""Results files to figures."""
+"""Figures of results."""
 
 from unsloth_spectral.plots.allocation import allocation_figure
 from unsloth_spectral.plots.comparison import comparison_figure

@@ -139,13 +139,13 @@ def _labels(
 ) -> list[Label]:
     """Labels: each family at the less crowded end of its line, then the setting of each point."""
     names, settings = [], []
-    every = axes.transData.transform(np.concatenate(list(lines.values())))
+    all_points = axes.transData.transform(np.concatenate(list(lines.values())))
     for family, members in families.items():
         line, color = lines[family], colors[family]
         alone = len(members) == 1
         ends = axes.transData.transform(line[[0, -1]])
         # The nearest point is the end itself; the distance of the next two measures how crowded it is.
-        room = [np.sort(np.hypot(*(every - end).T))[:3].sum() for end in ends]
+        room = [np.sort(np.hypot(*(all_points - end).T))[:3].sum() for end in ends]
         end = line[0] if room[0] > room[1] else line[-1]
         names.append(
             Label(short(members[0].method if alone else family), float(end[0]), float(end[1]), color, LABEL, bold=True)

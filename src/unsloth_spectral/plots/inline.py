@@ -9,7 +9,7 @@ from unsloth_spectral.plots.style import GREY, INK, PALETTE, PAPER
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Each colour of the style becomes a variable of the page's, so that its dark scheme can lighten them.
+# Each colour of the style becomes a variable of the page, so that its dark scheme can lighten it.
 _VARIABLES = {INK: "ink", "#000000": "ink", PAPER: "paper", GREY: "muted"}
 _VARIABLES |= {color: f"series-{index}" for index, color in enumerate(PALETTE)}
 
@@ -27,22 +27,22 @@ def inline_svg(figure: "Figure", prefix: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # Text as outlines: labels were placed by the widths of one font, and another's could overlap. Equal figures give
-    # equal bytes: no date, and ids by a fixed salt.
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # Text as outlines: labels were placed by the widths of one font, and those of another could overlap. Without date
+    # and with a fixed salt for ids, equal figures give equal bytes.
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    head, rest = svg.split(">", 1)
+    head, body = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     # Black is SVG's default fill, so matplotlib does not write it out.
     head += f' style="fill: var(--plot-ink, {INK})"'
     # Unused ids are dropped; the others must differ from those of the page's other figures.
-    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', rest))
-    rest = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", rest)
-    rest = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", rest)
+    used = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', body))
+    body = re.sub(r'\sid="([^"]*)"', lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", body)
+    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", body)
     for color, name in _VARIABLES.items():
-        rest = re.sub(rf"(?<=: ){color}\b", f"var(--plot-{name}, {color})", rest)
-    return f"{head}>{rest}"
+        body = re.sub(rf"(?<=: ){color}\b", f"var(--plot-{name}, {color})", body)
+    return f"{head}>{body}"

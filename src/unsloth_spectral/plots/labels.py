@@ -20,7 +20,7 @@ _POINT = 7.0  # half the width of a marker and a text's white rim, in pixels
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A text for the point ``(x, y)`` of the data; those given first get the better places."""
+    """A text for the point ``(x, y)`` of the data; earlier labels get the better places."""
 
     text: str
     x: float
@@ -49,7 +49,7 @@ def place_labels(axes: "Axes", labels: Sequence[Label], lines: "Sequence[NDArray
     pixels = [axes.transData.transform(line) for line in lines]
     points = np.concatenate(pixels) if pixels else np.empty((0, 2))
     along = np.concatenate([_walk(line) for line in pixels]) if pixels else points
-    taken: list[Bbox] = [text.get_window_extent(renderer) for text in axes.texts]
+    boxes: list[Bbox] = [text.get_window_extent(renderer) for text in axes.texts]
     inside = axes.get_window_extent(renderer)
     per_point = figure.dpi / 72
     for label in labels:
@@ -72,7 +72,7 @@ def place_labels(axes: "Axes", labels: Sequence[Label], lines: "Sequence[NDArray
         best, cost = None, math.inf
         for left, bottom, price in _places(start.width, start.height):
             box = start.translated(anchor[0] + left - start.x0, anchor[1] + bottom - start.y0)
-            free = not any(box.padded(3).overlaps(other) for other in taken) and _within(box, inside)
+            free = not any(box.padded(3).overlaps(other) for other in boxes) and _within(box, inside)
             if free and not _count(points, box.padded(_POINT)):
                 total = price + 8 * _count(along, box)
                 if total < cost:
@@ -82,7 +82,7 @@ def place_labels(axes: "Axes", labels: Sequence[Label], lines: "Sequence[NDArray
             continue
         left, bottom, box = best
         text.set_position(((anchor[0] + left - start.x0) / per_point, (anchor[1] + bottom - start.y0) / per_point))
-        taken.append(box)
+        boxes.append(box)
         _lead(axes, anchor, box, label.color)
 
 
@@ -101,11 +101,11 @@ def _places(width: float, height: float) -> Iterator[tuple[float, float, float]]
 
 def _walk(line: "NDArray[np.float64]") -> "NDArray[np.float64]":
     """Points every five pixels along a line."""
-    parts = [line[:1]]
+    points = [line[:1]]
     for start, stop in pairwise(line):
         steps = max(1, int(np.hypot(*(stop - start)) / 5))
-        parts.append(start + (stop - start) * np.arange(1, steps + 1)[:, None] / steps)
-    return np.concatenate(parts)
+        points.append(start + (stop - start) * np.arange(1, steps + 1)[:, None] / steps)
+    return np.concatenate(points)
 
 
 def _count(points: "NDArray[np.float64]", box: "Bbox") -> int:

@@ -1,4 +1,5 @@
-"""Size, colours and type of all figures, and writing them. Without pyplot: no display, no global state."""
+"""Size, colours and type of all figures, and writing them. It uses no pyplot, so it needs no display and has no global
+state."""
 
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 GREY = "#666666"
-# Text and axes, and the paper: `inline` hands these, `GREY` and `PALETTE` to the page, which has a dark scheme too.
+# Text and axes, and the paper: `inline` makes variables of these, `GREY` and `PALETTE` for the page's dark scheme.
 INK, PAPER = "#1f2328", "#ffffff"
 # Okabe and Ito's hues, spread to ten, each dark enough for small type on white.
 PALETTE = (
@@ -91,8 +92,8 @@ def family_markers(families: Iterable[str]) -> dict[str, str]:
 
 def setting_of(method: str, family: str) -> str:
     """The part of a method's name behind its family: ``16/32`` from ``rank 16/32``, or empty."""
-    known = family.split()
-    return " ".join(word for word in method.split() if word not in known)
+    family_words = family.split()
+    return " ".join(word for word in method.split() if word not in family_words)
 
 
 def short(name: str, limit: int = 28) -> str:

@@ -3,8 +3,8 @@
 from unsloth_spectral.rope.fit import Claim
 from unsloth_spectral.rope.interned import interned
 from unsloth_spectral.rope.joining import join_in_kind, join_rotations
+from unsloth_spectral.rope.rotating import minus_rotated, rotate, unrotate, unrotated_sum
 from unsloth_spectral.rope.rotation import Dims, Rotation
-from unsloth_spectral.rope.turning import minus_rotated, rotate, unrotate, unrotated_sum
 
 __all__ = [
     "Claim",

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from unsloth_spectral.rope.places import LARGEST, Places
 
-# Models round their tables: to bfloat16 (.004 of a pair's length) in the worst case. That does no harm: keys are read
-# with the rotation they were written with.
+# Models round their tables, to bfloat16 (.004 of a pair's length) in the worst case. That does no harm: keys are read
+# with the same rotation they were written with.
 _ROUNDING = 5e-3
-# Float32 angles are off by up to 2^-23 of themselves, from rounding the frequency and the product.
+# Rounding the frequency and the product makes a float32 angle wrong by up to 2^-23 of its size.
 _ANGLE_ROUNDING = 2.0**-23
-# Where places are unknown: what rounding may do to an angle, as a share of the step from token to token. It reaches
-# .125 at two million tokens, and a token that is missing or there twice shows as .25 or more.
+# Tolerance for angles at unknown places, as a share of the step from token to token. Rounding reaches .125 at two
+# million tokens, and a missing or repeated token gives .25 or more.
 _STEP_ROUNDING = 0.15
-_DRIFT = 1e-7  # of a sum of steps, per token
+_DRIFT = 1e-7  # error of a sum of steps, per token
 _TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """What a table of rotations may be: ``unit * exp(i * step * numbers)``.
+    """A hypothesis about a table of rotations: that it is ``unit * exp(i * step * numbers)``.
 
     Attributes:
         numbers: ``[B or 1, A, n]`` int64 on the CPU, the places of the tokens along each axis.
@@ -38,7 +38,7 @@ class Claim:
 def at_places(table: Tensor, claim: Claim, padding: Tensor | None) -> tuple[Places, tuple[int, ...]] | None:
     """The places of ``table [B or 1, n, P]`` and the axis of each pair, if ``claim`` reproduces it; else None.
 
-    The first ``padding [B]`` tokens of each row may stand anywhere: they are put evenly before the others.
+    The first ``padding [B]`` tokens of each row may have any place: they get the places before the others.
     """
     num_tokens = table.shape[1]
     if claim.numbers.shape[-1] != num_tokens or claim.step.shape != table.shape[2:]:
@@ -55,8 +55,8 @@ def at_places(table: Tensor, claim: Claim, padding: Tensor | None) -> tuple[Plac
         real = _real(padding, start, stop, table.device)
         for axis in range(numbers.shape[1]):
             angle = numbers[:, axis, start:stop, None].to(table.device, torch.float64) * claim.step
-            turned = claim.unit * torch.polar(torch.ones_like(angle), angle).to(claim.unit.dtype)
-            error = (turned - table[:, start:stop]).abs()
+            rotations = claim.unit * torch.polar(torch.ones_like(angle), angle).to(claim.unit.dtype)
+            error = (rotations - table[:, start:stop]).abs()
             error = error if real is None else error.masked_fill(~real, 0.0)
             errors[axis] = torch.maximum(errors[axis], error.amax((0, 1)))
     error, axes = errors.min(0)
@@ -67,10 +67,10 @@ def at_places(table: Tensor, claim: Claim, padding: Tensor | None) -> tuple[Plac
 
 
 def evenly(table: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """``start [B or 1, 1, P]`` complex64 and ``step [P]`` float64, if ``table [B or 1, n, P]`` turns by one step from
-    token to token; else None.
+    """``start [B or 1, 1, P]`` complex64 and ``step [P]`` float64, if ``table [B or 1, n, P]`` rotates by one step
+    from token to token; else None.
 
-    The first ``padding [B]`` tokens of each row may stand anywhere.
+    The first ``padding [B]`` tokens of each row may have any rotation.
     """
     num_tokens = table.shape[1]
     if padding is not None and len(table) == 1:
@@ -82,7 +82,7 @@ def evenly(table: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor] | Non
     angle = torch.arange(num_tokens, dtype=torch.float64, device=table.device)[:, None] * step
     relative = torch.polar(torch.ones_like(angle), angle).to(table.dtype)
     real = _real(padding, 0, num_tokens, table.device)
-    # The mean over all tokens, as each has a rounding of its own.
+    # The mean over all tokens averages their rounding errors.
     starts = table * relative.conj()
     if real is None:
         start = starts.mean(1, keepdim=True)
@@ -97,7 +97,7 @@ def evenly(table: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor] | Non
 
 
 def _before_the_text(numbers: Tensor, padding: Tensor) -> Tensor:
-    """``numbers`` with those of the padding counted back from the first other token's."""
+    """``numbers`` with padding numbered backwards from the first token of the text."""
     rows, num_tokens = len(padding), numbers.shape[-1]
     padding = padding.clamp_max(num_tokens - 1)[:, None, None]
     numbers = numbers.expand(rows, -1, -1)
@@ -107,19 +107,20 @@ def _before_the_text(numbers: Tensor, padding: Tensor) -> Tensor:
 
 
 def _real(padding: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor | None:
-    """``[B, stop - start, 1]`` bool: which of these tokens are no padding."""
+    """``[B, stop - start, 1]`` bool: False for padding."""
     if padding is None:
         return None
     return (torch.arange(start, stop, dtype=torch.int64, device="cpu") >= padding[:, None])[..., None].to(device)
 
 
 def _angle_step(table: Tensor) -> Tensor:
-    """The angle between neighbours, ``[P]`` float64, from ever longer spans, each unwrapped by the last one."""
+    """The angle between neighbours, ``[P]`` float64, estimated over spans of doubling length, each unwrapped by the
+    last."""
     wide = table[0].to(torch.complex128)
     span, step = 1, torch.zeros(wide.shape[-1], dtype=torch.float64, device=wide.device)
     while span < len(wide):
-        turn = (wide[span:] * wide[:-span].conj()).sum(0).angle()
-        turns = ((span * step - turn) / (2 * math.pi)).round()
-        step = (turn + 2 * math.pi * turns) / span
+        angle = (wide[span:] * wide[:-span].conj()).sum(0).angle()
+        revolutions = ((span * step - angle) / (2 * math.pi)).round()
+        step = (angle + 2 * math.pi * revolutions) / span
         span *= 2
     return step

@@ -1,4 +1,4 @@
-"""One tensor for all that have the same few numbers on the same device."""
+"""Interning of small tensors: equal numbers on the same device give the same object."""
 
 from functools import lru_cache
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def interned(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; the same object for equal ones, which nobody writes to.
+    """``tensor`` on ``device``; the same object for equal tensors. It must not be written to.
 
-    What a model's passes bring, and what was stored of earlier ones, is then known to be of one kind.
+    So the rotations of different passes, and of stored ones, can be compared by identity.
     """
     values = tensor.detach().cpu().contiguous()
     return _tensor(values.numpy().tobytes(), values.dtype, tuple(values.shape), device)

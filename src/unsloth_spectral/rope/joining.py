@@ -1,4 +1,4 @@
-"""Joining the rotations of tokens that came in several passes."""
+"""Joining the rotations of tokens from several passes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from torch import Tensor
 from unsloth_spectral.rope.places import Places
 from unsloth_spectral.rope.rotation import MOST_KEPT_BYTES, Rotation, all_rows, by_pair
 
-# A layer joins some pieces when its exact tail grows, when a block is made of it, and when that joins another.
+# A layer joins pieces when its residual grows, when a block is made of it, and when that block joins another.
 _MOST_REMEMBERED = 8
 
 _Remembered: TypeAlias = tuple["_Described", Callable[[], Rotation | None]]
 
 
 class _Last(threading.local):
-    """The last joins: all layers of a model join the same pieces."""
+    """The most recent joins, because all layers of a model join the same pieces."""
 
     joined: tuple[_Remembered, ...] = ()
 
@@ -29,37 +29,39 @@ _last = _Last()
 
 
 def join_rotations(pieces: Sequence[Rotation]) -> Rotation:
-    """The tokens of all ``pieces``, one after another; the same object where a call shortly before had the same pieces,
-    so that all layers share it."""
+    """The rotations of all ``pieces``, one after another.
+
+    A call with the pieces of a recent call returns the same object, so that all layers share it.
+    """
     described = _Described(pieces)
     for earlier, remembered in _last.joined:
-        known = remembered()
-        if known is not None and described.is_same(earlier):
-            return known
+        rotation = remembered()
+        if rotation is not None and described.is_same(earlier):
+            return rotation
     joined = _by_places(pieces)
     if joined is None:
         rows = max(1 if piece.rows is None else len(piece.rows) for piece in pieces)
         tables = [piece.table().expand(rows, -1, -1) for piece in pieces]
         joined = Rotation.of(torch.cat(tables, dim=1), pieces[0].first, pieces[0].second)
-    # A small one may be gone before the next layer asks, as a part of one that is joined again.
+    # A small one is kept alive: it may be freed before the next layer asks, if it is a piece of a further join.
     is_small = sum(tensor.nbytes for tensor in joined.tensors) <= MOST_KEPT_BYTES
-    kept = partial(_itself, joined) if is_small else ref(joined)
-    _last.joined = (*_last.joined[1 - _MOST_REMEMBERED :], (described, kept))
+    reference = partial(_itself, joined) if is_small else ref(joined)
+    _last.joined = (*_last.joined[1 - _MOST_REMEMBERED :], (described, reference))
     return joined
 
 
 def join_in_kind(last: Rotation, new: Rotation) -> Rotation | None:
-    """``last`` and ``new`` behind it, where both are even and go on so, or both are tables; else None.
+    """``last`` followed by ``new``, if the result is even or both are tables; else None.
 
-    Blocks join by this. Even ones stay what kernels read, and integer places stay those of one pass each: layers that
-    join other blocks share them still.
+    Blocks join only if their rotations do. So even blocks stay readable for the kernels, and integer places stay those
+    of one pass, which other layers share.
     """
     joined = join_rotations([last, new])
     return joined if joined.is_even or (last.step is None and new.step is None) else None
 
 
 class _Described:
-    """What pieces were joined, without keeping them."""
+    """A description of joined pieces, which does not keep them alive."""
 
     def __init__(self, pieces: Sequence[Rotation]) -> None:
         self._numbers = [
@@ -77,7 +79,7 @@ class _Described:
 
 
 def _by_places(pieces: Sequence[Rotation]) -> Rotation | None:
-    """The tokens of all ``pieces`` by their places; None where they are not of one kind."""
+    """The rotations of all ``pieces`` by their places; None if they differ in kind."""
     leader = pieces[0]
     for piece in pieces:
         if piece.step is None or leader.step is None:
@@ -102,8 +104,10 @@ def _by_places(pieces: Sequence[Rotation]) -> Rotation | None:
 
 
 def _common_axes(pieces: Sequence[Rotation], numbers: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """The axes of one piece along which all others are turned as they are along their own: where axes are alike,
-    several fit a piece. None where there are none."""
+    """The axes of one piece that give every other piece the same rotations as its own axes; None if there are none.
+
+    If the places along two axes are equal, a piece may have either.
+    """
     for candidate in pieces:
         if all(_is_alike(places, piece.axes, candidate.axes) for places, piece in zip(numbers, pieces, strict=True)):
             return candidate.axes
@@ -114,8 +118,8 @@ def _is_alike(numbers: Tensor, axes: tuple[int, ...] | None, others: tuple[int, 
     return axes == others or bool((by_pair(numbers, axes) == by_pair(numbers, others)).all())
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.device == other.device and torch.equal(one, other))
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.device == second.device and torch.equal(first, second))
 
 
 def _slice_of(dims: slice | Tensor) -> slice | None:

@@ -1,6 +1,6 @@
-"""Where tokens stand, as integers: one per row of a batch, axis and token.
+"""Places of tokens as integers, for each row of a batch, axis and token.
 
-A text has one axis. Models that see images count along three, time, height and width, which are equal throughout text.
+Text has one axis. Models that see images have three (time, height and width), which are equal in text.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,11 @@ LARGEST = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """Places of consecutive tokens, for ``R`` rows and ``A`` axes. Immutable, so layers share one.
+    """Places of consecutive tokens, for ``R`` rows and ``A`` axes. Immutable, so layers can share it.
 
     Attributes:
-        first: the place of token 0 per row and axis, where every token is one place behind the token before; else
-            empty.
-        table: ``[R, A, n]`` int32 on the CPU, the places of all tokens; None where ``first`` says it.
+        first: the place of token 0 per row and axis, if every token is one place behind the token before; else empty.
+        table: ``[R, A, n]`` int32 on the CPU, the places of all tokens; None if ``first`` is given.
     """
 
     first: tuple[tuple[int, ...], ...] = ((0,),)
@@ -28,7 +27,7 @@ class Places:
 
     @classmethod
     def of(cls, numbers: Tensor) -> "Places":
-        """From ``numbers [R, A, n]`` int64, at most ``LARGEST``; equal rows and equal axes are kept once."""
+        """From ``numbers [R, A, n]`` int64, at most ``LARGEST``; equal rows and equal axes are stored once."""
         if bool((numbers == numbers[:, :1]).all()):
             numbers = numbers[:, :1]
         if bool((numbers == numbers[:1]).all()):
@@ -47,7 +46,7 @@ class Places:
 
     @property
     def num_tokens(self) -> int | None:
-        """How many tokens it is for; None where it is for any number."""
+        """The number of tokens; None if ``first`` serves any number."""
         return None if self.table is None else self.table.shape[-1]
 
     def numbers(self, start: int, stop: int) -> Tensor:
@@ -62,10 +61,10 @@ class Places:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "Places":
-        """What ``to_fields`` named.
+        """The places that ``to_fields`` stored.
 
         Raises:
-            LoadError: it is neither a first place per row and axis nor a table.
+            LoadError: they are neither a first place per row and axis nor a table.
         """
         first, table = fields.integer_lists("first", -LARGEST, LARGEST), None
         if fields.has("table"):

@@ -1,4 +1,4 @@
-"""The rotations of consecutive tokens, kept as integer places and one angle per pair where a model's tables allow."""
+"""The rotations of consecutive tokens, stored as integer places and one angle per pair if a model's tables allow it."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -15,13 +15,13 @@ from unsloth_spectral.rope.places import Places
 
 Dims: TypeAlias = slice | Tensor
 
-# A table that outlives its use is not to grow with the context: 8,192 tokens of 64 pairs.
+# A cached table must not grow with the context: this is 8,192 tokens of 64 pairs.
 MOST_KEPT_BYTES = 4 << 20
 _FROM_ZERO = Places()
 
 
 class _Last(threading.local):
-    """What the last layer asked for: those behind it ask for the same."""
+    """The last table computed, because the layers of a model ask for the same one."""
 
     step: Tensor | None = None
     places: Tensor | None = None
@@ -37,20 +37,20 @@ _last = _Last()
 class Rotation:
     """The rotations of consecutive tokens: pair ``j`` of a token is multiplied by ``table()[token, j]``.
 
-    With a ``step`` that is ``unit * exp(i * step * place)``, and the table is made when it is needed. Slices, rows
-    picked from a batch and all layers of a model share the tensors.
+    With a ``step``, that is ``unit * exp(i * step * place)``, and the table is computed on demand. Slices, rows
+    selected from a batch and all layers of a model share the tensors.
 
     Attributes:
-        first, second: the ``P`` dimensions that make the real and the imaginary parts, as slices where they run on
-            evenly (many times faster), else ``[P]`` int64; others are not rotated.
-        unit: ``[R or 1, 1, P]`` complex64, the rotation of place 0; ``[R or 1, n, P]``, the rotations of all tokens,
-            where there is no step.
-        step: ``[P]`` float64, the angle from one place to the next; None where the tokens stand at no places known.
-        num_tokens: how many tokens it is for.
-        places: where the tokens stand.
-        axes: of ``places``, the one that each pair turns along; None for a single one.
-        rows: ``[B]`` int64, which of the ``R`` rows each row of the batch has; None where all have the only one.
-        offset: the first token, among those of ``places`` or ``unit``.
+        first, second: the ``P`` dimensions of the real and of the imaginary parts, as slices if they are evenly spaced
+            (many times faster), else ``[P]`` int64; other dimensions are not rotated.
+        unit: with a step ``[R or 1, 1, P]`` complex64, the rotation of place 0; without one ``[R or 1, n, P]``, the
+            rotations of all tokens.
+        step: ``[P]`` float64, the angle from one place to the next; None if the places are unknown.
+        num_tokens: the number of tokens.
+        places: the tokens' places.
+        axes: for each pair, the axis of ``places`` that it rotates along; None if there is one axis.
+        rows: ``[B]`` int64, which of the ``R`` rows each row of the batch has; None if ``R`` is 1.
+        offset: the index of the first token in ``places`` or ``unit``.
     """
 
     first: Dims
@@ -67,10 +67,10 @@ class Rotation:
     def of(
         cls, table: Tensor, first: Dims, second: Dims, padding: Tensor | None = None, claims: Iterable[Claim] = ()
     ) -> "Rotation":
-        """From ``table [B or 1, num_tokens, P]`` complex64, as integer places where one of ``claims`` reproduces it,
-        as a few numbers where its angles grow evenly, else as it is.
+        """The rotation with ``table [B or 1, num_tokens, P]`` complex64.
 
-        The first ``padding [B]`` tokens of each row (on the CPU) may stand anywhere.
+        It takes integer places if one of ``claims`` reproduces the table, a few numbers if the angles grow evenly, and
+        else the table itself. The first ``padding [B]`` tokens of each row (on the CPU) may have any rotation.
         """
         num_tokens = table.shape[1]
         if len(table) > 1 and bool((table == table[:1]).all()):
@@ -87,12 +87,12 @@ class Rotation:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds, of which other rotations may hold the same."""
+        """All tensors of the rotation; other rotations may share them."""
         return tuple(tensor for tensor in (self.unit, self.step, self.places.table, self.rows) if tensor is not None)
 
     @property
     def is_even(self) -> bool:
-        """Whether every token is turned from the one before by the same ``step``."""
+        """Whether the rotation grows by the same ``step`` from every token to the next."""
         return self.step is not None and self.places.table is None
 
     @property
@@ -101,7 +101,7 @@ class Rotation:
         if self.step is None:
             return self._by_batch(self.unit[:, self.offset : self.offset + 1])
         numbers = self.places.numbers(self.offset, self.offset + 1)
-        return self._by_batch(self.unit * self._turned(numbers))
+        return self._by_batch(self.unit * self._powers(numbers))
 
     def indices(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """``first`` and ``second`` as ``[P]`` int32 each, of ``head_dim`` dimensions."""
@@ -113,23 +113,23 @@ class Rotation:
         if self.step is None:
             return self._by_batch(self.unit[:, self.offset : self.offset + self.num_tokens])
         if self.is_even:
-            return self.start * self._kept(0, self.num_tokens)
-        return self._by_batch(self.unit * self._kept(self.offset, self.offset + self.num_tokens))
+            return self.start * self._cached_powers(0, self.num_tokens)
+        return self._by_batch(self.unit * self._cached_powers(self.offset, self.offset + self.num_tokens))
 
     def slice(self, start: int, stop: int) -> "Rotation":
-        """The rotations of tokens ``start`` to ``stop``; even where these alone are."""
-        part = replace(self, offset=self.offset + start, num_tokens=stop - start)
-        if part.places.table is None:
-            return part
-        numbers = part.places.numbers(part.offset, part.offset + part.num_tokens)
+        """The rotations of tokens ``start`` to ``stop``, in even form if these are even."""
+        sliced = replace(self, offset=self.offset + start, num_tokens=stop - start)
+        if sliced.places.table is None:
+            return sliced
+        numbers = sliced.places.numbers(sliced.offset, sliced.offset + sliced.num_tokens)
         if bool((numbers.diff() != 1).any()):
-            return part
+            return sliced
         places = Places.of(numbers)
         rows = self.rows if max(len(self.unit), places.num_rows) > 1 else None
-        return replace(part, places=places, rows=rows, offset=0)
+        return replace(sliced, places=places, rows=rows, offset=0)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
-        """``function`` applied along the batch dimension, where the rows differ."""
+        """``function`` applied along the batch dimension, if the rows differ."""
         return self if self.rows is None else replace(self, rows=function(self.rows))
 
     def to_fields(self) -> dict[str, Field]:
@@ -147,10 +147,10 @@ class Rotation:
 
     @classmethod
     def from_fields(cls, fields: Fields, head_dim: int, batch: int, num_tokens: int) -> "Rotation":
-        """Of ``num_tokens`` in ``batch`` rows, and of pairs among ``head_dim`` dimensions.
+        """The rotation that ``to_fields`` stored, of ``num_tokens`` in ``batch`` rows and of ``head_dim`` dimensions.
 
         Raises:
-            LoadError: the fields do not fit each other or that.
+            LoadError: the fields do not fit each other or these sizes.
         """
         unit = fields.tensor("unit", torch.complex64, (None, None, None))
         pairs, step, places, axes = unit.shape[-1], None, Places.from_fields(fields.sub("places")), None
@@ -165,8 +165,8 @@ class Rotation:
         is_axis = places.num_axes == 1 or (axes is not None and max(axes) < places.num_axes)
         fields.require(is_axis, f"axes below {places.num_axes}")
         fields.require(step is None or unit.shape[1] == 1, "one unit")
-        known = unit.shape[1] if step is None else places.num_tokens
-        fields.require(known is None or offset + num_tokens <= known, f"positions of {num_tokens} tokens")
+        num_stored = unit.shape[1] if step is None else places.num_tokens
+        fields.require(num_stored is None or offset + num_tokens <= num_stored, f"positions of {num_tokens} tokens")
         counts = {len(unit), places.num_rows if step is not None else 1}
         most, rows = max(counts), None
         fields.require(counts <= {1, most}, f"places of {most} rows")
@@ -182,24 +182,27 @@ class Rotation:
     def _by_batch(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None or len(tensor) == 1 else tensor[self.rows]
 
-    def _turned(self, numbers: Tensor) -> Tensor:
+    def _powers(self, numbers: Tensor) -> Tensor:
         """``[R, n, P]`` complex64: ``exp(i * step * numbers)``, of ``numbers [R, A, n]`` on the CPU."""
         assert self.step is not None
         # In float64: the angle of the ten-thousandth token keeps its fraction.
         angle = by_pair(numbers, self.axes).to(self.step.device, torch.float64) * self.step
         return torch.polar(torch.ones_like(angle), angle).to(self.unit.dtype)
 
-    def _kept(self, start: int, stop: int) -> Tensor:
-        """``_turned`` of tokens ``start`` to ``stop`` of ``places``, or of those places themselves where tokens run on
-        evenly. The last one is kept, as all layers of a model ask for the same, unless it is long."""
+    def _cached_powers(self, start: int, stop: int) -> Tensor:
+        """``_powers`` of tokens ``start`` to ``stop`` of ``places`` or, for even rotations, of places ``start`` to
+        ``stop``.
+
+        The last result is cached, unless it is large: all layers of a model ask for the same one.
+        """
         places, span = self.places.table, _last.span
-        is_kept = _last.step is self.step and _last.places is places and _last.axes == self.axes
-        if not is_kept or _last.table is None or span[0] != start or span[1] < stop:
+        is_cached = _last.step is self.step and _last.places is places and _last.axes == self.axes
+        if not is_cached or _last.table is None or span[0] != start or span[1] < stop:
             if places is None:
                 numbers = torch.arange(start, stop, dtype=torch.int64, device="cpu")[None, None]
             else:
                 numbers = self.places.numbers(start, stop)
-            table = self._turned(numbers)
+            table = self._powers(numbers)
             if table.nbytes > MOST_KEPT_BYTES:
                 return table
             _last.step, _last.places, _last.axes = self.step, places, self.axes
@@ -208,12 +211,12 @@ class Rotation:
 
 
 def by_pair(numbers: Tensor, axes: tuple[int, ...] | None) -> Tensor:
-    """``[R, n, P or 1]``: of ``numbers [R, A, n]`` those along the axis of each pair."""
+    """``numbers [R, A, n]`` along the axis of each pair, ``[R, n, P or 1]``."""
     return numbers.mT if axes is None or numbers.shape[1] == 1 else numbers[:, list(axes)].mT
 
 
 def all_rows(count: int, device: torch.device) -> Tensor | None:
-    """``Rotation.rows`` of a batch with ``count`` rows of its own."""
+    """``Rotation.rows`` of a batch with ``count`` different rows."""
     return None if count == 1 else torch.arange(count, dtype=torch.int64, device=device)
 
 

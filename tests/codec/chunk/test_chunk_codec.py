@@ -1,4 +1,4 @@
-"""Chunks of tokens as records of a size known beforehand."""
+"""Chunks of tokens as records of a fixed size."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_a_record_has_its_size_and_is_nearly_full(
     record = codec.encode(chunk)
     assert record.dtype == torch.uint8
     assert len(record) == codec.nbytes(chunk.shape) == int(bits * chunk.numel() / 8)
-    if bits < 8:  # at eight bits all components may have all there are
+    if bits < 8:  # at eight bits every component may get the largest width
         used = len(record) - int((record.flip(0) != 0).nonzero()[0])
         assert used > 0.97 * len(record)
 
@@ -88,7 +88,7 @@ def test_the_layout_changes_no_number() -> None:
 
 def latents(layers: int, tokens: int, rank: int, rope: int) -> Tensor:
     """A chunk ``[1, layers, tokens, rank + rope]``: latents of normalized length with some loud channels, and rotated
-    keys of which neighbouring numbers are pairs."""
+    keys whose rotation pairs are neighbouring numbers."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(layers, tokens, rank, generator=generator) * torch.arange(1, rank + 1) ** -0.3
     latent = latent / latent.square().mean(-1, keepdim=True).sqrt()
@@ -114,7 +114,7 @@ def test_latents_come_back(bits: float, latent_error: float, key_error: float, d
     assert torch.equal(back[:, :, 0], chunk[:, :, 0])
 
 
-def test_rotated_parts_of_latents_are_turned_back_in_neighbouring_pairs() -> None:
+def test_rotated_parts_of_latents_are_unrotated_in_neighbouring_pairs() -> None:
     chunk, errors = latents(4, 256, 512, 64), []
     for theta in (THETA, None):
         codec = ChunkCodec(1.3, Latent(512, 64), theta)
@@ -132,7 +132,7 @@ def test_latents_of_awkward_sizes(tokens: int, rank: int, rope: int) -> None:
 
 
 def test_where_the_chunk_stands_makes_no_difference() -> None:
-    """Keys are turned back by their places within the chunk: what is left turns all of them alike."""
+    """Keys are un-rotated by their places within the chunk; the remaining rotation is the same for all of them."""
     codec, errors = ChunkCodec(2.5, Planes(64), THETA), []
     for start in (0, 256, 100_000):
         keys = cached(2, 256, 2, 64, start=start)
@@ -141,7 +141,7 @@ def test_where_the_chunk_stands_makes_no_difference() -> None:
     assert max(errors) < 1.1 * min(errors)
 
 
-def test_turning_keys_back_pays() -> None:
+def test_unrotating_keys_pays() -> None:
     chunk, errors = cached(4, 256, 2, 64, start=4096), []
     for theta in (THETA, None):
         codec = ChunkCodec(2.5, Planes(64), theta)
@@ -209,7 +209,7 @@ def test_layouts_that_cannot_be_coded(shape: tuple[int, ...], dtype: torch.dtype
 
 
 def test_too_few_bits_for_a_layout_are_refused() -> None:
-    """Few dimensions: a byte a token and the exact token already take more than is there."""
+    """Few dimensions: a byte per token and the exact token already take more than the budget."""
     obstacle = ChunkCodec(1.2, Planes(8), THETA).obstacle((2, 1, 256, 8), torch.float32)
     assert obstacle is not None
     assert "raise bits_per_element" in obstacle

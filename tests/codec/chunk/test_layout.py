@@ -35,7 +35,7 @@ def rows(row: Callable[[int, int], list[Tensor]]) -> Tensor:
 
 
 def blocks_of_transposed_keys(block: int) -> Tensor:
-    """As vLLM's CPU kernels keep them: in each block a head's keys, transposed, then its values."""
+    """The layout of vLLM's CPU kernels: in each block a head's keys, transposed, then its values."""
     chunk = torch.empty(LAYERS, TOKENS, HEADS, 2 * DIM)
     for layer in range(LAYERS):
         for head in range(HEADS):

@@ -18,7 +18,7 @@ def spectrum(seed: int, octaves: float = 12.0, components: int = HEADS * HEAD_DI
 
 
 def greedy(variances: torch.Tensor, bits: int) -> list[int]:
-    """One bit after another to whoever gains most."""
+    """Each bit goes to the component that gains most."""
     widths = [0] * len(variances)
     for _ in range(bits):
         gains = [
@@ -65,7 +65,7 @@ def test_a_costly_first_bit_is_paid_only_where_it_is_worth_it(first_bit_cost: fl
     widths = widths_at(2.0**-6, variances, first_bit_cost)
     price = cost(widths, first_bit_cost)
     assert price == int(widths.sum()) + (first_bit_cost - 1) * int((widths > 0).sum())
-    # No other level of the free first bit does better for the same money.
+    # No other level of the free first bit has a lower error at the same cost.
     for exponent in range(-80, 0):
         other = widths_at(2.0 ** (exponent / 4), variances, 1.0)
         if cost(other, first_bit_cost) <= price:
@@ -88,7 +88,7 @@ def spend(
 ) -> tuple[float, list[torch.Tensor]]:
     """Bits per element that ``order`` of ``layers`` takes."""
     widths = {layer: budget.allocate(layer, layers[layer].view(HEADS, HEAD_DIM), first, fixed) for layer in order}
-    total = sum(cost(found, first) + fixed for found in widths.values())
+    total = sum(cost(layer_widths, first) + fixed for layer_widths in widths.values())
     return total / sum(layer.numel() for layer in layers), [widths[layer] for layer in range(len(layers))]
 
 
@@ -121,7 +121,7 @@ def test_nearly_all_is_spent(bits: float) -> None:
 
 def test_nothing_is_bought_where_the_fixed_cost_takes_all() -> None:
     _, widths = spend(Budget(1.0, 2), [spectrum(0), spectrum(1)], [0, 1], fixed=100.0)
-    assert not any(found.any() for found in widths)
+    assert not any(layer_widths.any() for layer_widths in widths)
 
 
 def test_equal_layers_get_equal_levels() -> None:
@@ -129,7 +129,7 @@ def test_equal_layers_get_equal_levels() -> None:
     _, widths = spend(budget, layers, list(range(8)))
     levels = [budget.level_of(layer) for layer in range(8)]
     assert max(levels) / min(levels) < 1.1
-    assert all((found - widths[0]).abs().sum() <= 3 for found in widths)
+    assert all((layer_widths - widths[0]).abs().sum() <= 3 for layer_widths in widths)
 
 
 def test_layers_that_matter_more_get_more() -> None:
@@ -141,17 +141,17 @@ def test_layers_that_matter_more_get_more() -> None:
 
 def test_variances_expected_give_all_layers_one_level_from_the_first() -> None:
     layers = [spectrum(i) * 4.0**i for i in range(6)]
-    known = ModelProfile((0.0,) * 6, (1.0,) * 6, tuple(tuple(layer.tolist()) for layer in layers))
-    told, untold = Budget(2.5, 6, known), Budget(2.5, 6)
-    spent, widths = spend(told, layers, list(range(6)))
-    _, other = spend(untold, layers, list(range(6)))
+    profile = ModelProfile((0.0,) * 6, (1.0,) * 6, tuple(tuple(layer.tolist()) for layer in layers))
+    with_profile, without_profile = Budget(2.5, 6, profile), Budget(2.5, 6)
+    spent, widths = spend(with_profile, layers, list(range(6)))
+    _, other = spend(without_profile, layers, list(range(6)))
     assert 2.5 * 0.98 <= spent <= 2.5
-    levels, blind = ([budget.level_of(layer) for layer in range(6)] for budget in (told, untold))
+    levels, blind = ([budget.level_of(layer) for layer in range(6)] for budget in (with_profile, without_profile))
     assert max(levels) / min(levels) < 1.2
     assert max(blind) / min(blind) > 4
 
-    def lost(found: list[torch.Tensor]) -> float:
-        return sum(distortion(layer, w.flatten()) for layer, w in zip(layers, found, strict=True))
+    def lost(widths_of_layers: list[torch.Tensor]) -> float:
+        return sum(distortion(layer, w.flatten()) for layer, w in zip(layers, widths_of_layers, strict=True))
 
     assert lost(widths) < lost(other)
 
@@ -226,10 +226,11 @@ ELEMENTS = HEADS * HEAD_DIM
 def spend_both(budget: Budget, layers: list[torch.Tensor]) -> tuple[float, list[torch.Tensor], list[int]]:
     """Bits for each key element that keys and values take, and the widths of both."""
     widths = [
-        budget.allocate(layer, each.view(HEADS, HEAD_DIM), 1.1, 8.0, ELEMENTS) for layer, each in enumerate(layers)
+        budget.allocate(layer, layer_variances.view(HEADS, HEAD_DIM), 1.1, 8.0, ELEMENTS)
+        for layer, layer_variances in enumerate(layers)
     ]
     nbits = [budget.value_nbits_of(layer) for layer in range(len(layers))]
-    total = sum(cost(found, 1.1) + 8.0 for found in widths) + ELEMENTS * sum(nbits)
+    total = sum(cost(layer_widths, 1.1) + 8.0 for layer_widths in widths) + ELEMENTS * sum(nbits)
     return total / (ELEMENTS * len(layers)), widths, nbits
 
 
@@ -238,7 +239,7 @@ def test_layers_that_the_profile_calls_frugal_still_find_half_of_their_share() -
     frugal = tuple((1e-12 * flat.flatten()).tolist())
     profile = ModelProfile((1e-9,) * 4, (1.0,) * 4, (tuple(flat.flatten().tolist()), frugal, frugal, frugal))
     budget, left = Budget(3.0, 4, profile), 4 * share
-    # Every layer turns out to want all that there is.
+    # Every layer needs more than the whole budget.
     for layer in range(4):
         widths = budget.allocate(layer, flat, 1.1, 8.0, ELEMENTS)
         left -= cost(widths, 1.1) + 8.0 + ELEMENTS * budget.value_nbits_of(layer)
@@ -252,7 +253,7 @@ def test_keys_and_values_stay_within_one_budget(bits: float, num_layers: int, si
     # The text at hand needs more or less than the profile's texts did.
     spent, _, nbits = spend_both(Budget(bits, num_layers, profile), [layer * 2.0**size for layer in layers])
     assert spent <= bits + 1e-6
-    assert all(1 <= each <= MAX_NBITS for each in nbits)
+    assert all(1 <= layer_variances <= MAX_NBITS for layer_variances in nbits)
 
 
 def test_a_profile_gives_keys_and_values_one_level() -> None:
@@ -264,10 +265,10 @@ def test_a_profile_gives_keys_and_values_one_level() -> None:
     by_damage = [width for _, width in sorted(zip(profile.value_sensitivities, nbits, strict=True))]
     assert by_damage == sorted(by_damage)
 
-    def damage(own: list[torch.Tensor], other: list[int]) -> float:
+    def damage(widths_of_layers: list[torch.Tensor], nbits_of_layers: list[int]) -> float:
         """Nats, as the quantizers' tables have it."""
-        keys = zip(profile.key_sensitivities, layers, own, strict=True)
-        values = zip(profile.value_sensitivities, other, strict=True)
+        keys = zip(profile.key_sensitivities, layers, widths_of_layers, strict=True)
+        values = zip(profile.value_sensitivities, nbits_of_layers, strict=True)
         unbiased = [d / (1 - d) for d in DISTORTION[1:]]
         return sum(s * distortion(v, w.flatten()) for s, v, w in keys) + sum(
             s * unbiased[nbits - 1] / unbiased[0] for s, nbits in values
@@ -275,7 +276,10 @@ def test_a_profile_gives_keys_and_values_one_level() -> None:
 
     # Against one width for all values and the rest for the keys as they come.
     blind = Budget(2.24, 12)
-    plain = [blind.allocate(layer, each.view(HEADS, HEAD_DIM), 1.1, 8.0) for layer, each in enumerate(layers)]
+    plain = [
+        blind.allocate(layer, layer_variances.view(HEADS, HEAD_DIM), 1.1, 8.0)
+        for layer, layer_variances in enumerate(layers)
+    ]
     assert damage(widths, nbits) < 0.7 * damage(plain, [2] * 12)
 
 

@@ -35,19 +35,21 @@ def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
     coefficients[:, 3] = 0
     nbits = torch.tensor(widths)
     codes, scales = key_codec.quantize(coefficients, nbits)
-    planes, found, energies, squares = kernel.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
+    planes, kernel_scales, energies, squares = kernel.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
     stored = unpack_quads(planes, heads)[..., :tokens]
     # Products in another order: a coefficient on the edge of two codes may fall to either side.
     different = (stored != codes[..., :tokens]).float().mean()
     assert different < 0.005
-    assert_close(found, scales, 1e-2)
-    hat, expected = (key_codec.dequantize(c, nbits, s) for c, s in ((stored, found), (codes[..., :tokens], scales)))
+    assert_close(kernel_scales, scales, 1e-2)
+    hat, expected = (
+        key_codec.dequantize(c, nbits, s) for c, s in ((stored, kernel_scales), (codes[..., :tokens], scales))
+    )
     lost, least = ((x - coefficients).square().sum(-1) for x in (hat, expected))
     assert (lost <= 1.02 * least + 1e-12).all()
     around_zero = stored.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
-    for own, of in ((energies, coefficients), (squares, around_zero)):
-        tiles = torch.nn.functional.pad(of, (0, -tokens % 128)).unflatten(-1, (-1, 128))
-        assert_close(own, tiles.square().sum(-1), 1e-5)
+    for measured, source in ((energies, coefficients), (squares, around_zero)):
+        tiles = torch.nn.functional.pad(source, (0, -tokens % 128)).unflatten(-1, (-1, 128))
+        assert_close(measured, tiles.square().sum(-1), 1e-5)
     if tokens == 128:
         overlap, energy = (coefficients * hat).sum(-1), coefficients.square().sum(-1)
         assert_close(overlap[energy > 0] / energy[energy > 0], torch.ones_like(energy[energy > 0]), 1e-4)
@@ -57,18 +59,18 @@ def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
 @pytest.mark.parametrize("nbits", range(1, 9))
 @pytest.mark.parametrize(("head_dim", "tokens"), [(64, 500), (60, 128), (40, 1), (128, 63)])
 def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: int) -> None:
-    turned = heavy(2, 3, head_dim, tokens)
-    turned[0, 1, :, 0] = 0
+    rotated = heavy(2, 3, head_dim, tokens)
+    rotated[0, 1, :, 0] = 0
     step = 0.5**nbits
-    expected = value_codec.quantize(turned, nbits, step)
-    found = kernel.encode_values(turned, nbits, step, variant)
+    expected = value_codec.quantize(rotated, nbits, step)
+    actual = kernel.encode_values(rotated, nbits, step, variant)
     widths = (nbits,) * (3 * head_dim)
-    both = [unpack(planes, widths)[..., :tokens] for planes in (found[0], expected[0])]
+    both = [unpack(planes, widths)[..., :tokens] for planes in (actual[0], expected[0])]
     assert (both[0] != both[1]).float().mean() < 0.002
-    for own, other in zip(found[1:], expected[1:], strict=True):
-        assert_close(own, other, 1e-2)
+    for measured, reference in zip(actual[1:], expected[1:], strict=True):
+        assert_close(measured, reference, 1e-2)
     # What fills up the last tile is code 0, as `pack` has it.
-    assert torch.equal(pack(both[0], widths), found[0])
+    assert torch.equal(pack(both[0], widths), actual[0])
 
 
 @every_variant
@@ -85,7 +87,7 @@ def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int,
 
 
 class Spoiling(TorchFunctionMode):
-    """What ``factory`` makes is of another dtype, too short or elsewhere."""
+    """The tensor that ``factory`` makes has another dtype, is too short or is on another device."""
 
     def __init__(self, factory: Any, wrong: str) -> None:
         super().__init__()
@@ -117,7 +119,7 @@ def test_the_encoders_refuse_tensors_made_for_the_call_that_are_not_theirs(facto
 def test_the_encoders_refuse_numbers_of_another_dtype_or_device(change: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"coefficients must be .*float32"):
         kernel.encode_keys(change(heavy(1, 8, 200)), HEADS, key_codec.CLIPS)
-    with pytest.raises(InvalidArgumentError, match=r"turned values must be .*float32"):
+    with pytest.raises(InvalidArgumentError, match=r"rotated values must be .*float32"):
         kernel.encode_values(change(heavy(1, 2, 64, 200)), 3, 0.5)
 
 

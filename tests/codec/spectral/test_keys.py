@@ -1,4 +1,4 @@
-"""Coded keys: near the dense ones, unbiased, and the same whole, sliced, appended or asked for scores."""
+"""Coded keys: close to the dense ones, unbiased, and the same whole, sliced, appended or in scores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rotation_of(tokens: int, head_dim: int, start: int = 0) -> Rotation:
-    """Of the first three quarters of the dimensions."""
+    """A rotation of the first three quarters of the dimensions."""
     pairs = head_dim * 3 // 8
     angle = torch.arange(start, start + tokens)[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)
     first = torch.arange(pairs)
@@ -61,14 +61,14 @@ def encoded(
         widths = torch.full((heads, head_dim), widths)
     if plan is None:
         plan = codec.plan(principal_basis(covariance(x), metric), widths, 0.1)
-    found, plan = codec.encode(
+    codes, plan = codec.encode(
         KeyStatistics(x, mean, covariance(x), metric, rotation, is_rotated, torch.ones(len(x))), plan
     )
-    return found, plan, x, metric
+    return codes, plan, x, metric
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @frames
@@ -77,17 +77,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 )
 def test_eight_bits_are_near_lossless(frame: str, head_dim: int, heads: int, tokens: int) -> None:
     keys, rotation = dense_keys(tokens, head_dim, heads, frame)
-    found, _, x, metric = encoded(keys, rotation, frame)
-    rebuilt = found.reconstruct()
+    codes, _, x, metric = encoded(keys, rotation, frame)
+    rebuilt = codes.reconstruct()
     assert rebuilt.shape == keys.shape
     assert rebuilt.dtype == torch.float32
-    assert (found.num_tokens, found.num_key_value_heads, found.num_bits) == (tokens, heads, 8 * heads * head_dim)
+    assert (codes.num_tokens, codes.num_key_value_heads, codes.num_bits) == (tokens, heads, 8 * heads * head_dim)
     assert ((rebuilt - keys).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1)) < NEAR).all()
     error = rebuilt - keys
     if frame == "unrotated" and rotation is not None:
         error = unrotate(error, rotation.table()[:, None], rotation)
     lost = ((error @ metric) * error).sum((-2, -1)) / ((x @ metric) * x).sum((-2, -1))
-    assert torch.allclose(found.relative_error.float(), lost.sqrt(), rtol=0.02)
+    assert torch.allclose(codes.relative_error.float(), lost.sqrt(), rtol=0.02)
 
 
 @frames
@@ -121,9 +121,9 @@ def test_scales_are_unbiased(nbits: int, assert_close: Callable[..., None]) -> N
         assert_close((part * coded).sum(-1) / part.square().sum(-1), torch.ones(BATCH, 5), 1e-4)
     # As stored the scales are rounded, to 1/32 of an octave.
     keys, _ = dense_keys(256, 16, 1, "none")
-    found, plan, x, metric = encoded(keys, None, "none", nbits)
+    encoded_keys, plan, x, metric = encoded(keys, None, "none", nbits)
     exact = x @ codec.projection((plan.vectors.float() * plan.row_scales)[:, None], metric)
-    stored = found.components()[0] * plan.tops[:, None]
+    stored = encoded_keys.components()[0] * plan.tops[:, None]
     both = (exact.mT * stored).unflatten(-1, (-1, 128)).sum(-1)
     ratio = both / exact.mT.square().unflatten(-1, (-1, 128)).sum(-1)
     assert_close(ratio, torch.ones_like(ratio), 0.35 / 32 + 1e-4)
@@ -137,8 +137,8 @@ def test_quantize_beats_not_clipping_where_one_coefficient_is_huge() -> None:
     codes, scales = codec.quantize(coefficients, widths)
     step = coefficients.abs().max() / 4
     unclipped = ((coefficients / step).floor() + 0.5).clamp(-3.5, 3.5) * step
-    found = codec.dequantize(codes, widths, scales)
-    assert (found - coefficients).norm() < 0.9 * (unclipped - coefficients).norm()
+    actual = codec.dequantize(codes, widths, scales)
+    assert (actual - coefficients).norm() < 0.9 * (unclipped - coefficients).norm()
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
@@ -161,11 +161,11 @@ def test_scores_are_products_with_the_reconstruction(
     frame: str, head_dim: int, heads: int, tokens: int, assert_close: Callable[..., None]
 ) -> None:
     keys, rotation = dense_keys(tokens, head_dim, heads, frame)
-    found = encoded(keys, rotation, frame, uneven_widths(heads, head_dim))[0]
+    codes = encoded(keys, rotation, frame, uneven_widths(heads, head_dim))[0]
     query = random(BATCH, heads, 7, head_dim, seed=5)
-    assert_close(found.scores(query), query @ found.reconstruct().mT, 1e-4)
-    assert found.scores(query.bfloat16()).dtype == torch.bfloat16
-    assert relative(found.scores(query), query @ keys.mT) < 0.3
+    assert_close(codes.scores(query), query @ codes.reconstruct().mT, 1e-4)
+    assert codes.scores(query.bfloat16()).dtype == torch.bfloat16
+    assert relative(codes.scores(query), query @ keys.mT) < 0.3
 
 
 def test_scores_with_a_table_that_scales_and_has_rows(assert_close: Callable[..., None]) -> None:
@@ -176,21 +176,21 @@ def test_scores_with_a_table_that_scales_and_has_rows(assert_close: Callable[...
     keys = rotate(x, rotation.table()[:, None], rotation)
     query = random(BATCH, HEADS, 3, head_dim, seed=5)
     for frame in ("rotated", "unrotated"):
-        found = encoded(keys, rotation, frame)[0]
-        assert relative(found.reconstruct(), keys) < NEAR
-        assert_close(found.scores(query), query @ found.reconstruct().mT, 1e-4)
+        codes = encoded(keys, rotation, frame)[0]
+        assert relative(codes.reconstruct(), keys) < NEAR
+        assert_close(codes.scores(query), query @ codes.reconstruct().mT, 1e-4)
 
 
 @frames
 @pytest.mark.parametrize(("start", "stop"), [(0, 400), (0, 3), (128, 400), (256, 321)])
 def test_a_slice_is_that_part(frame: str, start: int, stop: int, assert_close: Callable[..., None]) -> None:
     keys, rotation = dense_keys(400, 16, HEADS, frame)
-    found = encoded(keys, rotation, frame, uneven_widths(HEADS, 16))[0]
-    part, query = found.slice(start, stop), random(BATCH, HEADS, 2, 16)
+    codes = encoded(keys, rotation, frame, uneven_widths(HEADS, 16))[0]
+    part, query = codes.slice(start, stop), random(BATCH, HEADS, 2, 16)
     assert part.num_tokens == stop - start
-    assert_close(part.reconstruct(), found.reconstruct()[..., start:stop, :], 1e-3)
-    assert_close(part.scores(query), found.scores(query)[..., start:stop], 1e-3)
-    assert part.planes.untyped_storage().data_ptr() == found.planes.untyped_storage().data_ptr()
+    assert_close(part.reconstruct(), codes.reconstruct()[..., start:stop, :], 1e-3)
+    assert_close(part.scores(query), codes.scores(query)[..., start:stop], 1e-3)
+    assert part.planes.untyped_storage().data_ptr() == codes.planes.untyped_storage().data_ptr()
 
 
 @frames
@@ -201,24 +201,24 @@ def test_appended_keys_follow(frame: str, assert_close: Callable[..., None]) -> 
     second, same, _, _ = encoded(later, then, frame, plan=plan, mean=first.mean)
     assert same.vectors is plan.vectors
     assert same.tops is plan.tops
-    whole = first.append(second)
-    assert whole.num_tokens == 392
-    assert_close(whole.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-3)
+    joined = first.append(second)
+    assert joined.num_tokens == 392
+    assert_close(joined.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-3)
     query = random(BATCH, HEADS, 2, 16)
-    assert_close(whole.scores(query), torch.cat([first.scores(query), second.scores(query)], -1), 1e-3)
+    assert_close(joined.scores(query), torch.cat([first.scores(query), second.scores(query)], -1), 1e-3)
     shares = first.relative_error.float().square() * 256 + second.relative_error.float().square() * 136
-    assert_close(whole.relative_error, (shares / 392).sqrt(), 1e-2)
+    assert_close(joined.relative_error, (shares / 392).sqrt(), 1e-2)
     if rotation is not None:
-        assert whole.rotation is not None
-        assert whole.rotation.is_even, "positions that run on stay a few numbers"
+        assert joined.rotation is not None
+        assert joined.rotation.is_even, "positions that run on stay a few numbers"
 
 
 @frames
 def test_map_acts_on_rows(frame: str, assert_close: Callable[..., None]) -> None:
     keys, rotation = dense_keys(136, 16, HEADS, frame)
-    found = encoded(keys, rotation, frame, 5)[0]
-    mapped = found.map(lambda tensor: tensor[[1, 0, 1]])
-    assert_close(mapped.reconstruct(), found.reconstruct()[[1, 0, 1]], 1e-5)
+    codes = encoded(keys, rotation, frame, 5)[0]
+    mapped = codes.map(lambda tensor: tensor[[1, 0, 1]])
+    assert_close(mapped.reconstruct(), codes.reconstruct()[[1, 0, 1]], 1e-5)
     assert relative(mapped.reconstruct()[:1], keys[1:]) < 0.1
 
 
@@ -226,15 +226,15 @@ def test_map_acts_on_rows(frame: str, assert_close: Callable[..., None]) -> None
 def test_nbytes_are_those_of_the_storages(frame: str) -> None:
     keys, rotation = dense_keys(1000, 64, HEADS, frame)
     widths = uneven_widths(HEADS, 64)
-    found = encoded(keys, rotation, frame, widths)[0]
-    tensors = [getattr(found, field.name) for field in dataclasses.fields(found)]
-    held = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
-    assert found.nbytes == held
+    codes = encoded(keys, rotation, frame, widths)[0]
+    tensors = [getattr(codes, field.name) for field in dataclasses.fields(codes)]
+    held_bytes = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
+    assert codes.nbytes == held_bytes
     components = int((widths > 0).sum())
     # 1,000 tokens in eight tiles of 16 bytes a plane.
     expected = int(widths.sum()) * 128 + components * (8 + 64 + 4) + 2 * HEADS * 64 + 2 * HEADS
-    assert held == BATCH * expected
-    assert found.num_bits == int(widths.sum())
+    assert held_bytes == BATCH * expected
+    assert codes.num_bits == int(widths.sum())
 
 
 @frames
@@ -266,23 +266,23 @@ def test_padding_takes_no_mean(frame: str) -> None:
     assert not x[:, :, :56].any()
     if frame != "rotated":
         assert x[:, :, 56:].mean(-2).abs().max() < 0.01
-    given, same = centre(keys, mean, rotation, frame == "rotated", None)
+    centred, same = centre(keys, mean, rotation, frame == "rotated", None)
     assert same is mean
-    assert torch.equal(given[:, :, 56:], x[:, :, 56:])
+    assert torch.equal(centred[:, :, 56:], x[:, :, 56:])
 
 
 @frames
 def test_no_components_leave_the_mean(frame: str, assert_close: Callable[..., None]) -> None:
     keys, rotation = dense_keys(136, 16, HEADS, frame)
-    found, _, x, _ = encoded(keys, rotation, frame, 0)
-    assert found.num_bits == 0
-    assert found.planes.numel() == 0
-    # What the coefficients would have added is missing.
+    codes, _, x, _ = encoded(keys, rotation, frame, 0)
+    assert codes.num_bits == 0
+    assert codes.planes.numel() == 0
+    # The contribution of the coefficients is missing.
     back = x if frame != "unrotated" or rotation is None else rotate(x, rotation.table()[:, None], rotation)
-    assert_close(found.reconstruct() + back, keys, 1e-3)
+    assert_close(codes.reconstruct() + back, keys, 1e-3)
     query = random(BATCH, HEADS, 2, 16)
-    assert_close(found.scores(query), query @ found.reconstruct().mT, 1e-4)
-    assert torch.allclose(found.relative_error.float(), torch.ones(BATCH, HEADS), atol=1e-3)
+    assert_close(codes.scores(query), query @ codes.reconstruct().mT, 1e-4)
+    assert torch.allclose(codes.relative_error.float(), torch.ones(BATCH, HEADS), atol=1e-3)
 
 
 @frames
@@ -290,27 +290,27 @@ def test_a_head_without_components(frame: str) -> None:
     keys, rotation = dense_keys(136, 16, HEADS, frame)
     widths = torch.full((HEADS, 16), 8)
     widths[1] = 0
-    found, _, x, _ = encoded(keys, rotation, frame, widths)
-    error = (found.reconstruct() - keys).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1))
+    codes, _, x, _ = encoded(keys, rotation, frame, widths)
+    error = (codes.reconstruct() - keys).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1))
     assert (error[:, [0, 2]] < NEAR).all()
     assert torch.allclose(error[:, 1], torch.ones(BATCH), atol=1e-2)
 
 
 def test_zero_keys() -> None:
-    found = encoded(torch.zeros(BATCH, HEADS, 128, 16), None, "none", 3)[0]
-    assert not found.reconstruct().any()
-    assert not found.relative_error.any()
+    codes = encoded(torch.zeros(BATCH, HEADS, 128, 16), None, "none", 3)[0]
+    assert not codes.reconstruct().any()
+    assert not codes.relative_error.any()
 
 
 def test_the_rounded_basis_costs_hardly_anything() -> None:
     keys, _ = dense_keys(1000, 64, HEADS, "none")
-    found, _, x, metric = encoded(keys, None, "none", 4)
+    coded, _, x, metric = encoded(keys, None, "none", 4)
     basis = principal_basis(covariance(x), metric)
     exact = (x.double() @ torch.linalg.inv(basis.vectors.double())).float().mT.flatten(1, 2)
     widths = torch.full((HEADS * 64,), 4)
     codes, scales = codec.quantize(exact, widths)
     lost = (codec.dequantize(codes, widths, scales)[..., :1000] - exact).norm() / exact.norm()
-    assert float(found.relative_error.mean()) < 1.03 * float(lost)
+    assert float(coded.relative_error.mean()) < 1.03 * float(lost)
 
 
 def test_helpers() -> None:

@@ -51,10 +51,10 @@ def codec_layer(frame: str = "unrotated", bits: float = 3.0, limit: float | None
 frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 
 
-def sealed(codec: Any, what: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
-    block = codec.seal(what, None, Observed() if observed is None else observed)
-    assert isinstance(block, SpectralBlock)
-    return block
+def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
+    coded = codec.seal(block, None, Observed() if observed is None else observed)
+    assert isinstance(coded, SpectralBlock)
+    return coded
 
 
 @frames
@@ -76,10 +76,10 @@ def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str) -> N
 
 def test_a_block_of_another_kind_gets_its_own_basis() -> None:
     codec = codec_layer()
-    first, other = sealed(codec, tokens(512)), sealed(codec, tokens(BLOCK, seed=1, kind=1))
-    assert other.keys.vectors is not first.keys.vectors
-    assert codec.join(first, other) is None
-    assert float(other.keys.relative_error.max()) < 2.5 * float(first.keys.relative_error.max())
+    first, limited = sealed(codec, tokens(512)), sealed(codec, tokens(BLOCK, seed=1, kind=1))
+    assert limited.keys.vectors is not first.keys.vectors
+    assert codec.join(first, limited) is None
+    assert float(limited.keys.relative_error.max()) < 2.5 * float(first.keys.relative_error.max())
     # The first basis stays the one that is tried.
     again = sealed(codec, tokens(BLOCK, seed=2))
     assert again.keys.vectors is first.keys.vectors
@@ -113,22 +113,22 @@ def test_after_forgetting_everything_is_planned_anew() -> None:
 @frames
 def test_the_plan_follows_the_batch(frame: str) -> None:
     """With one result for one tensor, blocks sealed later still join."""
-    plain, turned = codec_layer(frame), codec_layer(frame)
+    plain, repeated = codec_layer(frame), codec_layer(frame)
     first = sealed(plain, tokens(512))
-    before, nbytes, results = sealed(turned, tokens(512)), turned.nbytes, {}
+    before, nbytes, results = sealed(repeated, tokens(512)), repeated.nbytes, {}
 
     def repeat(tensor: torch.Tensor) -> torch.Tensor:
         return results.setdefault(id(tensor), tensor[[1, 0, 1]])
 
-    turned.map_batch(repeat)
-    assert turned.nbytes == 3 * nbytes // 2
+    repeated.map_batch(repeat)
+    assert repeated.nbytes == 3 * nbytes // 2
     later, rows = tokens(BLOCK, seed=1), [1, 0, 1]
-    one, other = sealed(plain, later), sealed(turned, ExactBlock(later.keys[rows], later.values[rows]))
-    assert torch.equal(other.keys.planes, one.keys.planes[rows])
-    assert torch.equal(other.values.scales, one.values.scales[rows])
-    joined = turned.join(before.map_batch(repeat), other)
+    alone, later_block = sealed(plain, later), sealed(repeated, ExactBlock(later.keys[rows], later.values[rows]))
+    assert torch.equal(later_block.keys.planes, alone.keys.planes[rows])
+    assert torch.equal(later_block.values.scales, alone.values.scales[rows])
+    joined = repeated.join(before.map_batch(repeat), later_block)
     assert joined is not None
-    assert torch.equal(joined.keys.planes, plain.join(first, one).keys.planes[rows])
+    assert torch.equal(joined.keys.planes, plain.join(first, alone).keys.planes[rows])
 
 
 def test_there_is_nothing_to_follow_before_the_first_sealing() -> None:
@@ -174,14 +174,14 @@ def test_a_tight_limit_buys_bits(limit: float) -> None:
     assert block.values.nbits > plain.values.nbits
     if limit < 0.2:
         assert block.keys.num_bits > plain.keys.num_bits
-    found, exact = block.reconstruct()[1], tokens(512).values
-    assert (found - exact).norm() / exact.norm() <= limit * 1.01
+    rebuilt, exact = block.reconstruct()[1], tokens(512).values
+    assert (rebuilt - exact).norm() / exact.norm() <= limit * 1.01
 
 
 def test_a_limit_that_is_met_changes_nothing() -> None:
-    one, other = sealed(codec_layer(), tokens(512)), sealed(codec_layer(limit=0.9), tokens(512))
-    assert torch.equal(one.keys.planes, other.keys.planes)
-    assert torch.equal(one.values.planes, other.values.planes)
+    unlimited, limited = sealed(codec_layer(), tokens(512)), sealed(codec_layer(limit=0.9), tokens(512))
+    assert torch.equal(unlimited.keys.planes, limited.keys.planes)
+    assert torch.equal(unlimited.values.planes, limited.values.planes)
 
 
 def test_an_impossible_limit_gives_none_and_the_layer_keeps_the_block() -> None:
@@ -217,7 +217,7 @@ def layers_of(
 ) -> CacheStats:
     """A cache of layers whose keys differ tenfold in size, filled and sealed one layer after another.
 
-    Attention saw the newest ``seen`` tokens; where it did not see all, nobody knows where they stand.
+    Attention saw the newest ``seen`` tokens; where it did not see all, the positions of the others are unknown.
     """
     stats, rotation, shared = [], rotation_of(count, head_dim=head_dim), SharedBytes()
     codec = make_codec(config, num_layers, **options)
@@ -278,7 +278,7 @@ def test_the_query_metric_buys_what_queries_look_at() -> None:
     with_queries, without = (sealed(codec_layer(bits=1.5), block, o) for o in (observed, Observed()))
     per_head = queries.unflatten(1, (HEADS, 2)).flatten(2, 3)
     exact = per_head @ block.keys.mT
-    errors = [(found.scores(per_head) - exact).norm() / exact.norm() for found in (with_queries, without)]
+    errors = [(actual.scores(per_head) - exact).norm() / exact.norm() for actual in (with_queries, without)]
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -292,37 +292,37 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
     exact = later @ block.keys.mT
     errors = []
     for observed in (Observed(rotation, queries, torch.full((BATCH, count), BLOCK)), Observed(rotation)):
-        found = sealed(codec_layer(frame, bits=4.0), block, observed)
-        errors.append(float((found.scores(later) - exact).norm() / exact.norm()))
+        sealed_block = sealed(codec_layer(frame, bits=4.0), block, observed)
+        errors.append(float((sealed_block.scores(later) - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize("count", [1, 4, 32, 400])
 def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
-    """The floor for scarce queries says nothing of how much an error matters."""
+    """The floor for scarce queries does not tell how much an error matters."""
     codec, queries = codec_layer(bits=2.0), random(BATCH, 2 * HEADS, 512, HEAD_DIM) / 4
     first = sealed(codec, tokens(512), Observed(None, queries, (torch.arange(512) + 1).expand(BATCH, -1)))
     few = Observed(None, queries[:, :, -count:], torch.full((BATCH, count), BLOCK))
     assert sealed(codec, tokens(BLOCK, seed=1), few).keys.vectors is first.keys.vectors
-    other = sealed(codec, tokens(BLOCK, seed=1, kind=1), few)
-    assert other.keys.vectors is not first.keys.vectors
-    # The basis of a smaller block is dearer, so it has fewer bits for codes.
-    assert 0.6 * first.keys.num_bits < other.keys.num_bits < 1.05 * first.keys.num_bits
+    limited = sealed(codec, tokens(BLOCK, seed=1, kind=1), few)
+    assert limited.keys.vectors is not first.keys.vectors
+    # The basis of a smaller block costs more bits per token, so it has fewer bits for codes.
+    assert 0.6 * first.keys.num_bits < limited.keys.num_bits < 1.05 * first.keys.num_bits
 
 
 @pytest.mark.parametrize("is_rotated", [True, False])
-def test_the_metric_is_that_of_the_queries_turned_back(is_rotated: bool) -> None:
+def test_the_metric_is_that_of_the_unrotated_queries(is_rotated: bool) -> None:
     queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
     fixed = metric_of(Observed(None, queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
     seen = metric_of(Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
     assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
-    # Turning keeps lengths; the floor depends on the number of queries.
+    # Rotation keeps lengths; the floor depends on the number of queries.
     assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
     assert torch.equal(seen, fixed) == is_rotated
     first = metric_of(
         Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)), HEADS, HEAD_DIM, False
     )
-    assert torch.allclose(first, fixed, atol=5e-3), "who saw one token alone saw it at position 0, not turned"
+    assert torch.allclose(first, fixed, atol=5e-3), "a query that saw a single token saw it at position 0, unrotated"
     nothing = metric_of(Observed(rotation_of(64)), HEADS, HEAD_DIM, is_rotated)
     assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))
 
@@ -336,9 +336,9 @@ def test_units_and_kinds() -> None:
     assert isinstance(rank, RankLayer)
     assert rank.unit(True) == rank.unit(False) == 32
     block = tokens(64)
-    found = rank.seal(block, None, Observed())
-    assert isinstance(found, RankBlock)
-    joined = rank.join(found, rank.seal(block, None, Observed()))
+    sealed_block = rank.seal(block, None, Observed())
+    assert isinstance(sealed_block, RankBlock)
+    joined = rank.join(sealed_block, rank.seal(block, None, Observed()))
     assert joined is not None
     assert joined.num_tokens == 128
 

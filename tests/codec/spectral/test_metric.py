@@ -1,4 +1,4 @@
-"""The metric of the queries: their second moments, with a floor for what they did not look at."""
+"""The metric of the queries: their second moments, with a floor for directions that they do not weight."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_query_metric() -> None:
         floor = floor_of(query_metric(queries), queries)
         assert torch.allclose(floor, floor.mean().expand_as(floor), rtol=1e-2)
         floors.append(float(floor.mean()))
-    # The fewer the queries the less they are believed; of many hardly anything is added.
+    # The floor is high for few queries and nearly zero for many.
     assert floors == sorted(floors, reverse=True)
     assert floors[0] > 0.1
     assert floors[-1] == pytest.approx(module._FLOOR, rel=0.1)

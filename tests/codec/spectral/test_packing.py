@@ -54,9 +54,9 @@ def naive_pack_quads(codes: torch.Tensor, heads: list[list[int]]) -> list[list[l
         for start in range(0, codes.shape[-1], 128):
             tile = [[*component[start : start + 128], *[0] * 128][:128] for component in row]
             bits, first = [], 0
-            for own in heads:
-                for at in range(0, len(own), 4):
-                    widths = own[at : at + 4]
+            for head_widths in heads:
+                for at in range(0, len(head_widths), 4):
+                    widths = head_widths[at : at + 4]
                     members = tile[first + at : first + at + len(widths)]
                     shared = widths[-1] if len(widths) == 4 else 0
                     places = [(t, member) for t in range(128) for member in members]
@@ -64,14 +64,14 @@ def naive_pack_quads(codes: torch.Tensor, heads: list[list[int]]) -> list[list[l
                         bits += [m[t] >> bit & 1 for bit in range(shared) for t, m in places[run : run + 64]]
                     for nbits, member in zip(widths, members, strict=True):
                         bits += [code >> bit & 1 for bit in range(shared, nbits) for code in member]
-                first += len(own)
+                first += len(head_widths)
             tiles.append([sum(b << i for i, b in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)])
         rows.append(tiles)
     return rows
 
 
 def check_quads(heads: list[list[int]], batch: int, tokens: int, seed: int = 0) -> None:
-    widths = [nbits for own in heads for nbits in own]
+    widths = [nbits for head_widths in heads for nbits in head_widths]
     codes = random_codes(widths, batch, tokens, seed)
     planes = pack_quads(codes, heads)
     assert planes.dtype == torch.uint8

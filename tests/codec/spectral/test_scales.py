@@ -9,11 +9,11 @@ from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
 
 
 def decoded(scales: torch.Tensor, steps: int, top: torch.Tensor | None = None) -> torch.Tensor:
-    codes, found = encode_scales(scales, steps, top)
+    codes, largest = encode_scales(scales, steps, top)
     assert codes.dtype == torch.uint8
     assert codes.shape == scales.shape
-    assert found.shape == (*scales.shape[:-1], 1)
-    return decode_scales(codes, steps) * found
+    assert largest.shape == (*scales.shape[:-1], 1)
+    return decode_scales(codes, steps) * largest
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -46,8 +46,8 @@ def test_far_smaller_scales_are_raised_to_the_smallest(steps: int) -> None:
 
 def test_a_given_top() -> None:
     scales, top = torch.tensor([[4.0, 1.0, 0.3], [16.0, 8.0, 1.0]]), torch.tensor([[8.0], [8.0]])
-    codes, found = encode_scales(scales, 32, top)
-    assert found is top
+    codes, largest = encode_scales(scales, 32, top)
+    assert largest is top
     assert codes[:, 0].tolist() == [32, 0]
     assert codes[1, 1] == 0
     back = decode_scales(codes, 32) * top

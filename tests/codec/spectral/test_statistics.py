@@ -53,8 +53,8 @@ def test_no_other_axes_hold_more(assert_close: Callable[..., None]) -> None:
     x, metric = keys_and_metric(16)
     basis = principal_basis(covariance(x), metric)
     for count in (1, 4, 9):
-        kept = basis.vectors[..., :count, :]
-        error = x - x @ projection(kept, metric) @ kept
+        leading = basis.vectors[..., :count, :]
+        error = x - x @ projection(leading, metric) @ leading
         lost = ((error @ metric) * error).sum((-2, -1)) / TOKENS
         assert_close(lost, basis.variances[..., count:].sum(-1), 1e-2)
         others = random(BATCH, HEADS, count, 16, seed=count)
@@ -66,12 +66,12 @@ def test_no_other_axes_hold_more(assert_close: Callable[..., None]) -> None:
 def test_projection_is_the_plain_least_squares_solution(count: int, assert_close: Callable[..., None]) -> None:
     x, metric = keys_and_metric(16)
     vectors = random(BATCH, HEADS, count, 16, seed=3) * torch.logspace(0, -3, count)[:, None]
-    found = x @ projection(vectors, metric)
+    coefficients = x @ projection(vectors, metric)
     root = torch.linalg.cholesky(metric.double())
     plain = torch.linalg.lstsq(root.mT @ vectors.double().mT, root.mT @ x.double().mT).solution.mT
-    assert_close(found * vectors.norm(dim=-1)[..., None, :], plain * vectors.norm(dim=-1)[..., None, :], 5e-3)
+    assert_close(coefficients * vectors.norm(dim=-1)[..., None, :], plain * vectors.norm(dim=-1)[..., None, :], 5e-3)
     # No change of the coefficients lowers the error: it is orthogonal to the span under the metric.
-    error = x - found @ vectors
+    error = x - coefficients @ vectors
     across = error @ metric @ vectors.mT / vectors.norm(dim=-1)[..., None, :]
     assert across.abs().max() < 1e-3 * (x @ metric).abs().max()
 
@@ -81,15 +81,15 @@ def test_rows_of_zeros_get_zeros_and_change_nothing(assert_close: Callable[..., 
     vectors = random(BATCH, HEADS, 6, 16, seed=3)
     padded = torch.zeros(BATCH, HEADS, 9, 16)
     padded[..., [0, 2, 3, 5, 6, 8], :] = vectors
-    found = x @ projection(padded, metric)
-    assert not found[..., [1, 4, 7]].any()
-    assert_close(found[..., [0, 2, 3, 5, 6, 8]], x @ projection(vectors, metric), 1e-4)
+    coefficients = x @ projection(padded, metric)
+    assert not coefficients[..., [1, 4, 7]].any()
+    assert_close(coefficients[..., [0, 2, 3, 5, 6, 8]], x @ projection(vectors, metric), 1e-4)
     assert not projection(torch.zeros(1, 1, 3, 16), metric[:1, :1]).any()
 
 
 def test_one_metric_for_all_rows(assert_close: Callable[..., None]) -> None:
     x, metric = keys_and_metric(16)
-    one = metric[:1]
+    first_metric = metric[:1]
     vectors = random(BATCH, HEADS, 6, 16, seed=3)
-    assert_close(projection(vectors, one), projection(vectors, one.expand(BATCH, -1, -1, -1)), 1e-5)
-    assert principal_basis(covariance(x), one).vectors.shape == (BATCH, HEADS, 16, 16)
+    assert_close(projection(vectors, first_metric), projection(vectors, first_metric.expand(BATCH, -1, -1, -1)), 1e-5)
+    assert principal_basis(covariance(x), first_metric).vectors.shape == (BATCH, HEADS, 16, 16)

@@ -1,4 +1,4 @@
-"""Coded values: every token unbiased, distortion near the Gaussian figures, the same whole, sliced or appended."""
+"""Coded values: unbiased tokens, distortion close to the Gaussian figures, slices and joins equal to the whole."""
 
 from collections.abc import Callable
 
@@ -34,13 +34,13 @@ def test_the_rotation_is_orthogonal_and_spreads(dim: int, assert_close: Callable
 @pytest.mark.parametrize("head_dim", [60, 64, 80])
 def test_distortion_near_the_gaussian_figures(nbits: int, head_dim: int) -> None:
     values = random(BATCH, HEADS, 512, head_dim)
-    found = encode(values, nbits)
-    error = float((found.reconstruct() - values).square().mean() / values.square().mean())
+    codes = encode(values, nbits)
+    error = float((codes.reconstruct() - values).square().mean() / values.square().mean())
     # Unbiased: D of the least-squares scale becomes D / (1 - D); below, the rounding of the token's scale. Where a step
     # comes from the rms of few numbers it is not quite the best one.
     best = DISTORTION[nbits] / (1 - DISTORTION[nbits])
     assert 0.75 * best < error < 1.07 * best + 2 * ROUNDING**2 / 3
-    assert torch.allclose(found.relative_error.float().square().mean(), torch.tensor(error), rtol=0.02)
+    assert torch.allclose(codes.relative_error.float().square().mean(), torch.tensor(error), rtol=0.02)
 
 
 @widths
@@ -57,20 +57,20 @@ def test_every_token_is_unbiased(nbits: int) -> None:
 def test_combine_is_the_sum_of_the_reconstruction(
     nbits: int, head_dim: int, heads: int, tokens: int, assert_close: Callable[..., None]
 ) -> None:
-    found = encode(random(BATCH, heads, tokens, head_dim), nbits)
+    codes = encode(random(BATCH, heads, tokens, head_dim), nbits)
     weights = torch.rand(BATCH, heads, 5, tokens, generator=torch.Generator().manual_seed(1))
-    assert found.reconstruct().shape == (BATCH, heads, tokens, head_dim)
-    assert_close(found.combine(weights), weights @ found.reconstruct(), 1e-4)
-    assert found.combine(weights.bfloat16()).dtype == torch.bfloat16
+    assert codes.reconstruct().shape == (BATCH, heads, tokens, head_dim)
+    assert_close(codes.combine(weights), weights @ codes.reconstruct(), 1e-4)
+    assert codes.combine(weights.bfloat16()).dtype == torch.bfloat16
 
 
 def test_noise_averages_out_under_attention() -> None:
     values = random(1, 1, 1024, 64) + random(1, 1, 1, 64, seed=3)
     weights = torch.full((1, 1, 1, 1024), 1 / 1024)
-    found = encode(values, 2)
-    one = (found.reconstruct() - values).norm() / values.norm()
-    many = (found.combine(weights) - weights @ values).norm() / (weights @ values).norm()
-    assert many < one / 4
+    codes = encode(values, 2)
+    relative_error = (codes.reconstruct() - values).norm() / values.norm()
+    many = (codes.combine(weights) - weights @ values).norm() / (weights @ values).norm()
+    assert many < relative_error / 4
 
 
 @pytest.mark.parametrize("nbits", [1, 4])
@@ -94,18 +94,18 @@ def test_each_token_has_its_own_scale() -> None:
 def test_huge_and_tiny_values() -> None:
     values = random(BATCH, HEADS, 64, 64)
     for size in (1e-20, 1e-6, 1e4, 1e15):
-        found = encode(size * values, 8)
-        assert float(found.relative_error.max()) < 0.03
-        assert ((found.reconstruct() / size - values).norm() / values.norm()) < 0.03
+        codes = encode(size * values, 8)
+        assert float(codes.relative_error.max()) < 0.03
+        assert ((codes.reconstruct() / size - values).norm() / values.norm()) < 0.03
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 400), (0, 3), (128, 400), (256, 321)])
 def test_a_slice_is_that_part(start: int, stop: int, assert_close: Callable[..., None]) -> None:
-    found = encode(random(BATCH, HEADS, 400, 60), 3)
-    part = found.slice(start, stop)
+    codes = encode(random(BATCH, HEADS, 400, 60), 3)
+    part = codes.slice(start, stop)
     assert part.num_tokens == stop - start
-    assert_close(part.reconstruct(), found.reconstruct()[..., start:stop, :], 1e-6)
-    assert part.planes.untyped_storage().data_ptr() == found.planes.untyped_storage().data_ptr()
+    assert_close(part.reconstruct(), codes.reconstruct()[..., start:stop, :], 1e-6)
+    assert part.planes.untyped_storage().data_ptr() == codes.planes.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("size", [1.0, 0.01, 1.6])
@@ -115,26 +115,26 @@ def test_later_values_follow_under_the_first_ones_scale(size: float, assert_clos
     second = encode(later, 5, first.largest)
     assert second.largest is first.largest
     assert (second.reconstruct() - later).norm() / later.norm() < 0.08
-    whole = first.append(second)
-    assert whole.num_tokens == 192
-    assert_close(whole.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-6)
+    joined = first.append(second)
+    assert joined.num_tokens == 192
+    assert_close(joined.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-6)
     shares = first.relative_error.float().square() * 128 + second.relative_error.float().square() * 64
-    assert_close(whole.relative_error, (shares / 192).sqrt(), 1e-2)
+    assert_close(joined.relative_error, (shares / 192).sqrt(), 1e-2)
     weights = torch.rand(BATCH, HEADS, 2, 192, generator=torch.Generator().manual_seed(1))
-    assert_close(whole.combine(weights), weights @ whole.reconstruct(), 1e-4)
+    assert_close(joined.combine(weights), weights @ joined.reconstruct(), 1e-4)
 
 
 def test_map_acts_on_rows(assert_close: Callable[..., None]) -> None:
-    found = encode(random(BATCH, HEADS, 24, 64), 3)
-    assert_close(found.map(lambda t: t[[1, 0, 1]]).reconstruct(), found.reconstruct()[[1, 0, 1]], 1e-6)
+    codes = encode(random(BATCH, HEADS, 24, 64), 3)
+    assert_close(codes.map(lambda t: t[[1, 0, 1]]).reconstruct(), codes.reconstruct()[[1, 0, 1]], 1e-6)
 
 
 def test_nbytes_are_those_of_the_storages() -> None:
-    found = encode(random(BATCH, HEADS, 200, 60), 3)
+    codes = encode(random(BATCH, HEADS, 200, 60), 3)
     # 200 tokens in two tiles of 16 bytes a plane.
-    assert found.nbytes == BATCH * HEADS * (60 * 3 * 32 + 256 + 4 + 2)
-    assert found.slice(0, 8).nbytes == found.nbytes
-    assert found.slice(0, 8).map(torch.clone).nbytes == BATCH * HEADS * (60 * 3 * 16 + 128 + 4 + 2)
+    assert codes.nbytes == BATCH * HEADS * (60 * 3 * 32 + 256 + 4 + 2)
+    assert codes.slice(0, 8).nbytes == codes.nbytes
+    assert codes.slice(0, 8).map(torch.clone).nbytes == BATCH * HEADS * (60 * 3 * 16 + 128 + 4 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

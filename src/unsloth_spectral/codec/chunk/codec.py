@@ -1,15 +1,15 @@
-"""A chunk of consecutive tokens, all layers together, as one record of a size known beforehand.
+"""A chunk of consecutive tokens of all layers, encoded into one record of a size known in advance.
 
-What a cache knows of its tokens a chunk does not: it comes without queries and without positions, its keys already
-rotated, and its record must stand alone. So
+A chunk has less information than a cache: it comes without queries and positions, with its keys already rotated, and
+its record must stand alone. So
 
-- keys are turned back by their places within the chunk. Where the chunk stands turns all of them alike, which the mean
-  and the basis take up;
+- keys are un-rotated by their places within the chunk. The place of the chunk itself rotates all of them alike, which
+  the mean and the basis absorb;
 - the metric is the identity, and one water level serves the keys of all layers;
-- the mean and the basis are the chunk's own, and the record pays for them;
-- the first token is kept exact: the first of a text draws much attention, and a chunk does not know whether it has it.
+- each record pays for its own mean and basis;
+- the first token is kept exact: the first token of a text draws much attention, and a chunk may have it.
 
-The level falls until the record is full; what is left of it, less than a component takes, stays empty.
+The level falls until the record is full; a remainder smaller than a component stays empty.
 """
 
 import math
@@ -33,22 +33,22 @@ from unsloth_spectral.rope import Rotation
 
 MIN_TOKENS = 256
 _NUM_EXACT = 1
-_OCTAVES = 100  # of levels below the largest variance
+_OCTAVES = 100  # the range of levels, below the largest variance
 _HALVINGS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkCodec:
-    """How chunks become records; both sides need the same.
+    """Encodes chunks into records and decodes them; both sides need the same options.
 
-    A chunk is ``[layers, tokens, width]`` with one or two planes in front, of any floating dtype and of 256 tokens or
-    more; see ``layout`` for what lies in it.
+    A chunk is ``[layers, tokens, width]`` with one or two planes in front, of any floating dtype and 256 tokens or
+    more; ``layout`` says where its keys and values lie.
 
     Attributes:
         bits_per_element: bits of the record for each number of the chunk, 1.2 to 8.
         layout: where the keys and values lie.
-        rope_theta: base of the model's rotary embedding, or None to leave keys as they come. A value that is not the
-            model's costs fidelity, nothing else: whatever the angles, decoding turns keys by the same.
+        rope_theta: base of the model's rotary embedding; None leaves keys rotated. A wrong value costs fidelity and
+            nothing else: decoding rotates keys by the same angles.
 
     Raises:
         InvalidArgumentError: an option is out of its range.
@@ -116,14 +116,14 @@ class ChunkCodec:
             coded, _ = key_codec.encode(run, key_codec.plan(bases[layer], widths[layer], level))
             coded_values = value_codec.encode(values[layer][None, :, _NUM_EXACT:], value_nbits)
             exact_keys, exact_values = keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT]
-            for part in write_layer(coded, coded_values, exact_keys, exact_values):
-                record[place : place + len(part)] = part
-                place += len(part)
+            for field in write_layer(coded, coded_values, exact_keys, exact_values):
+                record[place : place + len(field)] = field
+                place += len(field)
         write_header(record, self._agreement(chunk.shape, chunk.dtype), value_nbits)
         return record
 
     def decode(self, record: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The chunk of a ``record [nbytes]`` uint8, ``shape`` and ``dtype`` as it was encoded.
+        """The chunk of a ``record [nbytes]`` uint8, with the ``shape`` and ``dtype`` it was encoded from.
 
         Raises:
             InvalidArgumentError: the shape or dtype does not fit.
@@ -138,17 +138,18 @@ class ChunkCodec:
         size = (shape[-3], layer.num_heads, shape[-2])
         keys = torch.empty((*size, layer.key_dim), dtype=dtype, device="cpu")
         values = torch.empty((*size, layer.value_dim), dtype=dtype, device="cpu")
-        for own_keys, own_values in zip(keys, values, strict=True):
+        for layer_keys, layer_values in zip(keys, values, strict=True):
             coded, coded_values, exact_keys, exact_values = reader.layer(layer, value_nbits, rotation)
-            own_keys[:, :_NUM_EXACT], own_values[:, :_NUM_EXACT] = exact_keys, exact_values
-            own_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
-            own_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
+            layer_keys[:, :_NUM_EXACT], layer_values[:, :_NUM_EXACT] = exact_keys, exact_values
+            layer_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
+            layer_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
         return self.layout.join(keys, values, shape)
 
     def _value_nbits(self, layer: LayerShape) -> int:
         if layer.value_dim == layer.key_dim:
             return uniform_value_width(self.bits_per_element)
-        # The values are nearly all there is of a latent: they take what leaves every component of the key as many bits.
+        # The values are most of a latent: they take the largest width that leaves every component of the key as many
+        # bits.
         for nbits in range(MAX_NBITS, 1, -1):
             key_bytes = layer.num_heads * layer.key_dim * (layer.component_bytes + nbits * layer.bit_bytes)
             elements = layer.num_heads * (layer.num_tokens + layer.num_exact) * (layer.key_dim + layer.value_dim)
@@ -162,7 +163,7 @@ class ChunkCodec:
             raise InvalidArgumentError(obstacle)
 
     def _agreement(self, shape: Sequence[int], dtype: torch.dtype) -> bytes:
-        # As floats: 8 and 8.0 in two servers' configurations are one option.
+        # As floats: 8 and 8.0 in two servers' configurations are equal.
         theta = None if self.rope_theta is None else float(self.rope_theta)
         return repr((float(self.bits_per_element), self.layout, theta, tuple(shape), str(dtype))).encode()
 
@@ -177,14 +178,14 @@ class ChunkCodec:
         """The level at which the record is full, and the widths ``[layers, H, D]`` there."""
         variances = torch.cat([basis.variances for basis in bases])
         first_bit_cost = 1 + layer.component_bytes / layer.bit_bytes
-        left = nbytes - HEADER_BYTES - len(bases) * layer.fixed_bytes(value_nbits)
+        available = nbytes - HEADER_BYTES - len(bases) * layer.fixed_bytes(value_nbits)
         high = math.log2(max(float(variances.max()), 1e-30)) + 1
         low = high - _OCTAVES
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             widths = widths_at(2.0**middle, variances, first_bit_cost)
             needed = int(widths.sum()) * layer.bit_bytes + int((widths > 0).sum()) * layer.component_bytes
-            low, high = (middle, high) if needed > left else (low, middle)
+            low, high = (middle, high) if needed > available else (low, middle)
         return 2.0**high, widths_at(2.0**high, variances, first_bit_cost)
 
 

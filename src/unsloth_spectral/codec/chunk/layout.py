@@ -1,7 +1,7 @@
-"""Where the keys and values of a chunk lie: engines hand over the same shape with different contents.
+"""The arrangement of keys and values in a chunk: engines use one shape for different arrangements.
 
-A chunk is ``[planes, layers, tokens, width]``; the first size may be missing where it is 1. Its shape does not say
-what lies in ``width``, so whoever runs the engine has to.
+A chunk is ``[planes, layers, tokens, width]``; the first dimension may be missing if it is 1. Its shape does not show
+the arrangement within ``width``, so the user names it.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ class ChunkLayout(Protocol):
 
     @property
     def key_dim(self) -> int:
-        """Numbers of a head's key."""
+        """The head dimension of the keys."""
 
     @property
     def value_dim(self) -> int:
-        """Numbers of a head's value."""
+        """The head dimension of the values."""
 
     def obstacle(self, shape: Sequence[int]) -> str | None:
-        """Why chunks of this shape, of three or four sizes, have another layout; None if they can have this one."""
+        """Why chunks of this shape, of three or four dimensions, cannot have this layout; None if they can."""
 
     def num_heads(self, shape: Sequence[int]) -> int:
         """Key-value heads of a layer."""
@@ -93,7 +93,7 @@ class Heads(_KeysLikeValues):
 
 @dataclass(frozen=True, slots=True)
 class Blocks(Heads):
-    """Blocks of tokens, and in each a head's keys, transposed, before all its values, as vLLM's CPU kernels do in
+    """Blocks of tokens: within a block, each head's transposed keys before its values, as vLLM's CPU kernels do in
     float32. The shape is that of ``Heads``.
 
     Attributes:

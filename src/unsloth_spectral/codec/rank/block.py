@@ -19,11 +19,11 @@ from unsloth_spectral.fields import Field, Fields
 class RankBlock:
     """One or more consecutive sealed blocks of equal length, stacked so that one batched product serves them all.
 
-    Immutable: sealing more tokens, cropping or reordering makes a new object, and no token is ever encoded twice.
+    Immutable: sealing more tokens, cropping or reordering makes a new object; no token is encoded twice.
 
     Attributes:
         keys, values: factors with leading dimensions ``(batch, num_key_value_heads, num_blocks)``.
-        dtype: the model's dtype, in which ``reconstruct`` answers.
+        dtype: the model's dtype, the dtype of ``reconstruct``.
     """
 
     kind: ClassVar[str] = "rank"
@@ -96,13 +96,13 @@ class RankBlock:
         return RankBlock(self.keys.map(function), self.values.map(function), self.dtype)
 
     def first_tokens(self, num_tokens: int) -> list[Block]:
-        whole, rest = divmod(num_tokens, self.block_length)
+        num_whole, rest = divmod(num_tokens, self.block_length)
         pieces: list[Block] = []
-        if whole:
-            pieces.append(self._blocks(0, whole).map_batch(torch.clone))
+        if num_whole:
+            pieces.append(self._blocks(0, num_whole).map_batch(torch.clone))
         if rest:
-            cut = self._blocks(whole, whole + 1).map_batch(torch.clone)
-            pieces.append(RankBlock(cut.keys.first_tokens(rest), cut.values.first_tokens(rest), self.dtype))
+            last = self._blocks(num_whole, num_whole + 1).map_batch(torch.clone)
+            pieces.append(RankBlock(last.keys.first_tokens(rest), last.values.first_tokens(rest), self.dtype))
         return pieces
 
     def stack(self, other: "RankBlock") -> "RankBlock":

@@ -1,4 +1,4 @@
-"""The rank codec: every block on its own."""
+"""The rank codec, which seals every block independently."""
 
 from typing import ClassVar
 

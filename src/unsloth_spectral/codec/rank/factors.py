@@ -26,13 +26,13 @@ class RankFactors(StoredTensors):
     """One side (keys or values) of a sealed block, of logical shape ``[..., tokens, head_dim]``.
 
     Attributes:
-        codes: ``[..., rank, tokens]`` int8. Components come first: both products of attention run faster that way.
+        codes: ``[..., rank, tokens]`` int8. Components come first, which makes both products of attention faster.
         scale: ``[..., 1, 1]`` float32, one per head and block.
         basis: ``[..., rank, head_dim]`` float16, singular values included, divided by the largest of them.
         relative_error: ``[...]`` float32, estimated Frobenius norm of the error (components cut off, and
-            int8 rounding) over the block's own norm.
-        num_fallbacks: matrices for which the randomized SVD gave way to the exact one when this was encoded; factors
-            cut, mapped or joined from others say 0, so that nothing is counted twice.
+            int8 rounding) over the norm of the block.
+        num_fallbacks: matrices for which encoding used the exact SVD instead of the randomized one; 0 for factors that
+            were cut, mapped or joined, so that nothing is counted twice.
     """
 
     codes: Annotated[Tensor, Stored(torch.int8, (..., "rank", "tokens"))]
@@ -51,7 +51,7 @@ class RankFactors(StoredTensors):
 
     @property
     def is_finite(self) -> bool:
-        """False where the block's squares overflowed: its factors are then worthless."""
+        """False if the block's squares overflowed: its factors are then unusable."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in (self.scale, self.basis, self.relative_error))
 
     def scores(self, query: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class RankFactors(StoredTensors):
 
     def concatenate(self, other: "RankFactors", dim: int) -> "RankFactors":
         """Both factors stacked along leading dimension ``dim``."""
-        behind = other.tensors
-        joined = {name: torch.cat([tensor, behind[name]], dim) for name, tensor in self.tensors.items()}
+        others = other.tensors
+        joined = {name: torch.cat([tensor, others[name]], dim) for name, tensor in self.tensors.items()}
         return replace(self, **joined, num_fallbacks=0)
 
     def to_fields(self) -> dict[str, Field]:
@@ -87,7 +87,7 @@ class RankFactors(StoredTensors):
 
     @classmethod
     def from_fields(cls, fields: Fields, leading: tuple[int, ...], head_dim: int) -> "RankFactors":
-        """Of shape ``[*leading, num_blocks, tokens, head_dim]``."""
+        """The factors of shape ``[*leading, num_blocks, tokens, head_dim]`` that ``to_fields`` stored."""
         any_size = {"...": (*leading, None), "rank": None, "tokens": None}
         declared = cls.declarations()["codes"]
         *stacked, rank, tokens = fields.tensor("codes", declared.dtype, declared.sizes(any_size)).shape
@@ -110,19 +110,19 @@ def encode(block: Tensor, rank: int) -> RankFactors:
     basis = ((singular_values / largest)[..., None] * right).half()
     codes, scale = quantize_int8(left.mT.contiguous(), dims=(-2, -1))
     energy = torch.linalg.vector_norm(matrix.flatten(-2), dim=-1).square()  # no copy of the squares
-    kept = singular_values.square().sum(-1)
-    # Uniform rounding adds scale^2 / 12 to each entry of U, hence tokens * scale^2 / 12 times the energy kept.
-    rounding = kept * (matrix.shape[-2] / 12) * scale[..., 0, 0].square()
-    lost = (energy - kept).clamp_min(0) + rounding
-    relative_error = (lost / energy.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+    kept_energy = singular_values.square().sum(-1)
+    # Uniform rounding adds scale^2 / 12 to each entry of U, hence tokens * scale^2 / 12 times the kept energy.
+    rounding = kept_energy * (matrix.shape[-2] / 12) * scale[..., 0, 0].square()
+    lost_energy = (energy - kept_energy).clamp_min(0) + rounding
+    relative_error = (lost_energy / energy.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
     return RankFactors(codes, scale * largest[..., None], basis, relative_error, svd.num_fallbacks)
 
 
 def _factorize(matrix: Tensor, rank: int) -> SVDResult:
-    """By whichever route is faster at these shapes (benchmarks/rsvd.py, [21, 512, 64]).
+    """Factorize by the route that is faster at these shapes (benchmarks/rsvd.py, [21, 512, 64]).
 
-    Where more than half of the components are kept the random projection saves little, and the exact Gram route
-    overtakes it.
+    If more than half of the components are kept, the random projection saves little, and the exact Gram route is
+    faster.
     """
     if 2 * rank >= min(matrix.shape[-2:]):
         return batched_gram_svd(matrix, rank)

@@ -15,10 +15,10 @@ def quantize_int8(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         scale: float32, the shape of ``x`` with ``dims`` reduced to 1; ``x`` is about ``codes * scale``.
     """
     x = x.float()
-    work = x.abs()  # one buffer for every step: a new one costs as much as the arithmetic
-    # Clamped so that a group of zeros divides by something; it gets codes 0.
+    work = x.abs()  # one buffer for all steps: allocating a new one costs as much as the arithmetic
+    # Clamped to avoid division by zero: a group of zeros gets codes 0.
     scale = work.amax(dims, keepdim=True).clamp_min_(_TINY).div_(_INT8_MAX)
-    # The peak comes out as 127 within rounding, so nothing needs clamping.
+    # The peak becomes 127 within rounding, so no code needs clamping.
     return torch.div(x, scale, out=work).round_().to(torch.int8), scale
 
 

@@ -1,4 +1,4 @@
-"""Reverse water-filling: how many bits each component is worth (Cover & Thomas, theorem 10.3.3)."""
+"""Reverse water-filling: the number of bits for each component (Cover & Thomas, theorem 10.3.3)."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from unsloth_spectral.fields import Field, Fields
 # Mean squared error of a uniform quantizer with the best step on a unit Gaussian, at 0 to 8 bits.
 DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035, 0.00104, 0.0003, 0.00009)
 GAINS = tuple(DISTORTION[b] - DISTORTION[b + 1] for b in range(8))
-# The noise of a quantizer whose scale makes it unbiased, over the signal; and what each bit after the first takes from
-# it, over what one bit leaves.
+# Noise over signal of a quantizer whose scale makes it unbiased; and how much each bit after the first lowers the
+# noise, relative to the noise at one bit.
 _UNBIASED = np.array([distortion / (1 - distortion) for distortion in DISTORTION[1:]])
 _VALUE_GAINS = -np.diff(_UNBIASED) / _UNBIASED[0]
 _TINY = 1e-30
-_HALVINGS = 36  # of some 50 octaves: to the last bit of a float32
+_HALVINGS = 36  # narrows some 50 octaves to the last bit of a float32
 
 
 def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
@@ -34,35 +34,35 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
 
 def _gains_per_bit(first_bit_cost: float) -> Tensor:
-    """``[8]`` float32, never rising, of a variance of 1."""
+    """Gains per bit of a variance of 1, ``[8]`` float32, never rising."""
     gains = torch.tensor(GAINS, dtype=torch.float32, device="cpu")
     gains[0] /= first_bit_cost
-    # A costly first bit may gain less per bit than the second: then both are taken or neither.
+    # A costly first bit may gain less per bit than the second: then a component gets both or neither.
     gains[0] = torch.maximum(gains[0], (GAINS[0] + gains[1]) / (first_bit_cost + 1))
     gains[1] = torch.minimum(gains[0], gains[1])
     return gains
 
 
 def cost(widths: Tensor, first_bit_cost: float) -> float:
-    """Bits a token that ``widths`` take, metadata included."""
+    """Bits per token that ``widths`` take, metadata included."""
     return float(widths.sum() + (first_bit_cost - 1) * (widths > 0).sum())
 
 
 @dataclass(slots=True)
 class Budget:
-    """One budget for all layers, spent while layer after layer is sealed.
+    """One budget for all layers, spent as they are sealed one after another.
 
-    Under the query metric the variances of all layers' keys are in one unit, so one water level is best for all. With a
-    profile they are in nats, and so is the damage of the values' errors: the same level then gives the values their
-    widths. It is unknown until the last layer has come; until then each layer is given what is right if the layers
-    still to come are as the profile says, or, without one, like those seen. The total never exceeds the budget.
+    Under the query metric the variances of all layers' keys have one unit, so one water level is best for all. With a
+    profile the unit is nats, as for the damage of the values' errors, and the same level decides the values' widths.
+    The level is unknown until the last layer is sealed. Until then each layer gets the level that would be right if the
+    layers still to come were as the profile says or, without one, like those seen. The total never exceeds the budget.
 
     Attributes:
-        bits_per_element: bits, ``fixed_cost`` included, over the number of key elements: for the keys alone or, with a
-            profile, for keys and values.
+        bits_per_element: bits, ``fixed_cost`` included, per key element: for the keys alone or, with a profile, for
+            keys and values.
         num_layers: layers that share the budget.
         profile: of the model, or None.
-        seen: ``[H, D]`` variances of each layer's keys, as they came; let go with the last layer.
+        seen: ``[H, D]`` variances of each layer's keys, unweighted; dropped after the last layer.
     """
 
     bits_per_element: float
@@ -71,21 +71,21 @@ class Budget:
     seen: dict[int, Tensor] = field(default_factory=dict)
     _levels: dict[int, float] = field(default_factory=dict)
     _value_nbits: dict[int, int] = field(default_factory=dict)
-    # By layer, its share less what it spent: negative where it took from the others.
+    # By layer, its share minus its spending: negative if it used some of the others' share.
     _balances: dict[int, float] = field(default_factory=dict)
 
     def allocate(
         self, layer: int, variances: Tensor, first_bit_cost: float, fixed_cost: float, value_elements: int = 0
     ) -> Tensor:
-        """Widths for ``layer``'s ``variances [H, D]`` in score units; see ``level_of`` for the level they follow from.
+        """Widths for ``layer``'s ``variances [H, D]`` in score units; ``level_of`` has the level that they follow from.
 
-        ``fixed_cost`` is what the layer costs whatever its widths, in bits a token; ``value_elements`` are its values
-        a token, if the budget is for them too.
+        ``fixed_cost`` is the layer's cost besides its widths, in bits per token; ``value_elements`` are its value
+        elements per token, if the budget covers values too.
         """
         weighted = self.weighted(layer, variances)
         if layer not in self._levels:
             share = self.bits_per_element * variances.numel() - fixed_cost
-            left = sum(self._balances.values()) + share
+            available = sum(self._balances.values()) + share
             coming = [other for other in range(self.num_layers) if other not in self._levels and other != layer]
             self.seen[layer] = variances.float()
             demands = [(_Demand(weighted.flatten(), first_bit_cost), 1.0)]
@@ -93,10 +93,10 @@ class Budget:
                 others = self._expected(coming)
                 demands.append((_Demand(others, first_bit_cost), len(coming) * weighted.numel() / others.numel()))
             values = None if self.profile is None else _ValueDemand(self.profile, [layer, *coming], value_elements)
-            level = _common_level(left + len(coming) * share, demands, values)
-            # Whatever is expected of the layers to come, each of them finds half of its share.
+            level = _common_level(available + len(coming) * share, demands, values)
+            # Each layer to come keeps at least half of its share, whatever is expected of it.
             own_values = None if self.profile is None else _ValueDemand(self.profile, [layer], value_elements)
-            level = max(level, _common_level(left + len(coming) * share / 2, demands[:1], own_values))
+            level = max(level, _common_level(available + len(coming) * share / 2, demands[:1], own_values))
             self._levels[layer] = level
             spent = cost(widths_at(level, weighted, first_bit_cost), first_bit_cost)
             if own_values is not None:
@@ -109,7 +109,7 @@ class Budget:
         return widths_at(self._levels[layer], weighted, first_bit_cost)
 
     def weighted(self, layer: int, variances: Tensor) -> Tensor:
-        """``variances`` in the unit of the level: nats where a profile tells what they are worth, else as they are."""
+        """``variances`` in the unit of the level: nats if there is a profile, else unchanged."""
         return variances.float() * (1.0 if self.profile is None else self.profile.key_sensitivities[layer])
 
     def level_of(self, layer: int) -> float:
@@ -117,11 +117,11 @@ class Budget:
         return self._levels[layer]
 
     def value_nbits_of(self, layer: int) -> int:
-        """Width of the values of a layer that ``allocate`` has seen, where a profile is known."""
+        """Width of the values of a layer that ``allocate`` has seen, if there is a profile."""
         return self._value_nbits[layer]
 
     def forget(self, layer: int) -> None:
-        """Take back what ``layer`` was given: it is empty again."""
+        """Undo the allocation of ``layer``, which is empty again."""
         if self._levels.pop(layer, None) is None:
             return
         self.seen.pop(layer, None)
@@ -129,7 +129,7 @@ class Budget:
         del self._balances[layer]
 
     def to_fields(self) -> dict[str, Field]:
-        """What was spent: all that changes."""
+        """The state of the budget."""
         return {
             "seen": {str(layer): variances for layer, variances in self.seen.items()},
             "levels": {str(layer): level for layer, level in self._levels.items()},
@@ -138,13 +138,13 @@ class Budget:
         }
 
     def restore(self, fields: Fields) -> None:
-        """Have spent what ``to_fields`` says.
+        """Restore the state that ``to_fields`` returned.
 
         Raises:
-            LoadError: it is not of these layers.
+            LoadError: the state belongs to other layers.
         """
         seen, levels, nbits = (fields.sub(name) for name in ("seen", "levels", "value_nbits"))
-        # The first snapshots of this format do not tell which layer left how much.
+        # The first snapshots of this format have only the sum of the balances.
         balances = fields.sub("balances") if fields.has("balances") else None
         evenly = 0.0 if balances is not None else fields.number("left") / max(1, len(levels.names()))
         for layer in range(self.num_layers):
@@ -160,19 +160,19 @@ class Budget:
                 self._value_nbits[layer] = nbits.integer(name, 1)
 
     def _expected(self, layers: Sequence[int]) -> Tensor:
-        """Weighted variances that layers still to come are likely to have."""
+        """Expected weighted variances of the layers still to come."""
         if self.profile is None:
             return torch.cat([variances.flatten() for variances in self.seen.values()])
-        known = _known(self.profile)
-        # This text may be louder or softer than the profile's were, throughout.
-        ratios = [float(variances.sum()) / max(known[layer][1], _TINY) for layer, variances in self.seen.items()]
+        by_layer = _profile_variances(self.profile)
+        # This text's variances may all be larger or smaller than those of the profile's texts.
+        ratios = [float(variances.sum()) / max(by_layer[layer][1], _TINY) for layer, variances in self.seen.items()]
         ratio = math.exp(sum(math.log(max(quotient, _TINY)) for quotient in ratios) / len(ratios))
-        return ratio * torch.cat([known[layer][0] for layer in layers])
+        return ratio * torch.cat([by_layer[layer][0] for layer in layers])
 
 
 @lru_cache(maxsize=4)
-def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
-    """Of each layer the variances its keys had, weighted, and their sum without weights."""
+def _profile_variances(profile: ModelProfile) -> list[tuple[Tensor, float]]:
+    """For each layer, the profile's key variances, weighted, and their unweighted sum."""
     variances = [
         torch.tensor(layer_variances, dtype=torch.float32, device="cpu") for layer_variances in profile.key_variances
     ]
@@ -183,7 +183,7 @@ def _known(profile: ModelProfile) -> list[tuple[Tensor, float]]:
 
 
 def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:
-    """The level at which all ``demands``, each times its share, and the ``values`` cost ``budget`` bits a token."""
+    """The level at which all ``demands``, each times its weight, and the ``values`` cost ``budget`` bits per token."""
     ranges = [span for demand, _ in demands if (span := demand.range()) is not None]
     if not ranges:
         return 1.0
@@ -193,8 +193,8 @@ def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], val
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         level = 2.0**middle
-        need = sum(share * demand.at(level) for demand, share in demands)
-        if need + (0.0 if values is None else values.at(level)) > budget:
+        bits = sum(weight * demand.at(level) for demand, weight in demands)
+        if bits + (0.0 if values is None else values.at(level)) > budget:
             low = middle
         else:
             high = middle
@@ -202,7 +202,7 @@ def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], val
 
 
 class _Demand:
-    """What variances cost at any level: ``cost(widths_at(...))``, by looking up instead of multiplying anew."""
+    """The cost of variances at any level, ``cost(widths_at(...))``, by lookup instead of repeated multiplication."""
 
     def __init__(self, variances: Tensor, first_bit_cost: float) -> None:
         gains = _gains_per_bit(first_bit_cost)
@@ -213,22 +213,23 @@ class _Demand:
         self._first_bit_cost = first_bit_cost
 
     def at(self, level: float) -> float:
-        # In float32, as the products are: rounding must not take a bit here and leave it there.
-        reached = np.float32(level)
-        first = len(self._first) - self._first.searchsorted(reached)
-        return float(len(self._all) - self._all.searchsorted(reached) + (self._first_bit_cost - 1) * first)
+        # In float32 like the products, so that rounding gives the same bits as ``widths_at``.
+        threshold = np.float32(level)
+        first = len(self._first) - self._first.searchsorted(threshold)
+        return float(len(self._all) - self._all.searchsorted(threshold) + (self._first_bit_cost - 1) * first)
 
     def range(self) -> tuple[float, float] | None:
-        """The least and the largest positive variance; None where there is none."""
+        """The smallest and the largest positive variance; None if there is none."""
         return (float(self._positive.min()), float(self._positive.max())) if len(self._positive) else None
 
 
 class _ValueDemand:
-    """What the values of some layers cost at any level, in bits a token: one bit each, and more while they gain."""
+    """The cost of some layers' values at any level, in bits per token: one bit each, and further bits while they
+    gain."""
 
     def __init__(self, profile: ModelProfile, layers: Sequence[int], elements: int) -> None:
         damages = np.array([profile.value_sensitivities[layer] for layer in layers], dtype=np.float64)
-        # Nats for each bit a token that another bit a value costs.
+        # Nats gained by one more bit per value, per bit of its cost per token.
         gains = damages[:, None] * (_VALUE_GAINS / max(1, elements))
         self._ordered, self._count, self._elements = np.sort(gains, axis=None), len(layers), elements
         self.most = float(gains.max())
@@ -241,9 +242,9 @@ class _ValueDemand:
         return int(self._count + len(self._ordered) - self._ordered.searchsorted(level))
 
 
-_SCALE_OF_VALUES = 8 / 64  # a byte a token: bits per element at the usual head_dim
+_SCALE_OF_VALUES = 8 / 64  # a byte per token: bits per element at the usual head_dim
 
 
 def uniform_value_width(bits_per_element: float) -> int:
-    """One width for all layers' values, the nearest to half of what keys and values may take together."""
+    """One width for all layers' values, the nearest to half of the bits of keys and values together."""
     return min(MAX_NBITS, max(1, round(bits_per_element - _SCALE_OF_VALUES)))

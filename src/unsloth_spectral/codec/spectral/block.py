@@ -14,7 +14,7 @@ from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 
-_REBUILT_TOKENS = 2048  # at a time, for scores over un-rotated keys
+_REBUILT_TOKENS = 2048  # tokens rebuilt at a time, for scores over un-rotated keys
 
 
 class Memo(dict[str, Any]):
@@ -29,12 +29,12 @@ class Memo(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpectralBlock:
-    """Consecutive sealed tokens, ``[B, H, num_tokens, D]``. Immutable, and no token is ever encoded twice.
+    """Consecutive sealed tokens, ``[B, H, num_tokens, D]``. Immutable; no token is encoded twice.
 
     Attributes:
         keys, values: the codes.
-        dtype: the model's dtype, in which ``reconstruct`` answers.
-        memo: what an attention path cached for the block, by the path's name; it goes with the block.
+        dtype: the model's dtype, the dtype of ``reconstruct``.
+        memo: results that attention paths cache for the block, by the path's name; they are freed with the block.
     """
 
     kind: ClassVar[str] = "coded"
@@ -100,11 +100,11 @@ class SpectralBlock:
         return SpectralBlock(self.keys.map(function), self.values.map(function), self.dtype)
 
     def first_tokens(self, num_tokens: int) -> list[Block]:
-        # Cloned: a view would keep the bytes of the tokens that are gone.
+        # Cloned: a view would keep the bytes of the tokens that are cut off.
         return [self._slice(0, num_tokens).map_batch(torch.clone)]
 
     def append(self, other: "SpectralBlock") -> "SpectralBlock":
-        """These tokens followed by ``other``'s, which were coded in the same basis; codes are copied, not made anew."""
+        """These tokens followed by ``other``'s, coded in the same basis; codes are copied, not encoded again."""
         return SpectralBlock(self.keys.append(other.keys), self.values.append(other.values), self.dtype)
 
     def to_fields(self) -> dict[str, Field]:

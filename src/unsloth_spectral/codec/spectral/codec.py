@@ -24,19 +24,19 @@ from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_b
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import join_in_kind
 
-# Tokens sealed while decoding get a basis of their own where that lowers their error this much: a basis costs as much
-# as 0.7 bits per element of a block of 512 tokens, and those would lower it 2.6 times.
+# Tokens sealed while decoding get their own basis if that lowers their error by this factor: for a block of 512 tokens
+# a basis costs as much as 0.7 bits per element, and these would lower the error 2.6 times.
 _WORTH_A_BASIS = 3.0
 
 
 class SpectralCodec(Codec):
-    """Keys as codes of their principal components, values as codes of their rotated selves, within one budget.
+    """Keys as codes of their principal components, values as codes of their Hadamard transform, within one budget.
 
     Attributes:
         config: the options.
-        budget: of all layers.
-        short_budget: of runs shorter than a block, all layers' too.
-        value_nbits: width of all values; None where the budget decides, by the model's profile.
+        budget: for the keys of all layers or, with a profile, for keys and values.
+        short_budget: the same for prefills shorter than a block.
+        value_nbits: width of all values; None with a profile, by which the budget decides.
     """
 
     name = "spectral"
@@ -71,10 +71,10 @@ class SpectralCodec(Codec):
 
 
 class SpectralLayerCodec(LayerCodec):
-    """One layer: the prefill's mean and basis serve later blocks too, while they capture their energy.
+    """One layer. The prefill's mean and basis serve later blocks too, while they capture the energy of their keys.
 
-    A prefill shorter than a block pays so much of its bits for its basis that few components are left: more are worth
-    their bits once more tokens share them, so that basis serves no later block, and neither does its water level.
+    A prefill shorter than a block spends so many bits on its basis that it can pay for few components. Later blocks,
+    with more tokens, can pay for more, so neither that basis nor its water level serves them.
     """
 
     def __init__(self, codec: SpectralCodec, number: int) -> None:
@@ -85,9 +85,9 @@ class SpectralLayerCodec(LayerCodec):
 
     @property
     def nbytes(self) -> int:
-        # The rest of the plan, the mean and the largest scale belong to the blocks.
-        kept = () if self._plan is None else (self._plan.row_scales, self._plan.tops)
-        return storage_bytes(*(tensor for tensor in kept if tensor is not None))
+        # The blocks count the rest of the plan, the mean and the largest scale.
+        tensors = () if self._plan is None else (self._plan.row_scales, self._plan.tops)
+        return storage_bytes(*(tensor for tensor in tensors if tensor is not None))
 
     def unit(self, is_first: bool) -> int:
         return GROUP_SIZE if is_first else self._codec.config.block_size
@@ -98,7 +98,7 @@ class SpectralLayerCodec(LayerCodec):
         metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], is_rotated)
         run = KeyStatistics.of(tokens.keys, metric, observed.rotation, is_rotated, self._mean, real)
         basis = run.basis()
-        keys, plan = self._encode_by_plan(run, basis) or self._encode_anew(run, basis, tokens.values)
+        keys, plan = self._encode_keys(run, basis, tokens.values)
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
         values = value_codec.encode(tokens.values, self._value_nbits(run), self._largest if is_by_plan else None)
         limit = config.error_limit
@@ -108,7 +108,7 @@ class SpectralLayerCodec(LayerCodec):
             if max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
                 return None
         block = SpectralBlock(keys, values, tokens.keys.dtype)
-        # What was made for a row of padding alone serves none of its later tokens.
+        # The plan of a row that is padding alone cannot serve its later tokens.
         is_of_all_rows = bool(run.has_tokens.all())
         if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run):
             self._plan, self._mean, self._largest = plan, run.mean, values.largest
@@ -118,8 +118,8 @@ class SpectralLayerCodec(LayerCodec):
         if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
             return None
         same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
-        whole = last.num_tokens % GROUP_SIZE == 0
-        if not same or not whole or last.values.largest is not new.values.largest:
+        fills_groups = last.num_tokens % GROUP_SIZE == 0
+        if not same or not fills_groups or last.values.largest is not new.values.largest:
             return None
         before, behind = last.keys.rotation, new.keys.rotation
         if before is None or behind is None:
@@ -154,37 +154,32 @@ class SpectralLayerCodec(LayerCodec):
             largest = fields.tensor("largest", torch.float32, (*rows, 1))
             self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
 
-    def _encode_by_plan(self, run: KeyStatistics, basis: Basis) -> tuple[KeyCodes, KeyPlan] | None:
-        """The keys in the basis of the blocks before; None where there is none, or it does not suit every row."""
-        if self._plan is None or not bool(run.has_tokens.any()):
-            return None
-        widths = self._widths_at(self._plan.level, run, basis, self._first_bit_cost(run))
-        keys, plan = key_codec.encode(run, self._plan)
-        # Row by row: a row that the basis does not suit is not to be outvoted.
-        lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
-        expected = key_codec.expected_error(basis.variances, widths).sum(-1)
-        return (keys, plan) if bool((lost <= _WORTH_A_BASIS * expected).all()) else None
-
-    def _encode_anew(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
-        """The keys in a basis of their own."""
-        first_bit_cost = self._first_bit_cost(run)
+    def _encode_keys(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
+        """Encode the keys in the basis of earlier blocks or, if it does not suit every row, in a basis of their own."""
         if not bool(run.has_tokens.any()):
-            # Padding throughout, which says nothing of what tokens cost.
+            # All rows are padding: there is no variance to allocate bits by.
             widths, level = torch.zeros_like(run.over_tokens(basis.variances), dtype=torch.int64), 1.0
         elif self._plan is None:
             budget, elements = self._budget(run), values.shape[1] * values.shape[-1]
             variances = run.over_tokens(basis.variances)
-            widths = budget.allocate(self._number, variances, first_bit_cost, self._fixed_cost(run), elements)
+            fixed_cost = self._fixed_cost(run)
+            widths = budget.allocate(self._number, variances, self._first_bit_cost(run), fixed_cost, elements)
             level = budget.level_of(self._number)
         else:
             level = self._plan.level
-            widths = self._widths_at(level, run, basis, first_bit_cost)
+            widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
+            keys, plan = key_codec.encode(run, self._plan)
+            # Row by row: an average over rows would hide a row that the basis does not suit.
+            lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
+            expected = key_codec.expected_error(basis.variances, widths).sum(-1)
+            if bool((lost <= _WORTH_A_BASIS * expected).all()):
+                return keys, plan
         return key_codec.encode(run, key_codec.plan(basis, widths, level))
 
     def _keys_within(
         self, limit: float, run: KeyStatistics, basis: Basis, keys: KeyCodes, plan: KeyPlan
     ) -> tuple[KeyCodes, KeyPlan]:
-        """A bit more for every component, and again, until the error is within the limit or eight bits are reached."""
+        """Raise the widths bit by bit until the error is within the limit or every component has eight bits."""
         widths, level = None, plan.level
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
             level /= 4
@@ -209,15 +204,18 @@ class SpectralLayerCodec(LayerCodec):
         return run.num_tokens < self._codec.config.block_size
 
     def _first_bit_cost(self, run: KeyStatistics) -> float:
-        """Bits a token of a component's first bit: its scales and its row of the basis are paid with it, and twice four
-        bytes where the plan is kept."""
+        """Bits per token of a component's first bit, which also pays for its scales, its row of the basis and, if the
+        plan is kept, two float32 numbers."""
         sizes = self._key_sizes(run)
         plan_bytes = 0 if self._is_short(run) else 2 * KeyPlan.bytes_of("row_scales", {**sizes, "components": 1})
         return 1 + 8 * (KeyCodes.bytes_per("components", sizes) + plan_bytes) / run.num_tokens
 
     def _fixed_cost(self, run: KeyStatistics) -> float:
-        """Bits a token that go whatever the widths: the keys' mean, this layer's share of where tokens stand, and the
-        values' scales. Uneven positions cost more, which the keys are not to pay for."""
+        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, and the values'
+        scales.
+
+        Uneven positions take more bytes; the budget does not pay for those.
+        """
         _, heads, _, head_dim = run.x.shape
         positions = 64 * head_dim / self._codec.budget.num_layers
         value_scales = 8 * heads  # a byte for each token

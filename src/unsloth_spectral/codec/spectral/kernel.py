@@ -1,4 +1,4 @@
-"""Quantizing and packing in one pass of the compiled kernel (native/encode.cpp), where there is one."""
+"""Quantizing and packing in one pass of the compiled kernel (native/encode.cpp), if it was built."""
 
 import ctypes
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def serves(tensor: Tensor) -> bool:
 def encode_keys(
     coefficients: Tensor, widths: Sequence[Sequence[int]], clips: Sequence[float], variant: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Planes of ``coefficients [B, C, n]`` float32; of each tile the scale, the squared length, and that of the codes
-    around zero, all ``[B, C, tiles]`` float32.
+    """Planes of ``coefficients [B, C, n]`` float32; and for each tile, ``[B, C, tiles]`` float32: the scale, the
+    squared length of the coefficients, and the squared length of the codes around zero.
 
-    ``widths`` are those of each head's components; planes are as ``packing.pack_quads`` makes them.
+    ``widths`` are the bits of each head's components; planes have the order of ``packing.pack_quads``.
 
     Raises:
-        InvalidArgumentError: the coefficients are no float32 tensor on the CPU, or the widths not theirs.
+        InvalidArgumentError: the coefficients are no float32 tensor on the CPU, or the widths do not fit them.
     """
     batch, count, num_tokens = coefficients.shape
     flat, heads = tuple(chain.from_iterable(widths)), [len(head_widths) for head_widths in widths]
@@ -65,23 +65,23 @@ def encode_keys(
 
 
 def encode_values(
-    turned: Tensor, nbits: int, step: float, variant: str | None = None
+    rotated: Tensor, nbits: int, step: float, variant: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rotated values ``turned [B, H, D, n]`` the planes, and for each token, ``[B, H, n]`` float32: its squared
-    length, its product with its codes around zero, and their squared length.
+    """Planes of Hadamard-rotated values ``rotated [B, H, D, n]``; and for each token, ``[B, H, n]`` float32: its
+    squared length, its product with its codes around zero, and the squared length of these codes.
 
     Raises:
-        InvalidArgumentError: ``turned`` is no float32 tensor on the CPU, or ``nbits`` not 1 to 8.
+        InvalidArgumentError: ``rotated`` is no float32 tensor on the CPU, or ``nbits`` not 1 to 8.
     """
-    batch, num_heads, head_dim, num_tokens = turned.shape
+    batch, num_heads, head_dim, num_tokens = rotated.shape
     require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
     by_token = (batch, num_heads, num_tokens)
     by_plane = (batch, num_tiles(num_tokens), num_heads * head_dim * nbits, PLANE_BYTES)
-    turned = turned.contiguous()
+    rotated = rotated.contiguous()
     planes = torch.empty(by_plane, dtype=torch.uint8, device="cpu")
     energies, overlaps, squares = torch.empty(3, *by_token, dtype=torch.float32, device="cpu").unbind()
     call = abi.ValueEncoding(
-        values=address("turned values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
+        values=address("rotated values", rotated, torch.float32, (batch, num_heads, head_dim, num_tokens)),
         planes=address("planes", planes, torch.uint8, by_plane),
         energies=address("energies", energies, torch.float32, by_token),
         overlaps=address("overlaps", overlaps, torch.float32, by_token),

@@ -20,10 +20,10 @@ from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_rotations, rotate
 
 STEPS_PER_OCTAVE = 32
-# Shares of a group's largest coefficient at which it may be clipped. Not clipping is bad: rare huge ones decide.
+# Clipping points, as shares of a group's largest coefficient. Without clipping, rare huge coefficients set the step.
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
 
-# For each key-value head the bits of its components, falling.
+# For each key-value head, the bits of its components in falling order.
 Widths: TypeAlias = tuple[tuple[int, ...], ...]
 
 
@@ -31,17 +31,17 @@ Widths: TypeAlias = tuple[tuple[int, ...], ...]
 class KeyCodes(StoredTensors):
     """Keys of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
-    Only components of one bit or more are held, ``C`` of all heads together: head by head, by falling width.
+    Only components of one bit or more are stored, ``C`` in all: head by head, by falling width.
 
     Attributes:
         planes: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
-        scales: ``[B, tiles, C]`` uint8, see ``logscale``; a tile is a group of tokens that share them.
+        scales: ``[B, tiles, C]`` uint8, see ``scales``; the tokens of a tile share a scale.
         vectors: ``[B, C, D]`` int8, the basis.
-        vector_scales: ``[B, C, 1]`` float32, of the basis rows; the largest scale of each component is in it.
+        vector_scales: ``[B, C, 1]`` float32, of the basis rows, times the largest scale of each component.
         mean: ``[B, H, D]`` float16, un-rotated.
-        relative_error: ``[B, H]`` float16, relative error under the query metric.
+        relative_error: ``[B, H]`` float16, under the query metric.
         widths: bits of each component.
-        num_tokens: tokens held.
+        num_tokens: the number of tokens.
         rotation: the tokens' positions; None for a model without rotary embeddings.
         is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
     """
@@ -63,13 +63,13 @@ class KeyCodes(StoredTensors):
 
     @property
     def num_bits(self) -> int:
-        """Bits a token of all heads together, codes alone."""
+        """Bits per token of all heads together, without metadata."""
         return sum(map(sum, self.widths))
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Coefficients ``[B, H, K, num_tokens]`` and their basis ``[B, H, K, D]``, both float32.
 
-        ``K`` is the most components of any head; others are filled up with zeros.
+        ``K`` is the largest number of components of a head; other heads are filled up with zeros.
         """
         flat = flat_widths(self.widths)
         scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
@@ -168,7 +168,7 @@ def _as_tensor(widths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _slots(widths: Widths, device: torch.device) -> Tensor:
-    """Where each of ``C`` components goes when every head gets room for the most any head has."""
+    """The slots of ``C`` components if every head has as many slots as the largest head has components."""
     most = max(map(len, widths))
     slots = [head * most + place for head, row in enumerate(widths) for place in range(len(row))]
     return torch.tensor(slots, dtype=torch.int64, device=device)
@@ -186,14 +186,14 @@ def _by_head(components: Tensor, widths: Widths) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyPlan(StoredTensors):
-    """How keys are coded: which components, how many bits each, in which rounded basis.
+    """The plan by which keys are coded: components, their widths and the rounded basis.
 
     Attributes:
         vectors: ``[B, C, D]`` int8, head by head, by falling width.
         row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``.
-        tops: ``[B, C, 1]`` float32, the largest scale that codes may have; None until the first tokens are coded.
+        tops: ``[B, C, 1]`` float32, the largest scale that can be coded; None until the first tokens are coded.
         widths: bits of each component.
-        level: the water level of the widths.
+        level: the water level that gave the widths.
     """
 
     vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
@@ -216,13 +216,13 @@ class KeyPlan(StoredTensors):
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
     """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
-    kept: Widths = tuple(tuple(sorted((width for width in row if width), reverse=True)) for row in widths.tolist())
+    falling: Widths = tuple(tuple(sorted((width for width in row if width), reverse=True)) for row in widths.tolist())
     order = (widths.argsort(dim=-1, descending=True, stable=True) + _first_of(widths)).flatten()
     order = order[widths.flatten()[order] > 0]
     rows = basis.vectors.flatten(1, 2)[:, order]
     peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     vectors = (rows * (127 / peak)).round().to(torch.int8)
-    return KeyPlan(vectors, peak / 127, None, kept, level)
+    return KeyPlan(vectors, peak / 127, None, falling, level)
 
 
 def _first_of(widths: Tensor) -> Tensor:
@@ -248,15 +248,16 @@ def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]
             _groups(numbers).square().sum(-1)
             for numbers in (coefficients, _around_zero(unpacked, nbits)[..., :num_tokens])
         )
-    # Twice the largest: later tokens coded in the same basis may need more.
+    # Twice the largest, as room for later tokens coded in the same basis.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
-    # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
+    # |stored * codes - coefficients|^2; at the unbiased scale, the codes' product with the coefficients is the energy
+    # over the scale.
     ratio = stored / scales.clamp_min(torch.finfo(scales.dtype).tiny)
-    lost = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
+    rounding = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
     error = _relative_error(
-        _by_head(lost[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
+        _by_head(rounding[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
     )
     codes = KeyCodes(
         planes,
@@ -278,7 +279,8 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
 
     The codes are ``[B, C, T]`` uint8, ``T`` the next multiple of 128.
 
-    Per component and group the clipping point of least squared error, then the scale that makes the codes project
+    Each component and group takes the clipping point of least squared error, then the scale that makes the codes
+    project
     exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
     """
     groups = _groups(coefficients)
@@ -317,7 +319,7 @@ def _around_zero(codes: Tensor, nbits: Tensor) -> Tensor:
 
 
 def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
-    """Distortion left at ``widths``, summed over the last dimension."""
+    """The expected distortion at ``widths``, summed over the last dimension."""
     distortion = torch.tensor(DISTORTION, dtype=torch.float32, device=variances.device)
     return (variances * distortion[widths]).sum(-1)
 
@@ -327,21 +329,22 @@ def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
 
 
 def _relative_error(rounding: Tensor, basis: Tensor, project: Tensor, covariance: Tensor, metric: Tensor) -> Tensor:
-    """Of keys whose coefficients ``x @ project`` in ``basis [B, H, K, D]`` lost ``rounding [B, H, K]`` in variance.
+    """Relative error of keys whose coefficients ``x @ project`` in ``basis [B, H, K, D]`` have the squared error
+    ``rounding [B, H, K]``.
 
-    Under the metric, what the basis leaves out is orthogonal to what rounding does, and the basis' rows are so to each
-    other, but for their own rounding: small products instead of some as long as the context.
+    Under the metric, the part outside the basis is orthogonal to the rounding error, and the rows of the basis are
+    nearly orthogonal to each other. So matrices of ``D`` suffice, instead of products as long as the context.
     """
     weighted = basis @ metric
-    whole = (covariance * metric).sum((-2, -1))
-    left_out = whole - ((covariance @ project) * weighted.mT).sum((-2, -1))
+    energy = (covariance * metric).sum((-2, -1))
+    left_out = energy - ((covariance @ project) * weighted.mT).sum((-2, -1))
     rounded = (rounding * (weighted * basis).sum(-1)).sum(-1)
     lost = left_out.clamp_min(0) + rounded.clamp_min(0)
-    return (lost / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().half()
+    return (lost / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt().half()
 
 
 def _rotated_mean_scores(query: Tensor, mean: Tensor, rotation: Rotation) -> Tensor:
-    """``q R(n) mu`` for every token: two products per pair and token, shared by nothing but cheap beside the codes."""
+    """``q R(n) mu`` for every token: two products per pair and token, cheap beside the codes."""
     fixed = torch.ones(mean.shape[-1], dtype=torch.bool, device=mean.device)
     fixed[rotation.first], fixed[rotation.second] = False, False
     q_real, q_imaginary = query[..., rotation.first], query[..., rotation.second]
@@ -349,5 +352,5 @@ def _rotated_mean_scores(query: Tensor, mean: Tensor, rotation: Rotation) -> Ten
     cosine = q_real * m_real + q_imaginary * m_imaginary
     sine = q_imaginary * m_real - q_real * m_imaginary
     table = rotation.table()[:, None]
-    turned = cosine @ table.real.to(query.dtype).mT + sine @ table.imag.to(query.dtype).mT
-    return turned + query[..., fixed] @ mean[..., fixed].mT
+    rotated = cosine @ table.real.to(query.dtype).mT + sine @ table.imag.to(query.dtype).mT
+    return rotated + query[..., fixed] @ mean[..., fixed].mT

@@ -1,11 +1,11 @@
-"""Codes of different widths in bit planes, so that a width is exactly what it costs.
+"""Codes of different widths in bit planes, so that a component takes exactly its width in bits.
 
-Tokens come in tiles of 128; within a tile component follows component, a component of width ``b`` as ``b`` planes of
-16 bytes, the lowest bit first. So what attention reads at a time lies together, and grows at its end.
+Tokens lie in tiles of 128. Within a tile, one component follows another; a component of width ``b`` takes ``b`` planes
+of 16 bytes, the lowest bit first. So the data that attention reads at a time lies together, and new tiles are appended.
 
-Keys' components are read four at a time, a quad: of a head the first four, the next four, and so on. The planes that
-all four have lie together: for every 16 tokens plane by plane 8 bytes, in which the four bits of one token follow those
-of another. Behind them come the further planes of those of its components that have any.
+Components of keys are read four at a time, as quads: the first four of a head, the next four, and so on. The planes
+that all four have lie together: for every 16 tokens, 8 bytes per plane, with the four bits of a token side by side. The
+further planes of single components follow.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from unsloth_spectral.codec.config import GROUP_SIZE
 
-TILE_TOKENS = GROUP_SIZE  # a tile's tokens share scales too
+TILE_TOKENS = GROUP_SIZE  # the tokens of a tile also share scales
 PLANE_BYTES = TILE_TOKENS // 8
 MAX_NBITS = 8
 QUAD = 4
-QUAD_TOKENS = 16  # of which a quad's planes lie together
+QUAD_TOKENS = 16  # tokens whose common planes of a quad lie together
 
 
 def num_tiles(num_tokens: int) -> int:
-    """Tiles that hold ``num_tokens``."""
+    """The number of tiles for ``num_tokens`` tokens."""
     return -(-num_tokens // TILE_TOKENS)
 
 
@@ -43,7 +43,7 @@ def unpack(planes: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def pack_quads(codes: Tensor, widths: Sequence[Sequence[int]]) -> Tensor:
-    """``pack`` in quads; the widths of a head's components are ``widths[head]``, falling."""
+    """``pack`` with quads; ``widths[head]`` are the falling widths of a head's components."""
     return _pack(codes, _Layout.of_quads(tuple(map(tuple, widths)), codes.device))
 
 
@@ -53,14 +53,14 @@ def unpack_quads(planes: Tensor, widths: Sequence[Sequence[int]]) -> Tensor:
 
 
 class Place(NamedTuple):
-    """Where a component's planes lie; rows are of 16 bytes and counted over all components.
+    """The place of a component's planes; rows have 16 bytes and are counted over all components.
 
     Attributes:
         nbits: the component's planes.
-        common: how many of them its quad has in common.
-        quad: the first row of these.
+        common: the number of planes that all components of its quad have.
+        quad: the first row of these planes.
         lane: the component's place in the quad.
-        single: the row of the first of its further planes.
+        single: the row of the first further plane.
     """
 
     nbits: int
@@ -71,7 +71,7 @@ class Place(NamedTuple):
 
 
 def places_in_quads(widths: Sequence[Sequence[int]]) -> list[Place]:
-    """Of each component, head by head, as ``pack_quads`` puts them."""
+    """The place of each component, head by head, in the order of ``pack_quads``."""
     return _places([head_widths[at : at + QUAD] for head_widths in widths for at in range(0, len(head_widths), QUAD)])
 
 
@@ -87,15 +87,14 @@ def _places(runs: Sequence[Sequence[int]]) -> list[Place]:
 
 
 class _Layout(NamedTuple):
-    """Where planes lie; components and planes are counted over all heads.
+    """The places of all planes; components and planes are counted over all heads.
 
     Attributes:
-        num_components: all of them.
-        num_planes: all of them.
-        shared: for each number of planes that a quad shares its components, ``[n, 4]``, and the rows of these planes,
-            ``[n * 4 * number]``.
-        single: for each plane that a component has for itself its place in the codes, 0 the lowest, the components that
-            have it, ``[n]``, and its rows, ``[n]``.
+        num_components: the number of components.
+        num_planes: the number of planes.
+        shared: by number of common planes, the components of the quads that have so many, ``[n, 4]``, and the rows of
+            these planes, ``[n * 4 * number]``.
+        single: by bit, 0 the lowest, the components that have it in a further plane, ``[n]``, and the rows, ``[n]``.
     """
 
     num_components: int
@@ -106,15 +105,15 @@ class _Layout(NamedTuple):
     @staticmethod
     @lru_cache(maxsize=256)
     def of(widths: tuple[int, ...], device: torch.device) -> "_Layout":
-        return _Layout._found(_places([[nbits] for nbits in widths]), device)
+        return _Layout._from_places(_places([[nbits] for nbits in widths]), device)
 
     @staticmethod
     @lru_cache(maxsize=256)
     def of_quads(widths: tuple[tuple[int, ...], ...], device: torch.device) -> "_Layout":
-        return _Layout._found(places_in_quads(widths), device)
+        return _Layout._from_places(places_in_quads(widths), device)
 
     @staticmethod
-    def _found(places: Sequence[Place], device: torch.device) -> "_Layout":
+    def _from_places(places: Sequence[Place], device: torch.device) -> "_Layout":
         shared: dict[int, tuple[list[int], list[int]]] = {}
         single: dict[int, tuple[list[int], list[int]]] = {}
         for component, place in enumerate(places):
@@ -127,8 +126,8 @@ class _Layout(NamedTuple):
                 components.append(component)
                 rows.append(place.single + plane - place.common)
         tensors = [
-            {key: (_integers(first, device), _integers(rows, device)) for key, (first, rows) in part.items()}
-            for part in (shared, single)
+            {key: (_integers(first, device), _integers(rows, device)) for key, (first, rows) in places_by_key.items()}
+            for places_by_key in (shared, single)
         ]
         quads = {
             key: (first[:, None] + torch.arange(QUAD, dtype=torch.int64, device=device), rows)
@@ -155,14 +154,14 @@ def _pack(codes: Tensor, layout: _Layout) -> Tensor:
 def _unpack(planes: Tensor, layout: _Layout) -> Tensor:
     spread = _spread(planes.device)
     batch, tiles = planes.shape[:2]
-    # Eight bits become one int64, a byte each, so that one shift or sum serves all eight.
+    # Eight bits become one int64 with a byte each, so that one shift or sum handles all eight.
     lanes = torch.zeros(batch, layout.num_components, tiles, PLANE_BYTES, dtype=torch.int64, device=planes.device)
     for count, (components, rows) in layout.shared.items():
         shared_planes = planes[:, :, rows].reshape(batch, tiles, len(components), -1, count, PLANE_BYTES // 2)
-        parts = spread[shared_planes.int()]
-        joined = parts[..., 0, :]
+        spread_planes = spread[shared_planes.int()]
+        joined = spread_planes[..., 0, :]
         for plane in range(1, count):
-            joined = joined | (parts[..., plane, :] << plane)
+            joined = joined | (spread_planes[..., plane, :] << plane)
         apart = joined.flatten(3).view(torch.uint8).unflatten(-1, (-1, QUAD)).movedim(-1, 3).contiguous()
         lanes[:, components] = apart.view(torch.int64).permute(0, 2, 3, 1, 4)
     for plane, (components, rows) in layout.single.items():
@@ -171,7 +170,7 @@ def _unpack(planes: Tensor, layout: _Layout) -> Tensor:
 
 
 def _bytes(bits: Tensor) -> Tensor:
-    """Bits, uint8, as bytes, the lowest first, along the last dimension."""
+    """Pack ``bits`` (uint8, 0 or 1) into bytes along the last dimension, the lowest bit first."""
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 

@@ -7,12 +7,13 @@ ZERO = 255  # the code of a scale of 0
 
 
 def encode_scales(scales: Tensor, steps_per_octave: int, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``scales [..., n]``, non-negative, to codes ``[..., n]`` uint8 and ``top [..., 1]`` float32, the scale of code 0.
+    """``scales [..., n]``, non-negative, as codes ``[..., n]`` uint8, and their ``top [..., 1]`` float32, which has
+    code 0.
 
-    ``top`` is the largest scale unless it is given; larger ones are lowered to it.
+    ``top`` is the largest scale unless it is given; larger scales are lowered to it.
 
     A step is ``2 ** (-1 / steps_per_octave)``, so the error is at most ``0.35 / steps_per_octave``, relative. Scales
-    more than ``254 / steps_per_octave`` octaves below the largest are raised to that, zeros stay.
+    more than ``254 / steps_per_octave`` octaves below ``top`` are raised to that; zeros stay zero.
     """
     if top is None:
         top = scales.amax(-1, keepdim=True)
@@ -22,6 +23,6 @@ def encode_scales(scales: Tensor, steps_per_octave: int, top: Tensor | None = No
 
 
 def decode_scales(codes: Tensor, steps_per_octave: int) -> Tensor:
-    """Scales over the largest of their row, float32."""
+    """Scales relative to ``top``, float32."""
     relative = torch.exp2(codes.float() * (-1 / steps_per_octave))
     return relative.masked_fill_(codes == ZERO, 0.0)

@@ -1,4 +1,4 @@
-"""What the encoder computes of a run of keys: the centred keys, their mean and covariance, and their principal axes."""
+"""Statistics of a run of keys for the encoder: centred keys, mean, covariance and principal axes."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Basis(NamedTuple):
 
     Attributes:
         vectors: ``[..., D, D]``, rows such that ``x = coefficients @ vectors``.
-        variances: ``[..., D]``, what each axis adds to the variance of the scores.
+        variances: ``[..., D]``, the part of the scores' variance along each axis.
     """
 
     vectors: Tensor
@@ -23,16 +23,16 @@ class Basis(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyStatistics:
-    """A run of keys as it is encoded.
+    """A run of keys, prepared for encoding.
 
     Attributes:
-        x: ``[B, H, n, D]`` float32, the keys less their mean, padding zero.
+        x: ``[B, H, n, D]`` float32, the keys minus their mean, padding zero.
         mean: ``[B, H, D]`` float16, un-rotated.
         covariance: ``[B, H, D, D]``, of ``x``.
         metric: ``[B or 1, H, D, D]``, of the queries.
         rotation: the tokens' positions; None for a model without rotary embeddings.
         is_rotated: whether ``x`` is in the frame of rotated keys or of un-rotated ones.
-        shares: ``[B]``, the share of each row's tokens that are no padding.
+        shares: ``[B]``, the share of each row's tokens that are not padding.
     """
 
     x: Tensor
@@ -53,8 +53,10 @@ class KeyStatistics:
         mean: Tensor | None = None,
         real: Tensor | None = None,
     ) -> "KeyStatistics":
-        """Of ``keys [B, H, n, D]``, less ``mean [B, H, D]`` float16 or, without one, their own; ``real [B, n]`` bool
-        leaves out padding."""
+        """Statistics of ``keys [B, H, n, D]`` around ``mean [B, H, D]`` float16; None: their own mean.
+
+        ``real [B, n]`` bool is False for padding.
+        """
         x, mean = centre(keys, mean, rotation, is_rotated, real)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
         return cls(x, mean, covariance(x), metric.to(x.device), rotation, is_rotated, shares)
@@ -65,7 +67,7 @@ class KeyStatistics:
 
     @property
     def has_tokens(self) -> Tensor:
-        """``[B]`` bool, which rows are more than padding."""
+        """``[B]`` bool, False for rows that are padding alone."""
         return self.shares > 0
 
     def basis(self) -> Basis:
@@ -73,16 +75,16 @@ class KeyStatistics:
         return principal_basis(self.covariance, self.metric)
 
     def over_tokens(self, variances: Tensor) -> Tensor:
-        """``[H, D]``: the mean of ``variances [B, H, D]`` over the tokens of all rows, padding left out."""
+        """The mean of ``variances [B, H, D]`` over the tokens of all rows without padding, ``[H, D]``."""
         return variances.sum(0) / self.shares.sum().clamp_min(torch.finfo(self.shares.dtype).tiny)
 
 
 def centre(
     keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What is coded of ``keys [B, H, n, D]``, and the mean taken from it, ``[B, H, D]`` float16 (or the given one).
+    """``keys [B, H, n, D]`` minus their mean, and that mean, ``[B, H, D]`` float16 (or the given one).
 
-    ``real [B, n]`` bool leaves out padding, which becomes zero.
+    ``real [B, n]`` bool is False for padding, which becomes zero.
     """
     x = keys.float()
     weight = None if real is None else real[:, None, :, None].to(x.dtype)
@@ -98,7 +100,7 @@ def centre(
 
 
 def _mean(x: Tensor, weight: Tensor | None, table: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
-    """Mean over the tokens of ``x``, or of what it was before ``rotation``, under ``weight [B, 1, n, 1]``."""
+    """Mean over the tokens of ``x``, un-rotated if a ``rotation`` is given, under ``weight [B, 1, n, 1]``."""
     count = x.shape[-2] if weight is None else weight.sum(-2).clamp_min(1)
     x = x if weight is None else x * weight
     total = x.sum(-2) if table is None or rotation is None else unrotated_sum(x, table, rotation)
@@ -111,9 +113,9 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def principal_basis(covariance: Tensor, metric: Tensor) -> Basis:
-    """Principal axes of what has ``covariance [..., D, D]``, under ``metric [..., D, D]``.
+    """Principal axes of vectors with ``covariance [..., D, D]``, under ``metric [..., D, D]``.
 
-    With ``metric = L L^T`` they are those of ``L^T x``: which root is taken makes no difference to the axes.
+    With ``metric = L L^T`` they are the axes of ``L^T x``; they do not depend on the choice of the root ``L``.
     """
     tiny = torch.finfo(metric.dtype).tiny * torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
     root = torch.linalg.cholesky_ex(metric + tiny).L
@@ -123,9 +125,10 @@ def principal_basis(covariance: Tensor, metric: Tensor) -> Basis:
 
 
 def projection(vectors: Tensor, metric: Tensor) -> Tensor:
-    """``[..., D, C]``: coefficients of least error under ``metric`` in the span of ``vectors [..., C, D]``.
+    """The matrix ``[..., D, C]`` that gives the coefficients of least error under ``metric`` in
+    ``vectors [..., C, D]``.
 
-    They need not be orthogonal, so what rounding did to them costs nothing but that. A row of zeros gets zeros.
+    The vectors need not be orthogonal, so rounding them costs little. A row of zeros gets zeros.
     """
     weighted = vectors @ metric
     gram = weighted @ vectors.mT

@@ -1,4 +1,4 @@
-"""Values as codes of their randomly rotated, normalized selves, unbiased token by token."""
+"""Values as codes of their normalized Hadamard transform, unbiased for each token."""
 
 import math
 from dataclasses import dataclass, replace
@@ -27,10 +27,10 @@ class ValueCodes(StoredTensors):
 
     Attributes:
         planes: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``.
-        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``logscale``.
+        scales: ``[B, H, tiles * 128]`` uint8, one per token, see ``scales``.
         largest: ``[B, H, 1]`` float32, the scale of code 0.
-        relative_error: ``[B, H]`` float16, relative error.
-        head_dim, nbits, num_tokens: D, the width of every code, and the tokens held.
+        relative_error: ``[B, H]`` float16, in the Frobenius norm.
+        head_dim, nbits, num_tokens: D, the width of every code, and the number of tokens.
     """
 
     planes: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "planes", PLANE_BYTES))]
@@ -44,13 +44,13 @@ class ValueCodes(StoredTensors):
     def combine(self, weights: Tensor) -> Tensor:
         """Sum of the values under ``weights [B, H, rows, num_tokens]``; rotated back once, ``[B, H, rows, D]``."""
         scaled = weights * self._token_scales().to(weights.dtype)[:, :, None]
-        turned = scaled @ self._rotated().to(weights.dtype).mT
-        return turned @ hadamard(self.head_dim).to(weights)
+        rotated = scaled @ self._rotated().to(weights.dtype).mT
+        return rotated @ hadamard(self.head_dim).to(weights)
 
     def reconstruct(self) -> Tensor:
         """The dense values, ``[B, H, num_tokens, D]`` float32."""
-        turned = self._rotated().mT * self._token_scales()[..., None]
-        return turned @ hadamard(self.head_dim).to(turned)
+        rotated = self._rotated().mT * self._token_scales()[..., None]
+        return rotated @ hadamard(self.head_dim).to(rotated)
 
     def slice(self, start: int, stop: int) -> "ValueCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
@@ -96,20 +96,19 @@ def value_sizes(batch: int, heads: int, head_dim: int, nbits: int, num_tokens: i
 def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCodes:
     """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8.
 
-    ``largest [B, H, 1]``, where later tokens join earlier ones, is the scale that the earlier ones' are relative to;
-    it is not used where the later ones exceed it.
+    ``largest [B, H, 1]`` is that of earlier codes which these are to join; it is not used if a scale exceeds it.
     """
-    turned = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
-    step, tiny = _STEPS[nbits - 1], torch.finfo(turned.dtype).tiny
-    quantized = kernel.encode_values(turned, nbits, step) if kernel.serves(turned) else quantize(turned, nbits, step)
+    rotated = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
+    step, tiny = _STEPS[nbits - 1], torch.finfo(rotated.dtype).tiny
+    quantized = kernel.encode_values(rotated, nbits, step) if kernel.serves(rotated) else quantize(rotated, nbits, step)
     planes, energy, overlap, squares = quantized
-    # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
+    # At this scale the token's error is orthogonal to the token: such errors average out under attention.
     scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
-    # |stored * codes - token|^2, written so that no square of a tiny number is taken.
+    # |stored * codes - token|^2, written without squares of tiny numbers.
     ratio = torch.where(energy > 0, stored / scales.clamp_min(tiny), 0.0)
     spread = scales * squares / overlap.clamp_min(tiny)
     lost = (energy * (ratio.square() * spread - 2 * ratio + 1)).sum(-1).clamp_min(0)
@@ -119,22 +118,24 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     return ValueCodes(planes, scale_codes, largest, error, values.shape[-1], nbits, num_tokens)
 
 
-def quantize(turned: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rotated values ``turned [B, H, D, n]`` the planes, and for each token, ``[B, H, n]`` float32: its squared
-    length, its product with its codes around zero, and their squared length."""
-    energy = turned.square().sum(-2)
-    rms = (energy / turned.shape[-2]).sqrt().clamp_min(torch.finfo(turned.dtype).tiny)
+def quantize(rotated: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Planes of Hadamard-rotated values ``rotated [B, H, D, n]``; and for each token, ``[B, H, n]`` float32: its
+    squared length, its product with its codes around zero, and the squared length of these codes."""
+    energy = rotated.square().sum(-2)
+    rms = (energy / rotated.shape[-2]).sqrt().clamp_min(torch.finfo(rotated.dtype).tiny)
     half = 1 << (nbits - 1)
-    codes = ((turned / (rms * step)[:, :, None]).floor() + 0.5).clamp(0.5 - half, half - 0.5)
-    planes = pack((codes + (half - 0.5)).to(torch.uint8).flatten(1, 2), (nbits,) * (turned.shape[1] * turned.shape[2]))
-    return planes, energy, (codes * turned).sum(-2), codes.square().sum(-2)
+    codes = ((rotated / (rms * step)[:, :, None]).floor() + 0.5).clamp(0.5 - half, half - 0.5)
+    planes = pack(
+        (codes + (half - 0.5)).to(torch.uint8).flatten(1, 2), (nbits,) * (rotated.shape[1] * rotated.shape[2])
+    )
+    return planes, energy, (codes * rotated).sum(-2), codes.square().sum(-2)
 
 
 @lru_cache
 def hadamard(dim: int) -> Tensor:
-    """A fixed orthogonal matrix ``[dim, dim]``: a Hadamard matrix with random signs, or a random one if there is none.
+    """A fixed orthogonal matrix ``[dim, dim]``: a Hadamard matrix with random signs.
 
-    Sylvester's construction for the power of two in ``dim``, a seeded QR factor for the odd rest.
+    Sylvester's construction gives the power of two in ``dim``; an odd factor takes a seeded random orthogonal matrix.
     """
     generator = torch.Generator().manual_seed(_SEED)
     odd, matrix = dim, torch.ones(1, 1, dtype=torch.float32, device="cpu")

@@ -18,8 +18,8 @@ class Footprint:
         stored_bytes: of the whole cache, exact tiers included. For a reference implementation that only simulates its
             storage: the bytes that its codes, scales and tables would take when packed.
         dense_bytes: of a dense cache in the model's dtype for the same tokens.
-        cold_bits_per_element: stored bits of the compressed tokens alone, metadata included, over the numbers that a
-            dense cache keeps for them; None where nothing is compressed.
+        cold_bits_per_element: stored bits of the compressed tokens alone, metadata included, per number that a dense
+            cache keeps for them; None if nothing is compressed.
     """
 
     stored_bytes: int

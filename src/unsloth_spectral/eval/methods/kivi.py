@@ -45,9 +45,9 @@ def round_trip(x: Tensor, dim: int, group: int, nbits: int) -> tuple[Tensor, int
     groups = filled.unflatten(-1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     levels = 2**nbits - 1
-    # Rounded to what is stored before the codes are chosen, so that the codes make up for the rounding.
+    # Rounded to the stored values before the codes are chosen, so that the codes compensate for the rounding.
     zero, scale = _float16(low), _float16((high - low) / levels)
-    # A constant group has scale 0; any divisor gives code 0, or one that the scale cancels.
+    # A constant group has scale 0: with any divisor, its codes are 0 or are cancelled by the scale.
     codes = ((groups - zero) / torch.where(scale == 0, 1, scale)).round_().clamp_(0, levels)
     decoded = (codes * scale + zero).flatten(-2)[..., :length].movedim(-1, dim)
     return decoded.to(x.dtype), x.numel() * nbits + low.numel() * _METADATA_BITS

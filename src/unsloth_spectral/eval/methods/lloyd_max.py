@@ -42,15 +42,15 @@ class LloydMax:
 
     def _round_trip(self, x: Tensor) -> tuple[Tensor, int]:
         head_dim = x.shape[-1]
-        turn = rotation(head_dim, self.seed).to(x.device)
+        rotation_matrix = rotation(head_dim, self.seed).to(x.device)
         codebook = torch.tensor(gaussian_codebook(self.nbits), dtype=torch.float32, device=x.device)
         boundaries = (codebook[1:] + codebook[:-1]) / 2
         norms = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-        # A vector of zeros gets some code; its norm cancels it.
-        directions = x.float() / norms.clamp_min(torch.finfo(torch.float32).tiny) @ turn
+        # A vector of zeros gets arbitrary codes; its norm of zero cancels them.
+        directions = x.float() / norms.clamp_min(torch.finfo(torch.float32).tiny) @ rotation_matrix
         codes = torch.bucketize(directions * math.sqrt(head_dim), boundaries)
         stored_norms = norms.clamp_max(_FLOAT16_MAX).half().float()
-        decoded = codebook[codes] @ turn.mT * (stored_norms / math.sqrt(head_dim))
+        decoded = codebook[codes] @ rotation_matrix.mT * (stored_norms / math.sqrt(head_dim))
         return decoded.to(x.dtype), x.numel() * self.nbits + norms.numel() * _NORM_BITS
 
 
@@ -60,7 +60,7 @@ def rotation(head_dim: int, seed: int) -> Tensor:
     with torch.inference_mode(False):  # cached: later callers may run outside inference mode
         generator = torch.Generator().manual_seed(seed)
         q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64, device="cpu"))
-        # Signs as of a positive diagonal make it uniform over all rotations (Mezzadri 2007).
+        # With the signs of a positive diagonal of r, q is uniform over all rotations (Mezzadri 2007).
         return (q * r.diagonal().sign()).float()
 
 
@@ -68,7 +68,8 @@ def rotation(head_dim: int, seed: int) -> Tensor:
 def gaussian_codebook(nbits: int) -> tuple[float, ...]:
     """The ``2**nbits`` levels of least mean squared error for a standard Gaussian, ascending.
 
-    Found as Lloyd (1982) and Max (1960) do: each level is the mean of its cell, each cell ends midway between levels.
+    By the iteration of Lloyd (1982) and Max (1960): each level is the mean of its cell, each cell ends midway between
+    levels.
     """
     count = 2**nbits
     levels = [4 * (2 * index + 1) / count - 4 for index in range(count)]
@@ -84,7 +85,8 @@ def gaussian_codebook(nbits: int) -> tuple[float, ...]:
 
 
 def _cell_mean(low: float, high: float) -> float:
-    """The mean of a standard Gaussian between two bounds; on the left, where erfc loses no digits, by symmetry."""
+    """The mean of a standard Gaussian between two bounds, computed on the left by symmetry, where erfc loses no
+    digits."""
     if low + high > 0:
         return -_cell_mean(-high, -low)
     probability = (math.erfc(-high / math.sqrt(2)) - math.erfc(-low / math.sqrt(2))) / 2

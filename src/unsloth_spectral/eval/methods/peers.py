@@ -69,7 +69,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _quantized_cache(backend: str, nbits: int, model: Any) -> Any:
-    # Imported here: it imports transformers, which listing names should not.
+    # Imported here: the module imports transformers, which listing names should not load.
     from unsloth_spectral.integrations.huggingface.quantized import CountedQuantizedCache
 
     return CountedQuantizedCache(model, backend, nbits)

@@ -1,4 +1,4 @@
-"""Prefill, continue and decode on a cache: the steps that all tasks and `compare` share."""
+"""Prefill, continue and decode on a cache: the forward passes of the whole evaluation."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,8 +46,12 @@ def fill(loaded: LoadedModel, cache: Any, tokens: Tensor, stage: str, on_progres
 
 def prefill_dense(loaded: LoadedModel, context: Tensor) -> Any:
     """The model's own cache, filled with ``context [1, n]``: the reference of a task that ran no dense cache before."""
-    model: Any = loaded.model
-    return cache_of(model(input_ids=context.to(model.device), use_cache=True, logits_to_keep=1))
+    return own_cache(loaded.model, context.to(loaded.model.device))
+
+
+def own_cache(model: Any, tokens: Tensor) -> Any:
+    """The cache that ``model`` itself makes in a forward pass over ``tokens [1, n]`` on its device; None if none."""
+    return cache_of(model(input_ids=tokens, use_cache=True, logits_to_keep=1))
 
 
 def continue_on(loaded: LoadedModel, cache: Any, tokens: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class Drift:
         step_ids = prompt.question
         for step, token in enumerate(dense.tokens):
             dense_row = dense.logits[step : step + 1]
-            # The dense cache has just generated from these very rows.
+            # These rows come from the dense cache itself.
             row = dense_row if is_dense else _next(loaded, filled.cache, step_ids, ends)
             target = row_of([token])[0].to(row.device)
             divergence.append(compare_logits(dense_row, row, target).kl)

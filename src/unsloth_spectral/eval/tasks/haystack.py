@@ -11,7 +11,7 @@ from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.tasks.asking import ids_of, opening_ids
 from unsloth_spectral.integrations.models import LoadedModel
 
-# Cities that small models know, one or two tokens each: what is tested is the cache, not the tokenizer.
+# Cities that small models know, one or two tokens each: the test is about the cache, not the tokenizer.
 _CITIES = """
 Amsterdam Athens Bangkok Barcelona Beijing Berlin Boston Brussels Budapest Cairo Chicago Dallas Delhi Denver Dublin
 Florence Geneva Hamburg Helsinki Houston Istanbul Jakarta Lagos Lima Lisbon London Madrid Manila Miami Milan Montreal
@@ -64,10 +64,10 @@ def hide(
     text = _tokens(loaded, document, room)
     start = generator.randrange(text.shape[1] - room + 1)
     stops = [start, *(start + round(depth * room) for depth in depths), start + room]
-    parts = [opening]
+    pieces = [opening]
     for index, ids in enumerate(hidden):
-        parts += [text[:, stops[index] : stops[index + 1]], ids]
-    return torch.cat([*parts, text[:, stops[-2] : stops[-1]]], dim=1)
+        pieces += [text[:, stops[index] : stops[index + 1]], ids]
+    return torch.cat([*pieces, text[:, stops[-2] : stops[-1]]], dim=1)
 
 
 def _tokens(loaded: LoadedModel, document: str | None, needed: int) -> Tensor:
@@ -84,8 +84,8 @@ def made_up_words(count: int, generator: random.Random, syllables: int = 2) -> l
     """Distinct pronounceable words without meaning, which no model knows from its training."""
     words: dict[str, None] = {}
     while len(words) < count:
-        parts = [generator.choice(_ONSETS) + generator.choice(_VOWELS) for _ in range(syllables)]
-        words["".join(parts) + generator.choice(_CODAS)] = None
+        stem = [generator.choice(_ONSETS) + generator.choice(_VOWELS) for _ in range(syllables)]
+        words["".join(stem) + generator.choice(_CODAS)] = None
     return list(words)
 
 

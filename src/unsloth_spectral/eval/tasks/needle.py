@@ -1,4 +1,4 @@
-"""Needle: retrieval of facts hidden in real text. After the needle test of Kamradt (2023), and its version with many
+"""Needle: retrieval of facts hidden in real text, after the needle test of Kamradt (2023) and its version with many
 keys in RULER (Hsieh et al. 2024)."""
 
 import random
@@ -75,7 +75,7 @@ class Needles:
         document: the text to hide them in; None is the default document.
         num_facts: at most as many as there are ``CITIES``.
         num_cases: seeds 0, 1, ...
-        context_length: tokens prefilled, all included.
+        context_length: tokens prefilled, facts and opening included.
         digits: of each number.
 
     Raises:
@@ -145,7 +145,7 @@ class NeedleDepth:
 
     Args:
         document: the text to hide it in; None is the default document.
-        lengths: tokens prefilled, all included.
+        lengths: tokens prefilled, fact and opening included.
         num_depths: from 0 (before all text) to 1 (behind it), at equal distances; at least 2.
         digits: of the number.
 

@@ -50,27 +50,27 @@ def multi_query(generator: random.Random, room: int) -> Problem:
     """Eight keys with a number each, four of which are asked for at once (section 3, multi-queries)."""
     keys, values = generator.sample(CITIES, 8), numbers(8, generator, digits=4)
     pairs = list(zip(keys, values, strict=True))
-    asked = generator.sample(pairs, 4)
-    names = ", ".join(key for key, _ in asked[:-1]) + f" and {asked[-1][0]}"
+    chosen = generator.sample(pairs, 4)
+    names = ", ".join(key for key, _ in chosen[:-1]) + f" and {chosen[-1][0]}"
     return Problem(
         tuple(_number_of(key, value) for key, value in pairs),
         f"What are the magic numbers of {names} in the text above?",
-        f"The magic number of {asked[0][0]}: {asked[0][0]}",
-        tuple(value for _, value in asked),
+        f"The magic number of {chosen[0][0]}: {chosen[0][0]}",
+        tuple(value for _, value in chosen),
     )
 
 
 def variable_tracking(generator: random.Random, room: int) -> Problem:
-    """A chain of four assignments behind a number, beside another such chain; all names of the first are asked for."""
+    """Two chains of four assignments behind a number each; all names of the first chain are asked for."""
     names = [name.upper() for name in made_up_words(10, generator)]
     first, second = numbers(2, generator, digits=5)
     chains = (_chain(names[:5], first), _chain(names[5:], second))
     # Each chain stays in order; a draw decides which of the two comes next.
-    turns = [0] * 5 + [1] * 5
-    generator.shuffle(turns)
+    order = [0] * 5 + [1] * 5
+    generator.shuffle(order)
     steps = [iter(chain) for chain in chains]
     return Problem(
-        tuple(next(steps[turn]) for turn in turns),
+        tuple(next(steps[index]) for index in order),
         f"Find all variables that are assigned the value {first} in the text above.",
         f"The variables that are assigned the value {first}: VAR",
         tuple(names[:5]),

@@ -1,4 +1,4 @@
-"""transformers: the cache, the attention function it needs, and the switch that gives it to a model."""
+"""The cache for transformers, its attention function, and the switch that gives this function to a model."""
 
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.store import PrefixStore

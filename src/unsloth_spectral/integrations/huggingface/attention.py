@@ -1,4 +1,4 @@
-"""The attention function models call by name while the spectral cache is on."""
+"""The attention function that models call by name while they are switched."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.visible import visible_through
 
 
-# Within a compiled forward too this runs as it stands: a graph would bake in what changes from token to token, and take
-# the kernel's pointers out of their tensors' lives.
+# It also runs uncompiled within a compiled forward: a graph would fix values that change from token to token, and use
+# the kernel's pointers after their tensors are freed.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
@@ -30,7 +30,7 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over tensors or over a spectral layer, in transformers' calling convention.
+    """Attention over tensors or over a spectral layer, with transformers' signature.
 
     ``query`` is ``(batch, num_attention_heads, query_length, head_dim)``; ``key`` and ``value`` are tensors or the
     handles of a spectral layer, which is sealed afterwards: a prefill is attended to exactly, then compressed. The mask
@@ -39,7 +39,7 @@ def attend(
 
     Raises:
         UnsupportedModelError: the model asks for a position bias.
-        SpectralError: attention dropout is asked for where torch's SDPA cannot serve, or attention weights are.
+        SpectralError: attention weights are requested, or attention dropout in a case that torch's SDPA cannot serve.
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -63,12 +63,12 @@ def attend(
         key.was_read = True
     query_length = query.shape[2]
     if attention_mask is None and query_length > 1 and (layer.is_sealed or query_length < layer.num_tokens):
-        # Torch's SDPA takes fewer queries than keys for those of the first tokens, not of the newest.
+        # If there are fewer queries than keys, torch's SDPA assumes the first tokens' queries, not the newest.
         attention_mask = causal_mask(query_length, layer.num_tokens, query.device)
     if layer.is_sealed:
         output = _attend_blocks(query, layer.blocks, layer.arrange_mask(attention_mask), options)
     else:
-        # Everything is exact and in one piece: the model's own arithmetic, so short contexts answer as ever.
+        # All tokens are exact and in one block: with the model's own arithmetic, short contexts give unchanged results.
         dense = ExactBlock(*layer.blocks[0].reconstruct())
         output = _attend_dense(module, query, dense, attention_mask, options, 0.0, kwargs)
     if key.seal_after:
@@ -79,9 +79,9 @@ def attend(
 def _observe(
     call: AttentionCall | None, query: Tensor, mask: Tensor | None, options: ScoreOptions, layer: SpectralLayer
 ) -> None:
-    """Let ``layer`` know the padding, positions and queries of its newest tokens."""
+    """Tell ``layer`` the padding, positions and queries of its newest tokens."""
     padding, asking, length = None, None, query.shape[2]
-    # While decoding a mask has nothing to tell, once every row has begun.
+    # While decoding, the mask adds nothing once the text of every row has begun.
     if length > 1 or layer.awaits_rows:
         visible = visible_through(mask, len(query))
         layer.note_padding(visible.first)

@@ -1,4 +1,4 @@
-"""The call of an attention module, as its forward pre-hook sees it, handed to the cache that the call carries."""
+"""The call of an attention module, which a forward pre-hook passes to the call's cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +14,23 @@ class AttentionCall:
 
     Attributes:
         module: the module, whose layer of the cache receives the new keys and values.
-        position_embeddings: what the model passes under that name, cosines and sines as a rule; None where it passes
-            nothing.
+        position_embeddings: the argument of that name, usually cosines and sines; None if there is none.
     """
 
     module: nn.Module
     position_embeddings: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionCall":
-        # A layer keeps the call of an interrupted pass. A copy of the cache is no copy of the model.
+        # A layer keeps the call of an interrupted pass, and copying the cache must not copy the model.
         return self
 
 
-# The compiler leaves the hook alone: the call changes at every step.
+# Not compiled, because the call changes at every step.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, with keyword arguments, of an attention module: a spectral cache is told of the call.
+    """A forward pre-hook, with keyword arguments, of an attention module: tells a spectral cache about the call.
 
-    The cache is recognised by its type, because models disagree about its name (GPT-NeoX says ``layer_past``).
+    The cache is recognised by its type, because models name it differently (``layer_past`` in GPT-NeoX).
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache) and hasattr(value, "note_call"):

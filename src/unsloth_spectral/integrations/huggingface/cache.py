@@ -56,22 +56,22 @@ class SpectralCache(Cache):
     """A KV cache that stores old tokens as spectral factors, for ``model.generate(cache=cache)``.
 
     Full-attention layers are spectral; sliding, chunked, linear and state layers keep transformers' own. Making
-    a cache also gives the model the attention function that reads it (``unpatch_unsloth_attention(model)`` takes it
-    back); that function treats every other cache as before.
+    a cache also gives the model the attention function that reads it, until ``unpatch_unsloth_attention(model)``; that
+    function treats every other cache as before.
 
     A model that computes with its keys and values itself, outside transformers' AttentionInterface or before it
     (multi-head latent attention, DiffLlama, Falcon, BLOOM, MPT, and GPT-J before transformers 5.24), gets them rebuilt
-    at every step, one layer at a time: memory falls, decoding gets no faster. A warning says so, once a model.
+    at every step, one layer at a time: memory falls, decoding gets no faster. One warning per model says so.
 
     Args:
         model: a decoder-only transformers model.
         preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
         config: bits or ranks, block size and exact tiers.
-        use_profile: whether to give values the widths that follow from the model's profile, if one was measured
-            (``unsloth-spectral profile``); without one all layers get the same.
+        use_profile: whether to spend bits by the model's profile, if one was measured (``unsloth-spectral profile``).
 
     Raises:
-        UnsupportedModelError: the model cannot carry it; the message names the model and what is supported.
+        UnsupportedModelError: the model cannot carry a spectral cache; the message names the model and what is
+            supported.
         InvalidArgumentError: an option is out of its range for this model.
     """
 
@@ -91,7 +91,7 @@ class SpectralCache(Cache):
 
     def _build(self, model: PreTrainedModel, config: CodecConfig, profile: ModelProfile | None) -> None:
         hold(model)
-        # Weak, as a copy of a cache is no copy of the model.
+        # Weak, because copying a cache must not copy the model.
         self.config, self.profile, self._model = config, profile, _ModelReference(model)
         plans = layers_of(model.config.get_text_config(decoder=True))
         self.codec = make_codec(config, _num_spectral(model), profile)
@@ -109,7 +109,7 @@ class SpectralCache(Cache):
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
         self._crossing = [layer for layer in layers if isinstance(layer, CrossAttentionLayer)]
-        # A dummy layer holds no tokens: its model reads those of another layer.
+        # A dummy layer stores no tokens: its model reads the tokens of another layer.
         self._others = [
             layer
             for layer, plan in zip(layers, plans, strict=True)
@@ -122,10 +122,10 @@ class SpectralCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Take a layer's new tokens; those of the first spectral layer begin a forward pass.
+        """Append a layer's new tokens; those of the first spectral layer begin a forward pass.
 
         Raises:
-            SpectralError: the last pass was interrupted, and layers of other kinds cannot take its tokens back; or the
+            SpectralError: the last pass was interrupted, and layers of other kinds cannot remove its tokens; or the
                 cache was made for another model.
         """
         if layer_idx >= len(self.layers):
@@ -156,7 +156,7 @@ class SpectralCache(Cache):
 
     @property
     def received_nothing(self) -> bool:
-        """Whether the pass that began last has given it no token."""
+        """Whether the last pass has given this cache no token."""
         return self._shortest <= self._num_before
 
     def _made_for_another(self, num_layers: object) -> SpectralError:
@@ -166,9 +166,9 @@ class SpectralCache(Cache):
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that all spectral layers hold; what an interrupted pass left in some of them does not count.
+        """Tokens that all spectral layers have; tokens of an interrupted pass, which only some have, do not count.
 
-        For a layer that attends to an image, the image's tokens.
+        For a layer that attends to an image, the number of the image's tokens.
         """
         num_tokens = super().get_seq_length(layer_idx)
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CrossAttentionLayer):
@@ -183,7 +183,7 @@ class SpectralCache(Cache):
     @property
     def _shortest(self) -> int:
         if len({layer.get_seq_length() for layer in self._crossing}) > 1:
-            return self._num_before  # interrupted when some of them had an image and others had not
+            return self._num_before  # interrupted while only some of them had an image
         return min(layer.spectral.num_tokens for layer in self._spectral)
 
     def _take_back(self) -> None:
@@ -207,7 +207,7 @@ class SpectralCache(Cache):
         super().reset()
         for layer in self._others:
             if isinstance(layer, CacheLayerMixin):
-                # In the first supported releases a layer with a window zeroes its tensors but keeps them.
+                # In the first supported releases, a layer with a window zeroes its tensors instead of dropping them.
                 layer.is_initialized = False
 
     def save(
@@ -230,7 +230,7 @@ class SpectralCache(Cache):
         Raises:
             InvalidArgumentError: the path cannot be written, the cache is empty, ``input_ids`` are too few or no
                 tokens, or they hold tokens that stand for images and ``model_inputs`` are missing.
-            SpectralError: a layer of transformers' own holds something that has no stored form; or the model is gone.
+            SpectralError: a layer of transformers' own has contents that cannot be stored; or the model is gone.
             UnsupportedModelError: the model's weights cannot be read, so that ``load`` could not recognise the model.
             OSError: the disk is full or the like.
         """
@@ -252,7 +252,7 @@ class SpectralCache(Cache):
         input_ids: Tensor | None = None,
         model_inputs: Mapping[str, Any] | None = None,
     ) -> "SpectralCache":
-        """The cache that ``save`` wrote to ``path``, its codes mapped from the file.
+        """The cache that ``save`` wrote to ``path``, with its codes mapped from the file.
 
         Then call ``model.generate(prompt, cache=cache)`` with a prompt that begins with the cache's tokens and has at
         least one more.
@@ -298,7 +298,7 @@ class SpectralCache(Cache):
         }
 
     def stats(self) -> CacheStats:
-        """Bytes stored and bytes a dense cache would take, the factor between them, and the same per layer."""
+        """Stored bytes, the bytes of a dense cache, the factor between them, and the same per layer."""
         shared = SharedBytes()
         return CacheStats.of([layer_stats(layer, shared) for layer in self.layers])
 

@@ -38,33 +38,33 @@ def fingerprint(model: PreTrainedModel) -> str:
     sampled, reason = False, "it has no parameters"
     for weight in (parameters[0], parameters[len(parameters) // 2]) if parameters else ():
         try:
-            parts = plain_tensors(_whole(weight))
+            tensors = plain_tensors(_whole(weight))
         except UnsupportedModelError as error:
             reason = str(error)
             continue
-        for part in parts:
-            # Signs alone: a copy in half precision is the same model.
-            digest.update((sample(part, _SAMPLES) > 0).cpu().numpy().tobytes())
+        for tensor in tensors:
+            # Signs alone, so that a copy in half precision counts as the same model.
+            digest.update((sample(tensor, _SAMPLES) > 0).cpu().numpy().tobytes())
         sampled = True
     if not sampled:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be recognised, so it has no profile: {reason}")
-    known = digest.hexdigest()[:16]
-    _known[model] = known
-    return known
+    digits = digest.hexdigest()[:16]
+    _known[model] = digits
+    return digits
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """``weight``, gathered where this process has a share of it: all processes make their caches at the same time."""
+    """``weight``, gathered if this process has only a share: all processes make their caches at the same time."""
     if not isinstance(weight, DTensor) or weight.is_meta:
         return weight
     try:
         return weight.full_tensor()
-    except Exception as error:  # quantized shares may lack what gathering asks of them
+    except Exception as error:  # quantized shares may lack the operations of gathering
         raise UnsupportedModelError(f"its weights cannot be gathered ({type(error).__name__})") from error
 
 
 def profile_path(model: PreTrainedModel) -> Path:
-    """The file that the profile of ``model`` is kept in.
+    """The file of the profile of ``model``.
 
     Raises:
         OSError: the user has no home folder.
@@ -73,7 +73,7 @@ def profile_path(model: PreTrainedModel) -> Path:
 
 
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
-    """The profile measured of ``model``, whose full-attention layers are ``num_layers``; None if there is none.
+    """The measured profile of ``model``, which has ``num_layers`` full-attention layers; None if there is none.
 
     A profile that cannot be read or is damaged counts as none, and so does one of a model that cannot be recognised,
     each with one warning: a cache works without a profile.
@@ -117,7 +117,7 @@ def profile_target(model: PreTrainedModel) -> Path:
 
 
 def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str, Any]) -> Path:
-    """Keep ``profile`` for later caches of ``model``; ``facts`` say how it was measured.
+    """Store ``profile`` for later caches of ``model``, with ``facts`` about its measurement.
 
     Raises:
         InvalidArgumentError: as ``profile_target``.
@@ -153,5 +153,5 @@ def _profile(content: bytes, num_layers: int) -> ModelProfile:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Whether ``values`` is a list of numbers, none of them negative, and not empty."""
+    """Whether ``values`` is a non-empty list of non-negative numbers."""
     return isinstance(values, list) and bool(values) and all(isinstance(x, int | float) and x >= 0 for x in values)

@@ -17,19 +17,19 @@ ModelReference = Callable[[], PreTrainedModel | None]
 
 
 class CompressedStates:
-    """A handle on a spectral layer, returned by its ``update`` where a tensor is expected.
+    """A handle on a spectral layer, which ``update`` returns in place of a tensor.
 
-    Code that uses the handle as a tensor, by an attribute, an operator or a function of torch's, gets a SpectralError
-    that names the fix.
+    Code that uses the handle as a tensor, by an attribute, an operator or a torch function, gets a SpectralError that
+    names the fix.
 
     Attributes:
         layer: the layer, which already holds the newest tokens.
         seal_after: whether to seal once those tokens have been attended to.
-        model: the model that the cache was made for; None for a handle that no model was given.
-        call: the call of the attention module that the handle was given in; None where no hook saw it, because the
-            module belongs to a model that has no spectral cache or has been unpatched.
-        was_read: whether attention has read it. In some models several layers share one layer's keys: only the first,
-            which made them, knows their positions.
+        model: the model that the cache was made for; None for a handle outside a call.
+        call: the attention module's call that received the handle; None if no hook saw it, because the module's model
+            has no spectral cache or has been unpatched.
+        was_read: whether attention has read the handle. In some models several layers share one layer's keys: only the
+            first, which made them, knows their positions.
     """
 
     __slots__ = ("call", "layer", "model", "seal_after", "was_read")
@@ -48,15 +48,15 @@ class CompressedStates:
         self.was_read = False
 
     def to(self, *_: Any) -> "CompressedStates":
-        """Itself: Gemma 4, in the first supported releases, moves keys that layers share to the device of each."""
+        """The handle itself: in the first supported releases, Gemma 4 moves shared keys to the device of each layer."""
         return self
 
     def numel(self) -> int:
-        """0, because a model can read no element: Mllama asks every layer, to find those that hold an image."""
+        """0, because a model can read no element. Mllama calls it on every layer, to find those with an image."""
         return 0
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # copy, pickle and torch probe for these and expect an AttributeError
+        if name.startswith("__"):  # copy, pickle and torch look for these and expect an AttributeError
             raise AttributeError(name)
         _refuse((self,), f"have no `.{name}`")
 
@@ -90,18 +90,16 @@ for _name in _OPERATORS:
 
 
 def _handles_in(arguments: tuple[Any, ...]) -> tuple[CompressedStates, ...]:
-    """The handles among the ``arguments`` of a function of torch's, and in lists and tuples among them."""
+    """The handles among the ``arguments`` of a torch function, and in lists and tuples among them."""
     flat = [item for value in arguments for item in (value if isinstance(value, list | tuple) else (value,))]
     return tuple(item for item in flat if isinstance(item, CompressedStates))
 
 
 def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
-    """Say that the keys and values are compressed and ``problem``, why, and the line that fixes it.
+    """Raise an error that says that the keys and values are compressed and ``problem``, why, and the fix.
 
-    The first of the ``handles`` knows the model and the call.
-
-    Where an attention module of the cache's own model computes with its keys and values, that model is marked: the next
-    cache made for it hands them out rebuilt.
+    The first of the ``handles`` has the model and the call. If an attention module of the cache's own model computes
+    with its keys and values, that model is marked: the next cache made for it returns them rebuilt.
 
     Raises:
         SpectralError: always.
@@ -124,12 +122,12 @@ def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
 
 
 def _computes_with_keys(model: PreTrainedModel, call: AttentionCall) -> bool:
-    """Whether the module of ``call`` is part of ``model`` and would have called the spectral attention function."""
+    """Whether the module of ``call`` belongs to ``model`` and uses the spectral attention function."""
     return _attention(model, call) == ATTENTION_NAME and any(module is call.module for module in model.modules())
 
 
 def _attention(model: PreTrainedModel | None, call: AttentionCall) -> str | None:
-    """The attention implementation of the module of ``call``; ``model``'s where the module does not say."""
+    """The attention implementation of the module of ``call``; that of ``model`` if the module has none."""
     attention = attention_of(getattr(call.module, "config", None))
     if attention is None and model is not None:
         return attention_of(model.config.get_text_config(decoder=True))

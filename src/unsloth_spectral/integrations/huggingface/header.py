@@ -62,7 +62,7 @@ def config_in(header: Fields) -> CodecConfig:
     Raises:
         LoadError: they are not options of this version.
     """
-    # The first snapshots of this format do not name the codec: their options tell.
+    # The first snapshots of this format do not name the codec: it follows from their options.
     kind = config_type_of(header.text("codec_name"), header) if header.has("codec_name") else SpectralConfig
     try:
         config: CodecConfig = kind(**header.data("codec"))
@@ -74,11 +74,11 @@ def config_in(header: Fields) -> CodecConfig:
 def check_header(
     header: Fields, model: PreTrainedModel, input_ids: Tensor | None, model_inputs: Mapping[str, Any] | None
 ) -> None:
-    """Refuse a snapshot of another model, or of tokens and other inputs that the given ones do not begin with.
+    """Refuse a snapshot of another model, or whose tokens and other inputs are not the beginning of the given ones.
 
     Raises:
-        InvalidArgumentError: ``input_ids`` or ``model_inputs`` are not what they must be, or the second are missing.
-        LoadError: says what differs.
+        InvalidArgumentError: ``input_ids`` or ``model_inputs`` are invalid, or ``model_inputs`` are missing.
+        LoadError: something differs; the message says what.
     """
     if input_ids is not None:
         check_tokens(input_ids)

@@ -20,7 +20,7 @@ from unsloth_spectral.integrations.huggingface.weights import (
 
 Identity: TypeAlias = dict[str, Any]
 
-# Of every configuration, or about text and training: they change no key and no value.
+# Settings of every configuration, and settings of text and training: they change no key and no value.
 _IRRELEVANT = (set(PreTrainedConfig().to_dict()) - {"model_type"}) | {
     "attention_dropout",
     "bos_token_id",
@@ -31,23 +31,23 @@ _IRRELEVANT = (set(PreTrainedConfig().to_dict()) - {"model_type"}) | {
     "pretraining_tp",
     "use_cache",
 }
-# Digests, and what a difference in each says.
+# Digests, with the words for a difference in each.
 _WEIGHTS = {
     "embedding": "its token embedding",
     "first_attention": "the first layer's attention weights, the key projection among them,",
     "sample": "a sample of all its weights",
 }
-_SAMPLES = 64  # of each weight
+_SAMPLES = 64  # elements of each weight
 
-# Identities, each with the state of the model at that time.
+# Cached identities, each with the state of the model at that time.
 _known: "WeakKeyDictionary[PreTrainedModel, tuple[Any, Identity]]" = WeakKeyDictionary()
 
 
 def identify(model: PreTrainedModel) -> Identity:
     """``model`` as plain data for JSON: its dtype and configuration, and SHA-256 digests of its weights.
 
-    Digests are of the token embedding, of the attention of the first layer (its key projection, fused or not), and of a
-    sample of every weight together with the adapters that are active: a fine-tuned model is another one.
+    There are digests of the token embedding, of the first layer's attention (its key projection, fused or not), and of
+    a sample of every weight together with the active adapters. So a fine-tuned model has another identity.
 
     Raises:
         UnsupportedModelError: weights are offloaded, or of a class that cannot be read.
@@ -79,23 +79,23 @@ def difference(stored: Identity, model: PreTrainedModel) -> str | None:
     """The first difference between ``model`` and the ``stored`` identity, in a few words; None where they are equal."""
     present = identify(model)
     pairs = {**_flat(stored.get("config"), present["config"]), "dtype": (stored.get("dtype"), present["dtype"])}
-    changed = sorted(name for name, (there, here) in pairs.items() if there != here)
+    changed = sorted(name for name, (stored_value, value) in pairs.items() if stored_value != value)
     if changed:
-        there, here = pairs[changed[0]]
+        stored_value, value = pairs[changed[0]]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        return f"{changed[0]} is {there} there and {here} here{more}"
-    return next((f"{said} differ{'s' * (name != 'first_attention')}" for name, said in _WEIGHTS.items()
+        return f"{changed[0]} is {stored_value} there and {value} here{more}"
+    return next((f"{words} differ{'s' * (name != 'first_attention')}" for name, words in _WEIGHTS.items()
                  if stored.get(name) != present[name]), None)  # fmt: skip
 
 
-def _flat(there: Any, here: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Both sides' settings by their dotted names."""
+def _flat(stored: Any, present: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Pairs of stored and present settings by their dotted names."""
     pairs: dict[str, tuple[Any, Any]] = {}
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in {**there, **here}:
-            pairs.update(_flat(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else name))
+    if isinstance(stored, dict) and isinstance(present, dict):
+        for name in {**stored, **present}:
+            pairs.update(_flat(stored.get(name), present.get(name), f"{prefix}.{name}" if prefix else name))
         return pairs
-    return {prefix: (there, here)}
+    return {prefix: (stored, present)}
 
 
 def _state(model: PreTrainedModel) -> Any:
@@ -104,7 +104,7 @@ def _state(model: PreTrainedModel) -> Any:
 
 
 def _adapters(model: nn.Module) -> list[str]:
-    """Which adapters act: PEFT's layers say so, and their weights stay where they are while they don't."""
+    """The active adapters by PEFT's layers, whose weights stay in place while an adapter is inactive."""
     layers = [module for module in model.modules() if hasattr(module, "disable_adapters")]
     return sorted({f"{getattr(layer, 'active_adapters', None)} {layer.disable_adapters}" for layer in layers})
 
@@ -113,18 +113,18 @@ def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for _, weight in stored_tensors(module):
         digest.update(described(weight).encode())
-        for part in plain_tensors(weight):
-            digest.update(raw_bytes(part.cpu().contiguous()))
+        for tensor in plain_tensors(weight):
+            digest.update(raw_bytes(tensor.cpu().contiguous()))
     return digest.hexdigest()
 
 
 def _sample(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(_adapters(model)).encode())
-    picked = []
+    samples = []
     for name, weight in stored_tensors(model):
         digest.update(f"{name} {described(weight)}".encode())
         if not weight.is_meta:
-            picked += [sample(part, _SAMPLES).cpu() for part in plain_tensors(weight)]
-    for part in picked:
-        digest.update(raw_bytes(part.contiguous()))
+            samples += [sample(tensor, _SAMPLES).cpu() for tensor in plain_tensors(weight)]
+    for elements in samples:
+        digest.update(raw_bytes(elements.contiguous()))
     return digest.hexdigest()

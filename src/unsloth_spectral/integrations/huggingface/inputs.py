@@ -14,13 +14,13 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 def prepare_inputs(
     model: PreTrainedModel, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """``prepare_inputs_for_generation``, which keeps a spectral cache where the original drops it.
+    """``prepare_inputs_for_generation``, which keeps a spectral cache that the original drops.
 
-    Phi-3 and its relatives rotate keys by other factors once a text exceeds ``original_max_position_embeddings``: there
-    transformers drops the cache and reads the text again. That pass refills the same cache.
+    Phi-3 and its relatives rotate keys by other factors once a text exceeds ``original_max_position_embeddings``.
+    transformers then drops the cache and reads the text again; here that pass refills the same cache.
 
     Raises:
-        CacheBypassedError: the cache is dropped, but not all of the text is there to be read again.
+        CacheBypassedError: the cache is dropped, but part of the text is not available to be read again.
     """
     inputs = original(input_ids, *args, **kwargs)
     cache = cache_in(kwargs)

@@ -17,9 +17,9 @@ _CROSS_ATTENTION = "cross_attention"
 
 
 class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of an image, for the layers that attend to it (Mllama's); empty where there is no image.
+    """Keys and values of an image, for the layers that attend to it (Mllama's); empty if there is no image.
 
-    It holds no tokens of the text, so ``crop`` leaves it as it is.
+    It has no tokens of the text, so ``crop`` does not change it.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class CrossAttentionLayer(DynamicLayer):
         self.num_before = self.get_seq_length()
 
     def take_back(self) -> None:
-        """Forget what an interrupted forward pass has added."""
+        """Remove the tokens of an interrupted forward pass."""
         if self.num_before == 0:
             self.reset()
         elif self.keys is not None and self.values is not None:
@@ -71,5 +71,5 @@ def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:
     # transformers counts the layers that attend to an image among those that attend to the text.
     crossing = getattr(config, "cross_attention_layers", None) or ()
     types = [_CROSS_ATTENTION if number in crossing else kind for number, kind in enumerate(types)]
-    # An early exit makes a model of the first layers, whose list of types may be longer.
+    # An early-exit model has only the first layers, but may have the whole list of types.
     return [LayerPlan(*plan) for plan in zip(types, options, layer_configs(config), strict=False)]

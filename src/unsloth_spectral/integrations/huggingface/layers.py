@@ -26,12 +26,12 @@ class SpectralCacheLayer(CacheLayerMixin):
     """A ``SpectralLayer`` in the shape transformers expects of a layer.
 
     Args:
-        config: how to compress.
-        sealer: what seals this layer's tokens.
-        model: the model that the cache is made for, which error messages name; None for a layer without a model.
+        config: the options of the cache.
+        codec: seals this layer's tokens.
+        model: the model that the cache is made for, for error messages; None for a layer without a model.
 
     Attributes:
-        call: the call of the attention module that will give the next tokens, from its pre-hook to ``update``.
+        call: the attention module's call that will bring the next tokens, between its pre-hook and ``update``.
     """
 
     is_sliding = False
@@ -50,12 +50,12 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def _initialize(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.is_initialized = dtype, device, True
-        # Code that reads them without attention gets an error that says why there are none.
+        # Code that reads these instead of calling attention gets an error with the reason.
         self.keys: Any = CompressedStates(self.spectral, seal_after=False)
         self.values: Any = self.keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
+        """Append the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.spectral.append(key_states, value_states)
@@ -77,7 +77,7 @@ class SpectralCacheLayer(CacheLayerMixin):
         self.is_initialized, self.call = False, None
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding takes tokens back after each step: sealing waits until ``crop`` has said which."""
+        """Delay sealing until ``crop``: assisted decoding removes rejected tokens after each step."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -118,14 +118,15 @@ class SpectralCacheLayer(CacheLayerMixin):
 
 
 class MaterialisingCacheLayer(SpectralCacheLayer):
-    """For models that compute with their keys and values: stored compressed, handed out dense.
+    """A layer for models that compute with their keys and values: it stores them compressed and returns them dense.
 
-    The model attends by itself, so its mask, queries and positions are unknown: padding counts as text, and keys are
-    compressed as they come, rotated.
+    The model uses its own attention, so its mask, queries and positions are unknown: padding counts as text, and keys
+    are compressed rotated.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Take the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns all, sealed ones rebuilt."""
+        """Append the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns all, sealed ones
+        rebuilt."""
         super().update(key_states, value_states)
         dense = self.spectral.reconstruct()
         if not self.record_past:
@@ -158,7 +159,7 @@ def layer_to_fields(layer: Any) -> dict[str, Field]:
     """The stored form of a spectral layer or of one of transformers' own.
 
     Raises:
-        SpectralError: a layer of transformers' own holds something that has no stored form.
+        SpectralError: a layer of transformers' own has contents that cannot be stored.
     """
     contents = layer.to_fields() if isinstance(layer, SpectralCacheLayer) else transformers_layer_to_fields(layer)
     return {"kind": type(layer).__name__, "held": contents}

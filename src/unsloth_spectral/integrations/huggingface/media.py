@@ -14,7 +14,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.fields import Field, Fields
 
 _PLACEHOLDERS = tuple(f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index"))
-# Of what processors return, these follow from the tokens, and grow with them.
+# Outputs of processors that follow from the tokens, and grow with them.
 _OF_TOKENS = {
     "attention_mask",
     "batch_num_images",
@@ -28,7 +28,7 @@ _OF_TOKENS = {
 
 
 def placeholders_in(model: PreTrainedModel, input_ids: Tensor) -> str | None:
-    """How many tokens of ``input_ids`` stand for images, video or audio, and by which setting; None where none does."""
+    """The number of tokens in ``input_ids`` that stand for images, video or audio, and their setting; None if none."""
     for config in _configs(model.config):
         for name in _PLACEHOLDERS:
             token = getattr(config, name, None)
@@ -39,9 +39,9 @@ def placeholders_in(model: PreTrainedModel, input_ids: Tensor) -> str | None:
 
 
 def media_hashes(model: PreTrainedModel, model_inputs: Mapping[str, Any]) -> dict[str, Field]:
-    """For each of ``model_inputs`` that does not follow from the tokens: its rows (images, patches), and their SHA-256.
+    """The rows (images, patches) of each of ``model_inputs`` that does not follow from the tokens, and their SHA-256.
 
-    Floating point inputs are rounded to the model's dtype before.
+    Floating-point inputs are rounded to the model's dtype first.
 
     Raises:
         InvalidArgumentError: an input is not made of tensors or numbers.
@@ -84,8 +84,8 @@ def _rows(model_inputs: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]:
         raise InvalidArgumentError(
             f"model_inputs must be what the processor returned, names with tensors, got a {type(model_inputs).__name__}"
         )
-    given = {name: value for name, value in model_inputs.items() if name not in _OF_TOKENS and value is not None}
-    return {name: _as_rows(name, value) for name, value in given.items()}
+    media = {name: value for name, value in model_inputs.items() if name not in _OF_TOKENS and value is not None}
+    return {name: _as_rows(name, value) for name, value in media.items()}
 
 
 def _as_rows(name: str, value: Any) -> Tensor | list[Tensor]:
@@ -101,15 +101,15 @@ def _as_rows(name: str, value: Any) -> Tensor | list[Tensor]:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    # Numbers through numpy, whose types do not depend on torch's defaults.
+    # By numpy, whose dtypes do not depend on torch's defaults.
     return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
 
 
 def _digest(model: PreTrainedModel, rows: Tensor | list[Tensor]) -> str:
     digest = hashlib.sha256()
-    for part in [rows] if isinstance(rows, Tensor) else rows:
-        plain = part.detach().to(model.dtype if part.is_floating_point() else torch.int64).cpu().contiguous()
-        shape = part.shape[1:] if part is rows else part.shape
+    for tensor in [rows] if isinstance(rows, Tensor) else rows:
+        plain = tensor.detach().to(model.dtype if tensor.is_floating_point() else torch.int64).cpu().contiguous()
+        shape = tensor.shape[1:] if tensor is rows else tensor.shape
         digest.update(f"{plain.dtype} {list(shape)}".encode())
         digest.update(raw_bytes(plain))
     return digest.hexdigest()

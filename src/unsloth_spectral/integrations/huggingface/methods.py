@@ -1,4 +1,4 @@
-"""Replacing methods of one module, not of its class, and giving back what it had."""
+"""Replacing methods of one module, not of its class, and restoring them."""
 
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -12,12 +12,12 @@ Replacement = Callable[..., Any]
 class Method:
     """``function(module, original, *args, **kwargs)`` as a method of ``module``, in place of ``original``.
 
-    A bound function would serve calls as well, but a pickled one comes back as the class's.
+    A bound function would also work, but unpickling one gives the method of the class.
 
     Attributes:
-        module: whose method it is.
+        module: the module that has the method.
         function: defined in a Python module, so that it can be pickled.
-        previous: what the module itself had by this name; None where it had its class's method.
+        previous: the module's own attribute of this name before; None if it had its class's method.
     """
 
     def __init__(
@@ -31,20 +31,20 @@ class Method:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The original, whose signature transformers looks at."""
+        """The original; transformers inspects its signature."""
         return self.previous or MethodType(getattr(type(self.module), self.__name__), self.module)
 
     def give_back(self) -> None:
-        """Let the module have what it had before, whatever was put in place since."""
+        """Restore the previous method, even if another one has replaced this since."""
         vars(self.module).pop(self.__name__, None)
         if self.previous is not None:
             setattr(self.module, self.__name__, self.previous)
 
 
 def replace(module: nn.Module, functions: Mapping[str, Replacement], methods: dict[str, Method]) -> None:
-    """Put ``functions`` in place of the methods that ``module`` has, and add to ``methods`` the first for each name.
+    """Replace the methods of ``module`` by ``functions``, and add to ``methods`` the first replacement for each name.
 
-    A function that is in place already stays. One that somebody else has covered is put on top again.
+    A function that is in place already stays. If other code has replaced it, it is put in place again.
     """
     for name, function in functions.items():
         current = vars(module).get(name)

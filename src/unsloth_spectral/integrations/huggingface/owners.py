@@ -1,4 +1,4 @@
-"""Scopes and calls of ``generate`` that keep a model switched, and the ones that this thread or task is in."""
+"""Scopes and calls of ``generate`` that keep a model switched, and those that this thread or task is in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unsloth_spectral.codec.codec import CodecConfig
 
-# Held while a model is switched or restored: for microseconds, so one lock serves all models.
+# Locked while a model is switched or restored, for microseconds: one lock serves all models.
 lock = RLock()
 
 
@@ -19,8 +19,8 @@ class Owner:
     """A scope or a call that needs ``model`` switched until it ends.
 
     Attributes:
-        config: the options of the caches that ``generate`` makes for it; None where it makes none.
-        is_open: whether it has not ended; a task or a generator may outlive the scope that it began in.
+        config: the options of the caches that ``generate`` makes for this owner; None if it makes none.
+        is_open: whether the owner has not ended; a task or a generator may outlive the scope that it began in.
     """
 
     def __init__(self, model: PreTrainedModel, config: CodecConfig | None) -> None:

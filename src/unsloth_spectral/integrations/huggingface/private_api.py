@@ -1,7 +1,7 @@
-"""Everything in transformers that this library uses though transformers does not document it.
+"""The undocumented parts of transformers that this library uses.
 
-A release may change these names without notice: each is used here and nowhere else, so this file is where a new release
-is adapted to.
+A release may change these names without notice. Each is used in this file alone, so this file is the place to adapt to
+a new release.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ FREQUENCIES, SCALING = "inv_freq", "attention_scaling"
 
 
 def attention_of(config: Any) -> str | None:
-    """The attention implementation in use under ``config``; None where it is no configuration of a model."""
+    """The attention implementation in use under ``config``; None if that is not the configuration of a model."""
     name: str | None = getattr(config, "_attn_implementation", None)
     return name
 
@@ -77,11 +77,11 @@ def make_layer(layer_type: str, options: dict[str, Any]) -> Any:
 
 
 def quantized_states(layer: QuantizedLayer) -> tuple[Any, Any]:
-    """What a layer of a QuantizedCache keeps as keys and as values; None where it is empty."""
+    """The stored keys and values of a layer of a QuantizedCache; None if it is empty."""
     return layer._quantized_keys, layer._quantized_values
 
 
-# Subclasses of QuantizedLayer must define ``_quantize`` and ``_dequantize``; these are the ones of its back ends.
+# Subclasses of QuantizedLayer must define ``_quantize`` and ``_dequantize``; these are those of its back ends.
 def quantize_by_quanto(layer: QuantoQuantizedLayer, tensor: Tensor, axis: int) -> Any:
     return QuantoQuantizedLayer._quantize(layer, tensor, axis)
 

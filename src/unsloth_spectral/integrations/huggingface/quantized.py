@@ -35,7 +35,7 @@ NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
 class Stored:
     """A backend's stored keys or values ``[B, H, tokens, head_dim]``: ``tensors``, and ``payload`` to decode them.
 
-    ``shape`` and ``dtype`` are those of the tokens alone, without those that fill up the last groups.
+    ``shape`` and ``dtype`` are those of the tokens, without the filling of the last groups.
     """
 
     payload: Any
@@ -56,13 +56,13 @@ class CountedLayer(QuantizedLayer):
     """
 
     backend: str
-    channel_axis: int  # the axis by which the backend means groups of tokens of one channel
-    groups_at_once: int  # groups of channels that the backend packs together, and loses if there are fewer
+    channel_axis: int  # the value of ``axis`` that groups the tokens of one channel
+    groups_at_once: int  # groups that the backend packs together; it loses groups if there are fewer
 
     def _quantize(self, tensor: Tensor, axis: int = 0) -> Stored:
-        # Each head's tokens are filled up to whole groups, so that none reaches from one head into the next.
+        # Each head's tokens are filled up to whole groups, so that no group spans two heads.
         unit = self.q_group_size
-        if axis != self.channel_axis:  # a group takes channels of few tokens, or of a part of one
+        if axis != self.channel_axis:  # a group covers the channels of a few tokens, or a part of one token's
             unit *= self.groups_at_once
             unit //= math.gcd(unit, tensor.shape[-1])
         missing = -tensor.shape[-2] % unit
@@ -104,7 +104,7 @@ class CountedLayer(QuantizedLayer):
 
 
 class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
-    """Keys by channel and values by token, as in KIVI: of quanto's four settings the best at 2 and at 4 bits."""
+    """Keys by channel and values by token, as in KIVI: the best of quanto's four settings at 2 and at 4 bits."""
 
     backend = "quanto"
     channel_axis = -1
@@ -121,8 +121,8 @@ class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
         return payload, (payload._data._data, payload._scale, payload._shift)
 
     def _decode(self, payload: Any) -> Tensor:
-        # What `payload.dequantize()` does, but without the extension that quanto compiles on first use, which takes
-        # a compiler and a minute; and in float32, as float16 would round what comes out once more.
+        # The same as `payload.dequantize()`, but without the extension that quanto compiles on first use, which needs
+        # a compiler and a minute; and in float32, because float16 would round the result once more.
         packed, rows = payload._data._data, payload._data.shape[0]
         codes = torch.cat([packed >> shift & 2**self.nbits - 1 for shift in range(0, 8, self.nbits)])[:rows]
         decoded = codes * payload._scale.float() - payload._shift.float()
@@ -134,8 +134,8 @@ class QuantoLayer(CountedLayer, QuantoQuantizedLayer):
 class HQQLayer(CountedLayer, HQQQuantizedLayer):
     """Half-quadratic quantization: values by token, and keys by token too from 3 bits on, by channel below.
 
-    Of hqq's settings the best at each number of bits, as measured on SmolLM2. By channel it groups tokens that lie far
-    apart, some of other heads, and so gains less from it than KIVI's neighbours do.
+    These are the best of hqq's settings at each number of bits, measured on SmolLM2. By channel, hqq groups tokens that
+    lie far apart, partly of other heads, so it gains less than KIVI with its groups of neighbours.
     """
 
     backend = "hqq"
@@ -149,7 +149,7 @@ class HQQLayer(CountedLayer, HQQQuantizedLayer):
         )
 
     def _encode(self, filled: Tensor, axis: int) -> tuple[Any, tuple[Tensor, ...]]:
-        # As a matrix: of four dimensions hqq forgets all but two when it unpacks 3 bits.
+        # As a matrix: hqq's unpacking of 3 bits restores only two dimensions.
         codes, meta = quantize_by_hqq(self, filled.flatten(0, -2), axis)
         meta |= {name: meta[name].half() for name in ("scale", "zero") if meta[name].dtype == torch.float32}
         return (codes, meta), (codes, meta["scale"], meta["zero"])

@@ -1,9 +1,9 @@
-"""The rotations of a model's own rotary embeddings, read by calling its own function.
+"""The rotations of a model's rotary embeddings, read by calling the model's own function.
 
 Keys reach a cache already rotated, and the rotation cannot be computed again later: some models change their tables
-with length, and padding gives each row its own positions. An attention module's call carries the tables. The positions
-that the tables were made for are attached to the tables themselves, by a hook on the module that makes them: positions
-take a few bytes per token where tables take hundreds.
+with length, and padding gives each row its own positions. An attention module's call contains the tables. A hook on
+the module that makes the tables attaches their positions to them: positions take a few bytes per token, tables take
+hundreds.
 """
 
 import sys
@@ -28,12 +28,12 @@ _stance = threading.Lock()
 
 @dataclass(slots=True, eq=False)
 class _Origin:
-    """Where a table of cosines comes from.
+    """The origin of a table of cosines.
 
     Attributes:
-        module: the module of rotary embeddings that made it; None where no hook saw it being made.
-        positions: ``[B, n]`` or ``[axes, B, n]``, those it was made for; None where they are unknown.
-        rotation: what was read from the table; all layers share it.
+        module: the module of rotary embeddings that made the table; None if no hook saw that.
+        positions: ``[B, n]`` or ``[axes, B, n]``, the positions of the table; None if they are unknown.
+        rotation: the rotation read from the table, which all layers share.
         is_read: whether ``rotation`` is valid.
     """
 
@@ -65,7 +65,7 @@ def _note_origin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def rotation_of(call: AttentionCall | None, head_dim: int, padding: Tensor | None = None) -> Rotation | None:
-    """The rotations of the tokens of an attention module's ``call``; None where it has none or they cannot be read.
+    """The rotations of the tokens of an attention module's ``call``; None if it has none, or they cannot be read.
 
     ``padding [B]`` tokens at the start of each row (on the CPU) are padding, whose positions mean nothing.
     """
@@ -95,13 +95,13 @@ def _read(
     # A token with a one in the first dimension of every pair gets the cosine there, and the sine in the second.
     ones = torch.zeros(len(cos), 1, cos.shape[1], pairs.dim, dtype=torch.float32, device=cos.device)
     ones[..., first] = 1.0
-    turned = _turn(apply, ones, cos.float(), sin.float())[:, 0]
-    table = torch.complex(turned[..., first], turned[..., second])
+    rotated = _rotate(apply, ones, cos.float(), sin.float())[:, 0]
+    table = torch.complex(rotated[..., first], rotated[..., second])
     return Rotation.of(table, first, second, padding, _claims(table, origin))
 
 
 def _claims(table: Tensor, origin: _Origin) -> Iterator[Claim]:
-    """Guesses at ``table [B or 1, n, P]``, from the positions and the frequencies of its ``origin``."""
+    """Hypotheses about ``table [B or 1, n, P]``, from the positions and the frequencies of its ``origin``."""
     module, positions = origin.module, origin.positions
     if module is None or positions is None or positions.ndim not in (2, 3) or positions.shape[-1] != table.shape[1]:
         return
@@ -119,7 +119,7 @@ def _claims(table: Tensor, origin: _Origin) -> Iterator[Claim]:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Dimensions rotated together, of the ``dim`` leading ones that the function is called with."""
+    """Pairs of dimensions rotated together, among the ``dim`` leading ones that the function is called with."""
 
     dim: int
     first: tuple[int, ...]
@@ -132,40 +132,40 @@ def _pairs(kind: type, table_dim: int, head_dim: int) -> _Pairs | None:
     apply = _function(kind)
     if apply is None:
         return None
-    # Some modules rotate part of a head inside the function, some call it with that part alone.
-    whole = _pairs_of(apply, kind, table_dim, head_dim)
-    return whole if whole is not None or table_dim >= head_dim else _pairs_of(apply, kind, table_dim, table_dim)
+    # Some modules rotate a part of the head inside the function, others call it with that part alone.
+    pairs = _pairs_of(apply, kind, table_dim, head_dim)
+    return pairs if pairs is not None or table_dim >= head_dim else _pairs_of(apply, kind, table_dim, table_dim)
 
 
 def _pairs_of(apply: Callable[..., Any], kind: type, table_dim: int, head_dim: int) -> _Pairs | None:
-    # The same angle for every pair: what each unit vector becomes shows its partner.
+    # With the same angle for every pair, the image of each unit vector shows its partner.
     angle = torch.full((1, 1, table_dim), 0.5, dtype=torch.float32, device="cpu")
     identity = torch.eye(head_dim, dtype=torch.float32, device="cpu")
     try:
-        turned = _turn(
+        rotated = _rotate(
             apply, identity[None, None], angle.cos().expand(1, head_dim, -1), angle.sin().expand(1, head_dim, -1)
         )[0, 0]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         logger.debug("%s cannot be read as a rotation: %s", kind.__name__, str(error))
         return None
-    if turned.shape != (head_dim, head_dim):
+    if rotated.shape != (head_dim, head_dim):
         return None
-    # Row i is what unit vector i became: cos at i, and sin at its partner where i comes first, -sin where second.
-    positive = turned - torch.diag(turned.diagonal()) > 0.1
+    # Row i is the image of unit vector i: cos at i, and at its partner sin if i is first, -sin if i is second.
+    positive = rotated - torch.diag(rotated.diagonal()) > 0.1
     first = positive.any(-1).nonzero().flatten()
     second = positive[first].int().argmax(-1)
     expected = identity.clone()
     expected[first, first] = expected[second, second] = angle[0, 0, 0].cos()
     expected[first, second], expected[second, first] = angle[0, 0, 0].sin(), -angle[0, 0, 0].sin()
-    if not torch.allclose(turned, expected, atol=1e-5):
+    if not torch.allclose(rotated, expected, atol=1e-5):
         logger.debug("%s does not rotate pairs of dimensions", kind.__name__)
         return None
     return _Pairs(head_dim, tuple(first.tolist()), tuple(second.tolist()))
 
 
-def _turn(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # Attention is kept from the compiler, and a function that was compiled to be whole refuses to run there. The stance
-    # is the whole process's: of two threads the second would take the first one's for what to go back to.
+def _rotate(apply: Callable[..., Any], keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Attention runs uncompiled, and a function compiled with fullgraph refuses to run there. The lock is needed because
+    # the stance belongs to the process: a second thread would restore the stance of the first.
     with _stance, torch.compiler.set_stance("force_eager"):
         return apply(keys, keys, cos, sin)[1]
 
@@ -175,7 +175,7 @@ def _function(kind: type) -> Callable[..., Any] | None:
 
 
 def _evenly(dims: tuple[int, ...], device: torch.device) -> Dims:
-    """A slice where there is one, which reads many times faster than a list of indices."""
+    """``dims`` as a slice if they are evenly spaced, which is many times faster to index with, else as a tensor."""
     step = dims[1] - dims[0] if len(dims) > 1 else 1
     if dims == tuple(range(dims[0], dims[-1] + 1, step)):
         return slice(dims[0], dims[-1] + 1, step)

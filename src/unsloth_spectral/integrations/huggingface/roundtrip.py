@@ -1,4 +1,4 @@
-"""A dense transformers ``Cache`` whose old tokens went through a codec and back, which simulates a peer."""
+"""A dense transformers ``Cache`` whose old tokens have been encoded and decoded, which simulates a peer."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -13,12 +13,12 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
 from unsloth_spectral.integrations.huggingface.layers import layer_stats
 
-# Keys and values ``[B, H, tokens, head_dim]`` to decoded ones of the same shapes and the bits that both took.
+# From keys and values ``[B, H, tokens, head_dim]`` to decoded ones of the same shapes, and the bits of both.
 Codec: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
 
 
 class RoundTripLayer(DynamicLayer):
-    """One layer: exact sinks, then tokens as the codec gave them back, then the exact newest.
+    """One layer: exact sinks, then decoded tokens, then the exact newest tokens.
 
     ``keys`` and ``values`` are plain tensors ``[B, H, num_tokens, head_dim]``. Tokens ``num_sink_tokens`` to
     ``sealed_end`` have been replaced, each once.
@@ -38,14 +38,15 @@ class RoundTripLayer(DynamicLayer):
         return self.sealed_end - self.num_sink_tokens
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoundTripLayer":
-        # The codec is shared: it has no state, and one closed over tables need not copy them for every layer. So are
-        # the tensors: every change here makes new ones.
+        # The copy shares the codec, which has no state but may have large tables; and the tensors, since every change
+        # makes new ones.
         copied = type(self).__new__(type(self))
         copied.__dict__.update(vars(self))
         return copied
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens and return all tokens, the new ones exact; those that became old are replaced after."""
+        """Take the new tokens and return all tokens, the new ones exact; tokens that became old are replaced
+        afterwards."""
         keys, values = super().update(key_states, value_states)
         self._seal()
         return keys, values
@@ -59,7 +60,7 @@ class RoundTripLayer(DynamicLayer):
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        # Clones: a codec sees only what it encodes, and cannot write to what the model still reads.
+        # Clones: the codec sees only the tokens it encodes, and cannot write to tensors that the model reads.
         keys_hat, values_hat, num_bits = self.codec(
             keys[..., start:stop, :].clone(), values[..., start:stop, :].clone()
         )
@@ -92,8 +93,8 @@ class RoundTripLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.keys is not None:
-            kept = torch.arange(self.keys.shape[0], dtype=torch.int64, device=indices.device)[indices]
-            self.num_bits = self.num_bits * len(kept) // self.keys.shape[0]
+            selected = torch.arange(self.keys.shape[0], dtype=torch.int64, device=indices.device)[indices]
+            self.num_bits = self.num_bits * len(selected) // self.keys.shape[0]
         super().batch_select_indices(indices)
 
     def stats(self) -> LayerStats:
@@ -118,17 +119,17 @@ class RoundTripLayer(DynamicLayer):
 
 
 class RoundTripCache(Cache):
-    """A cache that answers as a codec's cache would, for ``model.generate(cache=cache)``.
+    """A cache that gives the results of a codec's cache, for ``model.generate(cache=cache)``.
 
     It uses a dense cache's memory and the model's own attention. It measures the codec's effect on the model, and the
     bits that the codec would take. Full-attention layers keep the sinks and the newest ``residual_length`` to
     ``residual_length + group`` tokens exact. A pass over new tokens sees them exact, a whole prefill too; older tokens
-    are encoded after it, in multiples of ``group`` and each once. Other layers are transformers' own. Left padding is
-    taken for tokens like any other: it takes the sinks' place.
+    are encoded after it, in multiples of ``group`` and each once. Other layers are transformers' own. Left padding
+    counts as text and takes the place of the sinks.
 
     Args:
-        model: any transformers model whose cache has full-attention layers; nothing of it is changed.
-        codec: takes and gives back keys and values ``[B, H, tokens, head_dim]``, and the bits they took; without state.
+        model: any transformers model whose cache has full-attention layers; it is not changed.
+        codec: a stateless function from keys and values ``[B, H, tokens, head_dim]`` to decoded ones and their bits.
         num_sink_tokens: first tokens kept exact.
         residual_length: newest tokens kept exact.
         group: tokens are encoded in multiples of it.

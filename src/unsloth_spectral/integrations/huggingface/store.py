@@ -38,11 +38,11 @@ class PrefixStore:
     """A folder of snapshots, each of a prompt's prefix, for one process or several at once.
 
     A snapshot is found by a hash of its tokens, for the same model, options and profile only. The least recently used
-    ones go once all together exceed ``max_bytes``.
+    snapshots are deleted when all together exceed ``max_bytes``.
 
     Args:
-        folder: made if it is not there, for the user alone: snapshots reveal the prompts.
-        max_bytes: what all snapshots may take; one more while it is written.
+        folder: created if missing, for the user alone, because snapshots reveal the prompts.
+        max_bytes: limit for all snapshots together; the one being written comes on top.
 
     Raises:
         InvalidArgumentError: the folder cannot be made, or ``max_bytes`` is not positive.
@@ -69,8 +69,8 @@ class PrefixStore:
     ) -> SpectralCache:
         """A cache of all of ``input_ids [1, n]`` but the last token, from which ``generate`` then starts.
 
-        The longest stored prefix is loaded, the rest is fed to the model, and the whole is stored. So pass what prompts
-        have in common, such as a document, and generate from that and a question::
+        The longest stored prefix is loaded, the rest is fed to the model, and the result is stored. So pass the part
+        that prompts have in common, such as a document, and generate from it and a question::
 
             cache = store.prefill(model, document_ids)
             model.generate(torch.cat([document_ids, question_ids], 1), cache=cache)
@@ -140,11 +140,11 @@ class PrefixStore:
                     path.unlink()
                     logger.warning("%s; it is deleted", str(error))
                 except FileNotFoundError:
-                    pass  # another process has just let it go
+                    pass  # another process has just deleted it
                 except OSError as obstacle:
                     warn_once("%s; it cannot be deleted: %s", error, obstacle)
                 continue
-            with contextlib.suppress(OSError):  # let go meanwhile: its bytes stay while they are mapped
+            with contextlib.suppress(OSError):  # deleted meanwhile: its bytes stay while they are mapped
                 os.utime(path)
             return cache
         return None
@@ -153,10 +153,10 @@ class PrefixStore:
         count = cache.get_seq_length()
         path = self.folder / f"{_PREFIX}{key}-{count}-{token_hashes(input_ids, [count])[count][:32]}.safetensors"
         try:
-            # One writes at a time, so that together they stay within the limit.
+            # One process writes at a time, so that all together stay within the limit.
             with FileLock(self.folder / _LOCK, timeout=_LOCK_SECONDS):
-                for left in self.folder.glob(f".{_PREFIX}*"):  # left by a killed process
-                    left.unlink(missing_ok=True)
+                for partial_file in self.folder.glob(f".{_PREFIX}*"):  # left by a killed process
+                    partial_file.unlink(missing_ok=True)
                 cache.save(path, input_ids)
                 self._evict(path)
         # SpectralError: the folder is gone or read-only; NotImplementedError: its file system has no locks.
@@ -164,7 +164,8 @@ class PrefixStore:
             logger.warning("a prefix of %d tokens was not stored in %s: %s", count, self.folder, str(error))
 
     def _evict(self, newest: Path) -> None:
-        """Delete the least recently used snapshots until the rest fits the limit; ``newest`` only, if it exceeds it."""
+        """Delete the least recently used snapshots until the rest fits the limit; only ``newest``, if it alone exceeds
+        it."""
         sizes = {path: path.stat() for path in self.folder.iterdir() if _NAME.fullmatch(path.name)}
         if sizes[newest].st_size > self.max_bytes:
             logger.warning("a snapshot of %d bytes exceeds max_bytes and was not stored", sizes[newest].st_size)
@@ -174,7 +175,7 @@ class PrefixStore:
         for path in sorted(sizes, key=lambda path: (path == newest, sizes[path].st_mtime_ns)):
             if total <= self.max_bytes:
                 return
-            with contextlib.suppress(PermissionError):  # Windows keeps what is mapped
+            with contextlib.suppress(PermissionError):  # Windows does not delete mapped files
                 path.unlink(missing_ok=True)
                 total -= sizes[path].st_size
 

@@ -21,12 +21,13 @@ SUPPORTED = (
 # The name under which models find the spectral attention function.
 ATTENTION_NAME = "unsloth_spectral"
 
-# Their attention modules slice, split or repeat what `update` returns. A model of another type that does so is marked
-# when its attention module is seen to.
+# Model types whose attention modules slice, split or repeat the result of `update`. A model of another type is marked
+# when its attention module does so.
 _READ_THEIR_KEYS = frozenset({"diffllama", "doge", "jetmoe"})
 _IS_REBUILT = "_unsloth_spectral_is_rebuilt"  # the mark: an attribute of the model
 
-# Configuration names for how often some layers run: transformers adds cache layers for it while the model runs.
+# Configuration names for the number of runs of some layers: transformers adds cache layers for these while the model
+# runs.
 _LOOPS = ("n_recurrent_loops", "loop_num_passes")
 
 
@@ -43,7 +44,7 @@ def check_model(model: object, config: CodecConfig) -> None:
     """Raise unless ``model`` can carry a spectral cache with ``config``.
 
     Raises:
-        UnsupportedModelError: names the model, what stands in the way and what is supported.
+        UnsupportedModelError: the message names the model, the obstacle and what is supported.
         InvalidArgumentError: a rank exceeds the model's head_dim.
     """
     warn_if_untested()
@@ -60,8 +61,8 @@ def check_model(model: object, config: CodecConfig) -> None:
 
 def why_materialised(model: PreTrainedModel) -> str | None:
     """Why ``model`` cannot use the spectral attention function and gets its keys and values rebuilt, as the end of a
-    sentence; None where it can."""
-    # A copy by Unsloth's compiler has its own attention methods, which are replaced while the model generates.
+    sentence; None if it can."""
+    # A class copied by Unsloth's compiler has its own attention methods, which are replaced while the model generates.
     if not can_set_attention(copied_class(type(model))):
         return "does not use transformers' AttentionInterface"
     if any(getattr(layer, "kv_lora_rank", None) for layer in _full_attention_layers(model)):
@@ -73,7 +74,7 @@ def why_materialised(model: PreTrainedModel) -> str | None:
 
 
 def rebuild_from_now_on(model: PreTrainedModel) -> None:
-    """Let caches made for ``model`` from now on hand out rebuilt keys and values: it was seen to compute with them."""
+    """Make later caches for ``model`` return rebuilt keys and values, because it computes with them."""
     setattr(model, _IS_REBUILT, True)
 
 
@@ -84,7 +85,7 @@ def _full_attention_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why ``model`` cannot carry a spectral cache, as the end of a sentence; None where it can."""
+    """Why ``model`` cannot carry a spectral cache, as the end of a sentence; None if it can."""
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder"
     if not model.can_generate():

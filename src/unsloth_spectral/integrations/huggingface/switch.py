@@ -1,4 +1,4 @@
-"""Giving a model the spectral attention function while an owner needs it, and restoring its own afterwards."""
+"""Giving a model the spectral attention function while an owner needs it, and restoring the model afterwards."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -42,8 +42,8 @@ class _Switched:
         methods: the methods put on the model.
         hooks: the hooks put on its modules.
         owners: ``PATCH``, ``CACHES``, scopes and calls that have not ended.
-        beneath: the implementations as they were set when the first of the open scopes began, or by a patch or cache
-            since.
+        beneath: the implementations to restore when the last scope ends: those at the beginning of the first open
+            scope, or those that a patch or cache has set since.
     """
 
     implementations: _Implementations
@@ -58,7 +58,7 @@ class _Switched:
         return {**vars(self), "owners": lasting or [CACHES], "beneath": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _register()  # it may be another process
+        _register()  # this may be another process
         vars(self).update(state)
 
 
@@ -70,8 +70,8 @@ def is_enabled(model: PreTrainedModel) -> bool:
 def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
     """Let ``model`` attend through ``attend``, off Unsloth's fast path, until ``owner`` releases it.
 
-    A model that gets rebuilt keys and values keeps its own attention. ``owner`` defaults to the call or scope that this
-    context is in, or else to ``CACHES``.
+    A model that gets rebuilt keys and values keeps its own attention. ``owner`` defaults to the innermost call or scope
+    of this context, or else to ``CACHES``.
     """
     with lock:
         owner = owner or innermost(model, Owner) or CACHES
@@ -83,7 +83,7 @@ def hold(model: PreTrainedModel, owner: Owner | str | None = None) -> None:
             switched.beneath = _implementations(model)
         if owner not in switched.owners:
             switched.owners.append(owner)
-        _turn_on(model, switched)
+        _switch_on(model, switched)
         if isinstance(owner, str) and switched.beneath is not None:
             switched.beneath = _implementations(model)
 
@@ -96,13 +96,13 @@ def release(model: PreTrainedModel, owner: Owner | str) -> None:
             return
         switched.owners.remove(owner)
         if not switched.owners:
-            _turn_off(model, switched)
+            _switch_off(model, switched)
         elif switched.beneath is not None and all(isinstance(other, str) for other in switched.owners):
             _assign(switched.beneath)
             switched.beneath = None
 
 
-def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
+def _switch_on(model: PreTrainedModel, switched: _Switched) -> None:
     is_direct = why_materialised(model) is None
     if is_direct:
         # Repeated even if the model is switched already: adding an adapter puts a model back on its fast path.
@@ -124,7 +124,7 @@ def _turn_on(model: PreTrainedModel, switched: _Switched) -> None:
     model.set_attn_implementation(ATTENTION_NAME if name is None else {name: ATTENTION_NAME})
 
 
-def _turn_off(model: PreTrainedModel, switched: _Switched) -> None:
+def _switch_off(model: PreTrainedModel, switched: _Switched) -> None:
     give_back(switched.methods)
     fast_path.take(model)
     _assign(switched.implementations)

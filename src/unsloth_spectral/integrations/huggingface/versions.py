@@ -8,7 +8,7 @@ NEWEST_TESTED = "5.24"
 
 
 def warn_if_untested() -> None:
-    """Log one line where the installed transformers is newer than any tested; it is used all the same."""
+    """Log one line where the installed transformers is newer than the newest tested one."""
     installed = transformers.__version__
     if _release(installed) > _release(NEWEST_TESTED):
         warn_once(
@@ -20,4 +20,4 @@ def warn_if_untested() -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(number) for number in version.split(".")[:2])

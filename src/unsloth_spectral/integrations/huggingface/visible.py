@@ -1,4 +1,4 @@
-"""Which tokens the queries of a forward pass see, read from its mask."""
+"""The tokens that the queries of a forward pass see, read from its mask."""
 
 import threading
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ _HIDDEN = -1000.0
 @dataclass(frozen=True, slots=True, eq=False)
 class Visible:
     """Attributes:
-    first: ``[B]`` int64 on the CPU, the first token of each row that any query sees, ``NEVER`` where none is seen.
-    asking: ``[B, Q]`` bool on the CPU, the queries that see a token and whose own token is seen; others are padding.
-        None where all are such queries.
+    first: ``[B]`` int64 on the CPU, the first token of each row that any query sees, ``NEVER`` if none is seen.
+    asking: ``[B, Q]`` bool on the CPU, True for queries that see a token and whose own token is seen; others are
+        padding. None if all are True.
     """
 
     first: Tensor
@@ -36,9 +36,9 @@ _last = _Last()
 
 
 def visible_through(mask: Tensor | None, batch: int) -> Visible:
-    """What ``mask [B or 1, heads or 1, Q, kv_length]``, bool or additive, lets queries see; None hides nothing.
+    """The tokens visible through ``mask [B or 1, heads or 1, Q, kv_length]``, bool or additive; None hides nothing.
 
-    The result for the last mask is kept: all layers get the same one.
+    The result for the last mask is cached, because all layers get the same mask.
     """
     if mask is None:
         return Visible(torch.zeros(batch, dtype=torch.int64, device="cpu"), None)

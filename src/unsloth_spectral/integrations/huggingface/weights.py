@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unsloth_spectral.errors import UnsupportedModelError
 
-# torch slices, compares and copies these everywhere; for other dtypes it lacks one or the other.
+# torch slices, compares and copies tensors of these dtypes on every device; for other dtypes an operation is missing.
 _COMPLETE = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool}
 _COMPLETE |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -16,12 +16,13 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def stored_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The tensors that a checkpoint of ``module`` holds, each once, with its name.
 
-    Quantized layers may have buffers and no parameter, or split a parameter: their ``state_dict`` names all they have.
+    Quantized layers may have buffers and no parameter, or split a parameter: their ``state_dict`` has all tensors.
     """
     state = module.state_dict(keep_vars=True)
     by_id: dict[int, tuple[str, Tensor]] = {}
     for name, value in state.items():
-        # Details of another entry, such as "weight.absmax": bitsandbytes rounds them when it first computes on a CPU.
+        # Skip details of another entry, such as "weight.absmax": bitsandbytes rounds them in its first product on a
+        # CPU.
         above = name.split(".")[:-1]
         is_detail = any(".".join(above[: end + 1]) in state for end in range(len(above)))
         if isinstance(value, Tensor) and not is_detail:
@@ -35,14 +36,14 @@ def plain_tensors(weight: Tensor) -> list[Tensor]:
     Dtypes for which torch lacks operators are viewed as integers, in which a float8 keeps its sign.
 
     Raises:
-        UnsupportedModelError: the data of ``weight`` is offloaded, or its class gives no access to it; the message is
-            the reason and the fix, for a sentence about the model.
+        UnsupportedModelError: the data of ``weight`` is offloaded, or its class gives no access to it; the message has
+            the reason and the fix, as part of a sentence about the model.
     """
-    # Subclasses that intercept every function may not even tell their dtype otherwise.
+    # Otherwise subclasses that intercept every function may not even return their dtype.
     with torch._C.DisableTorchFunctionSubclass():
         if weight.is_meta:
             raise UnsupportedModelError("it has weights that are offloaded, load it whole")
-        return [_comparable(part) for part in _parts(weight, may_convert=True)]
+        return [_comparable(tensor) for tensor in _inner_tensors(weight, may_convert=True)]
 
 
 def described(weight: Tensor) -> str:
@@ -55,11 +56,11 @@ def version(weight: Tensor) -> tuple[object, ...]:
     """A value that changes when the contents of ``weight`` change, in place or by moving to other memory."""
     with torch._C.DisableTorchFunctionSubclass():
         try:
-            parts = [weight] if weight.is_meta else _parts(weight, may_convert=False)
+            tensors = [weight] if weight.is_meta else _inner_tensors(weight, may_convert=False)
         except UnsupportedModelError:
-            return (object(),)  # equals no other: such a weight counts as changed at every look
-        # Tensors made under inference_mode count no versions, but nor can they be changed outside it.
-        counts = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+            return (object(),)  # equals no other value, so the weight always counts as changed
+        # Tensors made under inference_mode have no version counter, but cannot be changed outside it either.
+        counts = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     return (id(weight), *counts)
 
 
@@ -69,16 +70,16 @@ def sample(tensor: Tensor, count: int) -> Tensor:
     return flat[:: max(1, len(flat) // count)][:count]
 
 
-def _parts(weight: Tensor, *, may_convert: bool) -> list[Tensor]:
+def _inner_tensors(weight: Tensor, *, may_convert: bool) -> list[Tensor]:
     """The tensors behind ``weight``, sharing its memory unless it has to be converted."""
     try:
-        # The protocol by which torch.compile takes wrappers apart.
+        # The protocol by which torch.compile unwraps tensor subclasses.
         if hasattr(weight, "__tensor_flatten__"):
             names, _ = weight.__tensor_flatten__()
-            # A DTensor names its device mesh, too.
+            # A DTensor also names its device mesh.
             inner = [value for name in names if isinstance(value := getattr(weight, name), Tensor)]
             if inner:
-                return [part for tensor in inner for part in _parts(tensor, may_convert=may_convert)]
+                return [plain for tensor in inner for plain in _inner_tensors(tensor, may_convert=may_convert)]
         return [_uncovered(weight)]
     except Exception as error:  # a foreign class may raise anything
         reason = error

@@ -1,4 +1,4 @@
-"""Turning pairs of dimensions by a table of rotations, and back."""
+"""Rotating pairs of dimensions by a table of rotations, and un-rotating them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ from unsloth_spectral.rope.rotation import Rotation
 
 
 def rotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
-    """``x [..., tokens, head_dim]`` with every pair turned by the complex ``table``, like ``[..., tokens, P]``."""
+    """``x [..., tokens, head_dim]`` with every pair rotated by the complex ``table``, which broadcasts to
+    ``[..., tokens, P]``."""
     real, imaginary = x[..., rotation.first], x[..., rotation.second]
     cos, sin = table.real, table.imag
     out = x.clone()
@@ -17,12 +18,12 @@ def rotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
 
 
 def unrotate(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
-    """The inverse of ``rotate``, whatever the size of the table's entries."""
+    """The inverse of ``rotate``, also if entries of the table are not of size 1."""
     return rotate(x, table.conj() / table.abs().square(), rotation)
 
 
 def unrotated_sum(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
-    """``unrotate(x, table, rotation).sum(-2)``, with nothing but sums as long as the tokens."""
+    """``unrotate(x, table, rotation).sum(-2)``, without building the un-rotated tokens."""
     inverse = table.conj() / table.abs().square()
     cos, sin = inverse.real.contiguous(), inverse.imag.contiguous()
     real, imaginary = x[..., rotation.first], x[..., rotation.second]
