@@ -31,6 +31,7 @@ FOLDERS = ("codec", "cache", "attention")
 # These run in Triton's interpreter alone, in another environment: `make test-triton`.
 LEFT_OUT = ("attention/gpu.py", "attention/gpu_kernels.py")
 OTHER_TESTS = ("tests/integrations/test_spectral_codec.py",)
+SLOW_SECONDS = 30
 JUDGED = Path(__file__).parent / "mutation" / "equivalent.json"
 EXAMPLE = "example: python benchmarks/mutants.py --seed 1 --sample 20 --json /tmp/mutants.json"
 
@@ -44,14 +45,18 @@ class Suite:
     seconds: dict[str, float]
 
     def stages(self, file: str) -> Iterator[tuple[list[str], float]]:
-        """Tests for a source file, relative to the package, and a time limit: first its own, then all by distance."""
+        """Tests for a source file, relative to the package, and a time limit: first its own, then all by distance.
+
+        Slow ones of other folders are left out.
+        """
         own = str(Path("tests", file).with_name(f"test_{Path(file).name}"))
         folder, top = str(Path("tests", file).parent), f"tests/{Path(file).parts[0]}/"
 
         def distance(test: str) -> tuple[bool, bool, float]:
             return str(Path(test).parent) != folder, not test.startswith(top), self.seconds[test]
 
-        others = sorted(self.seconds.keys() - {own}, key=distance)
+        fast = {test for test, seconds in self.seconds.items() if test.startswith(top) or seconds < SLOW_SECONDS}
+        others = sorted(fast - {own}, key=distance)
         for tests in ([own] if own in self.seconds else [], others):
             if tests:
                 yield tests, 30 + 5 * sum(self.seconds[test] for test in tests)
@@ -66,6 +71,9 @@ def measured_suite(copy: Path) -> Suite:
     outcome = run_tests(copy, [*(f"tests/{folder}" for folder in FOLDERS), *OTHER_TESTS], 1800, keep_bytecode=True)
     if outcome.failure:
         sys.exit(f"{outcome.failure} fails on the source as it is: mend it first")
+    slowest = sorted(outcome.seconds.items(), key=lambda item: -item[1])[:5]
+    print(f"{len(outcome.seconds)} test files take {sum(outcome.seconds.values()):.0f} s on the source as it is")
+    print("  " + ", ".join(f"{test} {seconds:.0f} s" for test, seconds in slowest))
     return Suite(dict(outcome.seconds))
 
 
@@ -99,7 +107,6 @@ def try_all(mutants: list[Mutant], workers: int) -> Iterator[tuple[Mutant, str |
             copy_tree(ROOT, Path(folder, str(number)))
             copies.put(Path(folder, str(number)))
         suite = measured_suite(Path(folder, "0"))
-        print(f"{len(suite.seconds)} test files take {sum(suite.seconds.values()):.0f} s on the source as it is")
         with ProcessPoolExecutor(workers, context, take_copy, (copies,)) as pool:
             trials = {pool.submit(attempt, mutant, suite): mutant for mutant in mutants}
             for trial in as_completed(trials):

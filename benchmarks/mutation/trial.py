@@ -22,7 +22,7 @@ MEMORY = 12 << 30
 OPTIONS = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # pytest wants plugins hashable
 class Recorder:
     """A plugin of pytest that keeps the first failure and the seconds that each test file takes."""
 
