@@ -1,6 +1,6 @@
 """Mutation tests of codec, cache and attention: does a test fail when one operator, number or condition is changed?
 
-Each mutant runs against the tests beside its file, then against the others of the three folders. A mutant that no test
+Each mutant runs against the tests that reach its line, those of its own test file first. A mutant that no test
 kills needs a new test, or a line in benchmarks/mutation/equivalent.json that says why nobody can notice it.
 """
 
@@ -14,13 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coverage import CoverageData
 from harness import RESULTS, Target, finish, write
 from mutation.sample import Mutant, sample
-from mutation.trial import Recorder, copy_tree, mutated, run_tests
+from mutation.suite import Suite
+from mutation.trial import copy_tree, measure, mutated, run_tests
 
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.files import check_target
@@ -31,62 +32,37 @@ FOLDERS = ("codec", "cache", "attention")
 # These run in Triton's interpreter alone, in another environment: `make test-triton`.
 LEFT_OUT = ("attention/gpu.py", "attention/gpu_kernels.py")
 OTHER_TESTS = ("tests/integrations/test_spectral_codec.py",)
-SLOW_SECONDS = 30
 JUDGED = Path(__file__).parent / "mutation" / "equivalent.json"
 EXAMPLE = "example: python benchmarks/mutants.py --seed 1 --sample 20 --json /tmp/mutants.json"
 
 Key = tuple[str, str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
-    """The test files with the seconds that each takes on the source as it is."""
-
-    seconds: dict[str, float]
-
-    def stages(self, file: str) -> Iterator[tuple[list[str], float]]:
-        """Tests for a source file, relative to the package, and a time limit: first its own, then all by distance.
-
-        Slow ones of other folders are left out.
-        """
-        own = str(Path("tests", file).with_name(f"test_{Path(file).name}"))
-        folder, top = str(Path("tests", file).parent), f"tests/{Path(file).parts[0]}/"
-
-        def distance(test: str) -> tuple[bool, bool, float]:
-            return str(Path(test).parent) != folder, not test.startswith(top), self.seconds[test]
-
-        fast = {test for test, seconds in self.seconds.items() if test.startswith(top) or seconds < SLOW_SECONDS}
-        others = sorted(fast - {own}, key=distance)
-        for tests in ([own] if own in self.seconds else [], others):
-            if tests:
-                yield tests, 30 + 5 * sum(self.seconds[test] for test in tests)
-
-
-def measured_suite(copy: Path) -> Suite:
+def measured_suite(copy: Path, coverage_file: Path) -> Suite:
     """Run every test on the unchanged source.
 
     Raises:
         SystemExit: one fails.
     """
-    outcome = run_tests(copy, [*(f"tests/{folder}" for folder in FOLDERS), *OTHER_TESTS], 1800, keep_bytecode=True)
+    outcome = measure(copy, [*(f"tests/{folder}" for folder in FOLDERS), *OTHER_TESTS], coverage_file)
     if outcome.failure:
         sys.exit(f"{outcome.failure} fails on the source as it is: mend it first")
-    slowest = sorted(outcome.seconds.items(), key=lambda item: -item[1])[:5]
-    print(f"{len(outcome.seconds)} test files take {sum(outcome.seconds.values()):.0f} s on the source as it is")
-    print("  " + ", ".join(f"{test} {seconds:.0f} s" for test, seconds in slowest))
-    return Suite(dict(outcome.seconds))
+    print(f"{len(outcome.seconds)} tests take {sum(outcome.seconds.values()):.0f} s on the source as it is")
+    reached = CoverageData(basename=str(coverage_file))
+    reached.read()
+    return Suite(copy / PACKAGE, outcome.seconds, reached)
 
 
-def attempt(mutant: Mutant, suite: Suite) -> tuple[str | None, float]:
+Stages = list[tuple[list[str], float]]
+
+
+def attempt(mutant: Mutant, stages: Stages) -> tuple[str | None, float]:
     """The test that kills ``mutant``, or None, and the seconds it took. Runs in a worker, on the worker's copy."""
     started = time.perf_counter()
-    outcome = Recorder()
     with mutated(_copy / PACKAGE / mutant.file, mutant.code):
-        for tests, limit in suite.stages(mutant.file):
-            outcome = run_tests(_copy, tests, limit)
-            if outcome.failure:
-                break
-    return outcome.failure, time.perf_counter() - started
+        failures = (run_tests(_copy, tests, limit).failure for tests, limit in stages)
+        killer = next((failure for failure in failures if failure), None)
+    return killer, time.perf_counter() - started
 
 
 _copy = Path()
@@ -106,9 +82,10 @@ def try_all(mutants: list[Mutant], workers: int) -> Iterator[tuple[Mutant, str |
         for number in range(workers):
             copy_tree(ROOT, Path(folder, str(number)))
             copies.put(Path(folder, str(number)))
-        suite = measured_suite(Path(folder, "0"))
+        suite = measured_suite(Path(folder, "0"), Path(folder, "coverage"))
         with ProcessPoolExecutor(workers, context, take_copy, (copies,)) as pool:
-            trials = {pool.submit(attempt, mutant, suite): mutant for mutant in mutants}
+            stages = {mutant: list(suite.stages(mutant.file, mutant.line)) for mutant in mutants}
+            trials = {pool.submit(attempt, mutant, stages[mutant]): mutant for mutant in mutants}
             for trial in as_completed(trials):
                 yield trials[trial], *trial.result()
 
