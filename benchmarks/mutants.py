@@ -126,7 +126,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed takes another sample")
     parser.add_argument("--sample", type=int, default=200, help="number of mutants")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="mutants tried at once")
-    parser.add_argument("--resume", action="store_true", help="believe the kills in the results file, try the others")
+    parser.add_argument("--resume", action="store_true", help="believe the results file's kills and the judgements")
     parsed = parser.parse_args()
     check_target(parsed.json, (".json",))
     return parsed
@@ -144,6 +144,8 @@ def main() -> None:
     judged = {key_of(record): record["reason"] for record in json.loads(JUDGED.read_text(encoding="utf-8"))}
     mutants = sample(package, files, options.seed, options.sample)
     killers: dict[Key, str | None] = dict(earlier_kills(options.json) if options.resume else {})
+    if options.resume:
+        killers |= {mutant.key: None for mutant in mutants if mutant.key in judged}
     left = [mutant for mutant in mutants if mutant.key not in killers]
     print(f"{len(mutants)} mutants of {len(files)} files, {len(left)} to try")
 

@@ -44,12 +44,13 @@ class Suite:
                 yield tests, 30 + 5 * sum(self.seconds[test] for test in tests)
 
     def reaching(self, file: str, line: int) -> list[str]:
-        """The tests that run the statement at ``line``; all of them where only imports do."""
+        """The tests that run the statement at ``line``; all of them where importing the file runs it."""
         path = self.package / file
         contexts = self.reached.contexts_by_lineno(str(path))
         lines = statement_lines(ast.parse(path.read_text(encoding="utf-8")), line)
-        tests = {context for number in lines for context in contexts.get(number, [])} & self.seconds.keys()
-        return sorted(tests or self.seconds)
+        found = {context for number in lines for context in contexts.get(number, [])}
+        tests = found & self.seconds.keys()
+        return sorted(self.seconds if found and not tests else tests)
 
 
 def statement_lines(tree: ast.Module, line: int) -> range:

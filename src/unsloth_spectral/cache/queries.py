@@ -37,7 +37,7 @@ class QuerySampler:
             return
         wanted = torch.ones(1, length, dtype=torch.bool, device="cpu") if asking is None else asking
         if missing > 0:
-            # Tiers until the sealing, so few. By their places: of the tokens that come together in assisted decoding
+            # Held until the sealing, so few. By their places: of the tokens that come together in assisted decoding
             # the newest may be taken back.
             positions = torch.arange(first, num_tokens, dtype=torch.int64, device="cpu")
             wanted = wanted & (positions >= num_tokens + missing - _DECODE_WINDOW) & (positions % _DECODE_STRIDE == 0)
