@@ -1,5 +1,7 @@
 """Bits for components: against a plain greedy allocation, and one budget for all layers that is never exceeded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -277,6 +279,18 @@ def test_a_profile_gives_keys_and_values_one_level() -> None:
     blind = Budget(2.24, 12)
     plain = [blind.allocate(layer, each.view(HEADS, HEAD_DIM), 1.1, 8.0) for layer, each in enumerate(layers)]
     assert damage(widths, nbits) < 0.7 * damage(plain, [2] * 12)
+
+
+def test_values_take_another_bit_while_it_saves_the_level() -> None:
+    known, layers = known_model(24)
+    profile = replace(known, value_sensitivities=tuple(torch.logspace(-4, 1, 24).tolist()))
+    budget = Budget(4.24, 24, profile)
+    _, _, nbits = spend_both(budget, layers)
+    assert len(set(nbits)) > 4
+    noise = [d / (1 - d) for d in DISTORTION[1:]]
+    for layer, sensitivity in enumerate(profile.value_sensitivities):
+        saved = [sensitivity * (noise[n] - noise[n + 1]) / noise[0] / ELEMENTS for n in range(MAX_NBITS - 1)]
+        assert nbits[layer] == 1 + sum(nats >= budget.level_of(layer) for nats in saved)
 
 
 def test_values_that_do_not_matter_get_one_bit() -> None:
