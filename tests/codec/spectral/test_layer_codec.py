@@ -1,5 +1,6 @@
 """One state a layer: what a later block shares with the first, the error limit, and bits within the budget."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.rank.block import RankBlock
@@ -17,7 +18,7 @@ from unsloth_spectral.codec.rank.codec import RankLayer
 from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.codec.spectral import codec as codec_module
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.codec import SpectralLayerCodec
+from unsloth_spectral.codec.spectral.codec import SpectralCodec, SpectralLayerCodec
 from unsloth_spectral.codec.spectral.metric import metric_of
 from unsloth_spectral.rope import Rotation
 
@@ -360,3 +361,10 @@ def test_coded_blocks_answer_like_dense_ones() -> None:
         assert cut.nbytes < 0.4 * block.nbytes
         assert block.num_key_value_heads == HEADS
         assert block.is_finite
+
+
+def test_the_evaluation_compares_every_preset_in_the_family_of_its_frame() -> None:
+    configs = [config for family in SpectralCodec.compared.values() for config in family]
+    assert {(config.preset, config.key_frame) for config in configs} == set(product(PRESETS, KEY_FRAMES))
+    for family, members in SpectralCodec.compared.items():
+        assert {config.title.replace(f" {config.preset}", "") for config in members} == {family}
