@@ -111,7 +111,7 @@ bench: $(STAMP) ## every benchmark of this library on a CPU, one after another; 
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 mutants: $(STAMP) ## 200 mutants of codec, cache and attention against the tests; fails while an unjudged one survives
-	$(BIN)/$(INSTALL) -c constraints.txt cosmic-ray==8.7.0
+	$(BIN)/$(INSTALL) -c constraints.txt cosmic-ray==8.7.0 'coverage>=7.6'
 	$(BIN)/python benchmarks/mutants.py
 
 wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
