@@ -36,6 +36,8 @@ JUDGED = Path(__file__).parent / "mutation" / "equivalent.json"
 EXAMPLE = "example: python benchmarks/mutants.py --seed 1 --sample 20 --json /tmp/mutants.json"
 
 Key = tuple[str, str, str]
+# Names of tests, and a time limit for all of them.
+Stages = list[tuple[list[str], float]]
 
 
 def measured_suite(copy: Path, coverage_file: Path) -> Suite:
@@ -51,9 +53,6 @@ def measured_suite(copy: Path, coverage_file: Path) -> Suite:
     reached = CoverageData(basename=str(coverage_file))
     reached.read()
     return Suite(copy / PACKAGE, outcome.seconds, reached)
-
-
-Stages = list[tuple[list[str], float]]
 
 
 def attempt(mutant: Mutant, stages: Stages) -> tuple[str | None, float]:
@@ -76,6 +75,8 @@ def take_copy(copies: "multiprocessing.SimpleQueue[Path]") -> None:
 
 def try_all(mutants: list[Mutant], workers: int) -> Iterator[tuple[Mutant, str | None, float]]:
     """Each mutant with the test that kills it and the seconds it took, in the order in which they finish."""
+    if not mutants:
+        return
     context = multiprocessing.get_context("fork")
     copies: multiprocessing.SimpleQueue[Path] = context.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -153,10 +154,11 @@ def main() -> None:
         records = [record_of(mutant, killers[mutant.key], judged) for mutant in mutants if mutant.key in killers]
         return {
             "benchmark": "mutants",
+            "command": "make mutants",
             "cosmic_ray": version_of("cosmic-ray"),
             "seed": options.seed,
             "sample": options.sample,
-            "left out": LEFT_OUT,
+            "left_out": LEFT_OUT,
             "counts": Counter(record["outcome"] for record in records),
             "mutants": records,
         }
@@ -170,6 +172,9 @@ def main() -> None:
     survivors = [record for record in records["mutants"] if record["outcome"] == "survived"]
     for record in survivors:
         print(f"SURVIVED  {record['file']}:{record['line']}\n  - {record['removed']}\n  + {record['added']}")
+    for record in records["mutants"]:
+        if record["outcome"] == "killed" and key_of(record) in judged:
+            print(f"JUDGED EQUIVALENT, BUT KILLED  {record['file']}:{record['line']}  {record['added']}")
     target = Target("survivors without a judgement", 0, len(survivors), at_least=False)
     finish(options.json, records, [target])
     sys.exit(0 if target.met else 1)
