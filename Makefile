@@ -13,7 +13,7 @@ UNSLOTH := .venv-unsloth
 ENGINES := .venv-engines
 ENGINES_STAMP := $(ENGINES)/.installed
 
-.PHONY: help demo test lint fast test-slow test-oldest test-newest test-unsloth test-triton test-engines models eval bench bench-engines wheel clean
+.PHONY: help demo test lint fast test-slow test-oldest test-newest test-unsloth test-triton test-engines models eval bench bench-engines mutants wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -109,6 +109,10 @@ BENCHMARKS := rsvd quantize attention_paths attention_fidelity key_frames sealin
 
 bench: $(STAMP) ## every benchmark of this library on a CPU, one after another; results go to benchmarks/results
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+mutants: $(STAMP) ## 200 mutants of codec, cache and attention against the tests; fails while an unjudged one survives
+	$(BIN)/$(INSTALL) -c constraints.txt cosmic-ray==8.7.0 'coverage>=7.6'
+	$(BIN)/python benchmarks/mutants.py
 
 wheel: $(STAMP) ## a wheel with the kernel inside, in dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .

@@ -87,11 +87,17 @@ def summarize(milliseconds: list[float]) -> Timing:
 
 def finish(path: Path, results: dict[str, Any], targets: list[Target]) -> None:
     """Write the results with their environment, print which targets were met, and end in one line of JSON."""
-    record = {"environment": environment(), **results, "targets": [target.to_dict() for target in targets]}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = write(path, results, targets)
     for target in targets:
         sign = ">=" if target.at_least else "<="
         verdict = "met" if target.met else "MISSED"
         print(f"{verdict:>6}  {target.name}: {target.measured:.4g} (wanted {sign} {target.wanted:g})")
     print(json.dumps(record))
+
+
+def write(path: Path, results: dict[str, Any], targets: list[Target]) -> dict[str, Any]:
+    """Write the results with where they came from, and return what was written."""
+    record = {"environment": environment(), **results, "targets": [target.to_dict() for target in targets]}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record

@@ -253,6 +253,20 @@ def test_a_mask_or_query_that_does_not_fit_is_refused() -> None:
         cpu.attend(random(1, 5, 1, 64), [block], None, ScoreOptions(0.125))
 
 
+@pytest.mark.parametrize("head_dim", [60, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_serves_exact_tokens_beside_coded_ones(head_dim: int, dtype: torch.dtype) -> None:
+    blocks = [exact(1, 2, 5, head_dim, dtype), coded_block(1, 2, head_dim, 300), exact(1, 2, 70, head_dim, dtype)]
+    assert cpu.obstacle(random(1, 4, 1, head_dim).to(dtype), blocks) is None
+
+
+def test_exact_tokens_that_the_kernel_cannot_read_are_left_to_others() -> None:
+    query, whole = random(1, 4, 1, 64), exact(1, 2, 5, 64)
+    every_second = ExactBlock(random(1, 2, 5, 128)[..., ::2], whole.values)
+    for block in (exact(1, 2, 5, 64, torch.float64), every_second, ExactBlock(whole.keys, whole.values.double())):
+        assert "exact tokens" in (cpu.obstacle(query, [whole, block]) or "")
+
+
 def test_what_the_kernel_leaves_to_others() -> None:
     block, query = coded_block(1, 2, 64, 300), random(1, 4, 1, 64)
     assert cpu.obstacle(query, [block]) is None

@@ -11,6 +11,7 @@ from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, rebuilt_til
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.rank.block import RankBlock
+from unsloth_spectral.native import library
 
 LAYOUTS = [
     [("exact", 1)],
@@ -122,6 +123,13 @@ def test_dispatch_takes_each_path(make_blocks, monkeypatch: pytest.MonkeyPatch) 
     for query_length in (DIRECT_QUERY_LENGTH, DIRECT_QUERY_LENGTH + 1):
         dispatch.attend(random(1, 2, query_length, 16), blocks, None, ScoreOptions(0.25))
     assert calls == [[ExactBlock, RankBlock], [ExactBlock, ExactBlock]]
+
+
+def test_every_path_is_listed_with_what_keeps_it_away() -> None:
+    paths = {path.name: path.obstacle for path in dispatch.available_paths()}
+    torch_alone = {"dense": None, "direct": None, "tiles": None}
+    assert paths == {**torch_alone, "native": library.obstacle(), "triton": gpu.missing()}
+    assert all(path.serves for path in dispatch.available_paths())
 
 
 def test_the_rebuilt_tiles_never_hold_the_whole_cache(make_blocks, monkeypatch: pytest.MonkeyPatch) -> None:

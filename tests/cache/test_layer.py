@@ -331,3 +331,22 @@ def test_the_layer_can_be_attended_to(assert_close: Callable[..., None]) -> None
     query = torch.randn(BATCH, 2 * HEADS, 3, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     expected = naive.attend(query, [ExactBlock(*layer.reconstruct())], None, ScoreOptions(0.3))
     assert_close(direct.attend(query, layer.blocks, None, ScoreOptions(0.3)), expected, 1e-4)
+
+
+def test_a_codec_that_has_no_use_for_queries_keeps_none(allocated_bytes: Callable[..., int]) -> None:
+    layer = filled(10)
+    before = allocated_bytes(layer)
+    layer.observe(torch.ones(BATCH, HEADS, 10, HEAD_DIM), None)
+    assert not layer.uses_queries
+    assert allocated_bytes(layer) == before
+
+
+def test_the_batch_size_is_that_of_the_tokens_held() -> None:
+    layer = SpectralLayer(LOSSLESS)
+    assert layer.batch_size == 0
+    layer.append(*pair(30))
+    assert layer.batch_size == BATCH
+    layer.map_batch(lambda tensor: tensor[:1])
+    assert layer.batch_size == 1
+    layer.reset()
+    assert layer.batch_size == 0

@@ -7,7 +7,9 @@ import torch
 
 from unsloth_spectral.cache.positions import PositionLog
 from unsloth_spectral.cache.queries import QuerySampler
-from unsloth_spectral.codec.tensors import storage_bytes
+from unsloth_spectral.codec.tensors import TokenShape, storage_bytes
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.fields import Fields, flatten
 from unsloth_spectral.rope import Rotation
 
 PAIRS = 4
@@ -193,3 +195,17 @@ def test_queries_follow_the_batch() -> None:
     assert queries.shape == (3, 3, 6, 5)
     assert queries[:, 0, :, 0].tolist() == [[row] * 6 for row in (1.0, 0.0, 1.0)]
     assert distances.tolist() == [[1, 5, 9, 10, 11, 12]] * 3
+
+
+def test_a_sample_comes_back_as_it_was_stored() -> None:
+    sampler, shape = QuerySampler(), TokenShape(2, 1, 5, 5, torch.float32, torch.float32)
+    sampler.note(queries(8, 0), 8, missing=4)
+    sampler.note(queries(4, 8), 12, missing=0)
+    tree, tensors = flatten(sampler.to_fields())
+    restored = QuerySampler.from_fields(Fields(tree, lambda number, _: tensors[number]), shape)
+    for found, expected in zip(restored.sample(0, 12), sampler.sample(0, 12), strict=True):
+        assert found is not None
+        assert torch.equal(found, expected)
+    tree = {**tree, "positions": tree["positions"][::-1]}
+    with pytest.raises(LoadError, match="a position for each query"):
+        QuerySampler.from_fields(Fields(tree, lambda number, _: tensors[number]), shape)

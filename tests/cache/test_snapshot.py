@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unsloth_spectral.cache import snapshot
-from unsloth_spectral.cache.token_hash import token_hashes
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 
 CPU = torch.device("cpu")
@@ -299,18 +298,3 @@ def test_killed_at_any_moment_it_is_the_old_one_or_the_new_one(kills: int, tmp_p
             left += 1
     assert len(counts) > 1, "it was always killed after the same one"
     assert left > kills // 10, "it was hardly ever killed while it wrote"
-
-
-def test_token_hashes() -> None:
-    ids = torch.randint(0, 50_000, (1, 100))
-    hashes = token_hashes(ids, [1, 50, 100, 101])
-    assert set(hashes) == {1, 50, 100}
-    assert len(set(hashes.values())) == 3
-    assert token_hashes(ids[:, :50], [50]) == {50: hashes[50]}
-    assert token_hashes(ids.int(), [100])[100] == hashes[100]
-    changed = ids.clone()
-    changed[0, 0] += 1
-    assert token_hashes(changed, [1])[1] != hashes[1]
-    # Rows are no longer sequences.
-    assert token_hashes(ids.view(2, 50), [50])[50] not in hashes.values()
-    assert token_hashes(ids.view(100, 1), [1])[1] not in hashes.values()

@@ -47,6 +47,7 @@ def test_bytes_by_hand() -> None:
     assert stats.cold_bytes == sum(blocks * (rank * 64 + rank * HEAD_DIM * 2 + 4 + 4) for rank in (4, 8))
     assert stats.residual_bytes == 2 * BATCH * HEADS * (500 - 4 - sealed) * HEAD_DIM * 2
     assert stats.elements == 2 * BATCH * HEADS * 500 * HEAD_DIM
+    assert stats.cold_elements == 2 * BATCH * HEADS * sealed * HEAD_DIM
     assert stats.dense_bytes == 2 * stats.elements
     assert (stats.rank_keys, stats.rank_values, stats.exact_blocks, stats.num_tokens) == (4, 8, 0, 500)
 

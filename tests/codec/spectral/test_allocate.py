@@ -1,5 +1,7 @@
 """Bits for components: against a plain greedy allocation, and one budget for all layers that is never exceeded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral.allocate import DISTORTION, GAINS, Budget, cost, uniform_value_width, widths_at
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
+from unsloth_spectral.fields import Fields, flatten
 
 HEADS, HEAD_DIM = 2, 32
 
@@ -281,6 +284,40 @@ def test_a_profile_gives_keys_and_values_one_level() -> None:
         for layer, layer_variances in enumerate(layers)
     ]
     assert damage(widths, nbits) < 0.7 * damage(plain, [2] * 12)
+
+
+@pytest.mark.parametrize("louder", [0.5, 2.0, 32.0])
+def test_a_text_louder_throughout_than_those_of_the_profile_gets_the_same_widths(louder: float) -> None:
+    known, layers = known_model(8)
+    profile = replace(known, value_sensitivities=(0.0,) * 8)
+    expected = spend_both(Budget(3.5, 8, profile), layers)[1]
+    found = spend_both(Budget(3.5, 8, profile), [louder * layer for layer in layers])[1]
+    assert all(torch.equal(widths, others) for widths, others in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_budget_stored_midway_goes_on_as_it_would_have(knows: bool) -> None:
+    profile, layers = known_model(6)
+    first, second = (Budget(4.0, 6, profile if knows else None) for _ in range(2))
+    for layer in range(3):
+        first.allocate(layer, 8 * layers[layer].view(HEADS, HEAD_DIM), 1.1, 8.0, ELEMENTS)
+    tree, tensors = flatten(first.to_fields())
+    second.restore(Fields(tree, lambda number, _: tensors[number]))
+    for layer in range(3, 6):
+        given_to = (layer, layers[layer].view(HEADS, HEAD_DIM), 1.1, 8.0, ELEMENTS)
+        assert torch.equal(second.allocate(*given_to), first.allocate(*given_to))
+
+
+def test_values_take_another_bit_while_it_saves_the_level() -> None:
+    known, layers = known_model(24)
+    profile = replace(known, value_sensitivities=tuple(torch.logspace(-4, 1, 24).tolist()))
+    budget = Budget(4.24, 24, profile)
+    _, _, nbits = spend_both(budget, layers)
+    assert len(set(nbits)) > 4
+    noise = [d / (1 - d) for d in DISTORTION[1:]]
+    for layer, sensitivity in enumerate(profile.value_sensitivities):
+        saved = [sensitivity * (noise[n] - noise[n + 1]) / noise[0] / ELEMENTS for n in range(MAX_NBITS - 1)]
+        assert nbits[layer] == 1 + sum(nats >= budget.level_of(layer) for nats in saved)
 
 
 def test_values_that_do_not_matter_get_one_bit() -> None:

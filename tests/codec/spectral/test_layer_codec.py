@@ -1,5 +1,6 @@
 """One state a layer: what a later block shares with the first, the error limit, and bits within the budget."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.rank.block import RankBlock
@@ -17,8 +18,10 @@ from unsloth_spectral.codec.rank.codec import RankLayer
 from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.codec.spectral import codec as codec_module
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.codec import SpectralLayerCodec
+from unsloth_spectral.codec.spectral.codec import SpectralCodec, SpectralLayerCodec
 from unsloth_spectral.codec.spectral.metric import metric_of
+from unsloth_spectral.codec.tensors import TokenShape, storage_bytes
+from unsloth_spectral.fields import Fields, flatten
 from unsloth_spectral.rope import Rotation
 
 BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 32, 256
@@ -360,3 +363,40 @@ def test_coded_blocks_answer_like_dense_ones() -> None:
         assert cut.nbytes < 0.4 * block.nbytes
         assert block.num_key_value_heads == HEADS
         assert block.is_finite
+
+
+def test_the_evaluation_compares_every_preset_in_the_family_of_its_frame() -> None:
+    configs = [config for family in SpectralCodec.compared.values() for config in family]
+    assert {(config.preset, config.key_frame) for config in configs} == set(product(PRESETS, KEY_FRAMES))
+    for family, members in SpectralCodec.compared.items():
+        assert {config.title.replace(f" {config.preset}", "") for config in members} == {family}
+
+
+@frames
+@pytest.mark.parametrize(("count", "budget"), [(BLOCK // 2, "short_budget"), (2 * BLOCK, "budget")])
+def test_the_budget_is_charged_what_components_and_their_bits_take(frame: str, count: int, budget: str) -> None:
+    codec = make_codec(SpectralConfig(block_size=BLOCK, bits_per_element=3.0, key_frame=frame), 1)
+    layer = codec.layer(0)
+    keys = sealed(layer, tokens(count, batch=1), Observed(rotation_of(count))).keys
+    stored = storage_bytes(keys.planes, keys.scales, keys.vectors, keys.vector_scales) + layer.nbytes
+    # Of 6 bits a pair the values take 3; a token's share of the mean, of a number a dimension for the places, and of
+    # the values' scales goes whatever the widths.
+    fixed = (8 * storage_bytes(keys.mean) + 64 * HEAD_DIM) / count + 8 * HEADS
+    left = codec.to_fields()[budget]["balances"]["0"]
+    assert (3 * HEADS * HEAD_DIM - fixed - left) * count / 8 == pytest.approx(stored)
+
+
+@frames
+def test_a_stored_layer_seals_on_in_the_basis_that_it_had(frame: str) -> None:
+    first, second = codec_layer(frame), codec_layer(frame)
+    before = sealed(first, tokens(2 * BLOCK), Observed(rotation_of(2 * BLOCK)))
+    tree, tensors = flatten(first.to_fields())
+    shape = TokenShape(BATCH, HEADS, HEAD_DIM, HEAD_DIM, torch.float32, torch.float32)
+    second.restore(Fields(tree, lambda number, _: tensors[number]), shape)
+    observed = Observed(rotation_of(BLOCK, 2 * BLOCK))
+    expected, found = (sealed(codec, tokens(BLOCK, seed=1), observed) for codec in (first, second))
+    assert torch.equal(expected.keys.vectors, before.keys.vectors)
+    for part, other in zip(found.reconstruct(), expected.reconstruct(), strict=True):
+        assert torch.equal(part, other)
+    assert torch.equal(found.keys.vectors, before.keys.vectors)
+    assert torch.equal(found.values.largest, before.values.largest)

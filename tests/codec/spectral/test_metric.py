@@ -37,6 +37,14 @@ def test_query_metric() -> None:
     assert floors[-1] == pytest.approx(module._FLOOR, rel=0.1)
 
 
+def test_a_head_alone_has_the_metric_that_it_has_among_others() -> None:
+    queries = random(BATCH, HEADS, 6, 12)
+    metric = query_metric(queries)
+    for row in range(BATCH):
+        for head in range(HEADS):
+            assert torch.allclose(query_metric(queries[row, head]), metric[row, head], atol=1e-6)
+
+
 def test_the_floor_holds_up_directions_no_query_looked_at() -> None:
     queries = torch.zeros(1, 1, 4000, 8)
     queries[..., 0] = random(1, 1, 4000)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
-from unsloth_spectral.codec.spectral.values import encode, hadamard
+from unsloth_spectral.codec.spectral.values import ValueCodes, encode, hadamard
+from unsloth_spectral.codec.tensors import TokenShape
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.fields import Fields, flatten
 
 BATCH, HEADS = 2, 3
 widths = pytest.mark.parametrize("nbits", range(1, 9))
@@ -141,3 +144,15 @@ def test_nbytes_are_those_of_the_storages() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     values = random(BATCH, HEADS, 64, 64).to(dtype)
     assert (encode(values, 8).reconstruct() - values.float()).norm() / values.float().norm() < 0.03
+
+
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_stored_values_come_back(count: int) -> None:
+    codes = encode(random(BATCH, HEADS, count, 40), 5)
+    tree, tensors = flatten(codes.to_fields())
+    shape = TokenShape(BATCH, HEADS, 40, 40, torch.float32, torch.float32)
+    found = ValueCodes.from_fields(Fields(tree, lambda number, _: tensors[number]), shape)
+    assert torch.equal(found.reconstruct(), codes.reconstruct())
+    assert torch.equal(found.relative_error, codes.relative_error)
+    with pytest.raises(LoadError, match="must have a tensor"):
+        ValueCodes.from_fields(Fields({**tree, "num_tokens": count + 128}, lambda number, _: tensors[number]), shape)
