@@ -201,3 +201,28 @@ def test_runs_in_a_task(tmp_path: Path) -> None:
     assert outcome.metrics["kl"] < 1e-6
     assert outcome.metrics["top1_agreement"] == 1
     assert outcome.footprint.stored_bytes >= outcome.footprint.dense_bytes
+
+
+def test_names_and_kinds_belong_to_one_codec() -> None:
+    registry.register(IdentityCodec)
+
+    class SameName(IdentityCodec):
+        name = "spectral"
+
+    class SameKind(IdentityCodec):
+        name = "other"
+
+    with pytest.raises(InvalidArgumentError, match="name must be its own, 'spectral' is that of SpectralCodec"):
+        registry.register(SameName)
+    for kind, owner in (("coded", "SpectralBlock"), ("exact", "ExactBlock")):
+        SameKind.block_types = (type("OtherBlock", (), {"kind": kind}),)
+        with pytest.raises(InvalidArgumentError, match=f"kind must be its own, '{kind}' is that of {owner}"):
+            registry.register(SameKind)
+    assert {codec.name for codec in registry.codecs()} == {"rank", "spectral", "identity"}
+
+
+@pytest.mark.parametrize("name", ["nonexistent", "spectral"])
+def test_options_must_name_their_own_codec(model: LlamaForCausalLM, name: str) -> None:
+    config = type("Lost", (IdentityConfig,), {"codec": name})()
+    with pytest.raises(InvalidArgumentError, match="config must be a SpectralConfig or the options of another"):
+        SpectralCache(model, config=config)

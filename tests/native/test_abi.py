@@ -4,8 +4,12 @@ import ctypes
 from itertools import combinations
 
 import pytest
+import torch
 
-from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.attention import cpu, naive
+from unsloth_spectral.attention.dispatch import attend
+from unsloth_spectral.attention.scores import ScoreOptions
+from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.native import abi, library
 
 VARIANTS = [name for name in library.VARIANTS if library.load(name) is not None]
@@ -15,11 +19,11 @@ every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda st
 
 
 @pytest.fixture(autouse=True)
-def _checked_anew():
-    for cached in (library._checked, library.function):
+def _loaded_anew():
+    for cached in (library.load, library.function, library.obstacle):
         cached.cache_clear()
     yield
-    for cached in (library._checked, library.function):
+    for cached in (library.load, library.function, library.obstacle):
         cached.cache_clear()
 
 
@@ -51,10 +55,9 @@ def test_any_two_fields_that_are_swapped_are_found(
         monkeypatch.setattr(abi, "STRUCTURES", with_replaced(structure, redeclared(structure, fields)))
         # One of the two may stay where it is, beside padding.
         assert {f"{structure.__name__}.{fields[place][0]}" for place in (first, second)} & {
-            *abi.differences(library.load())
+            *abi.differences(library._opened(VARIANTS[0]))
         }
-    with pytest.raises(InvalidArgumentError, match="of another version: install unsloth-spectral again"):
-        library.function("spectral_attend")
+    assert library.load() is None
 
 
 @needs_kernel
@@ -68,25 +71,49 @@ def test_missing_and_further_fields_are_found(
         change, [*fields, ("further", ctypes.c_int32)]
     )
     monkeypatch.setattr(abi, "STRUCTURES", with_replaced(structure, redeclared(structure, fields)))
-    assert any(name.startswith(structure.__name__) for name in abi.differences(library.load()))
+    assert any(name.startswith(structure.__name__) for name in abi.differences(library._opened(VARIANTS[0])))
 
 
 @needs_kernel
 def test_other_constants_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in abi._CONSTANTS.items():
         monkeypatch.setitem(abi._CONSTANTS, name, value + 1)
-        assert name in abi.differences(library.load())
+        assert name in abi.differences(library._opened(VARIANTS[0]))
         monkeypatch.undo()
 
 
-@needs_kernel
-def test_a_library_that_cannot_tell_is_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Older:
-        """A library without ``spectral_layout``."""
+class Older:
+    """A library without ``spectral_layout``."""
 
-    monkeypatch.setattr(library, "load", lambda variant=None: Older())
-    with pytest.raises(InvalidArgumentError, match="of another version: install unsloth-spectral again"):
-        library.function("spectral_attend")
+
+@needs_kernel
+def test_a_build_of_other_sources_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a checkout that was updated and not built again: the next build serves, or torch after one warning."""
+    opened = library._opened
+    monkeypatch.setattr(library, "_opened", lambda name: Older() if name == VARIANTS[0] else opened(name))
+    assert library.load(VARIANTS[0]) is None
+    assert library.chosen() == (VARIANTS[1] if len(VARIANTS) > 1 else None)
+    library.load.cache_clear()
+    monkeypatch.setattr(library, "_opened", lambda name: Older())
+    assert library.load() is None
+    message = "the kernel was compiled from another version's sources: install unsloth-spectral again"
+    assert library.obstacle() == message
+    library.obstacle()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"decoding runs in torch, which is slower: {message}"
+    ]
+
+
+@needs_kernel
+def test_attention_goes_on_in_torch_beside_a_build_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_opened", lambda name: Older())
+    query = torch.randn(1, 2, 1, 8)
+    block = ExactBlock(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    assert cpu.obstacle(query, [block]) == library.obstacle()
+    output = attend(query, [block], None, ScoreOptions(0.5))
+    torch.testing.assert_close(output, naive.attend(query, [block], None, ScoreOptions(0.5)))
 
 
 @every_structure

@@ -99,6 +99,15 @@ class SealedBlock(Block, Protocol):
         """Tensors that layers share; ``nbytes`` does not count them."""
         ...
 
+    @classmethod
+    def from_fields(cls, fields: Fields, shape: TokenShape) -> "SealedBlock":
+        """The block that ``to_fields`` stored, with tokens of ``shape``.
+
+        Raises:
+            LoadError: a field is missing or does not fit the others.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactBlock:

@@ -77,6 +77,12 @@ class StoredTensors:
         one = {**sizes, dim: 1}
         return sum(cls.bytes_of(name, one) for name, declared in cls.declarations().items() if dim in declared.shape)
 
+    @classmethod
+    def bytes_without(cls, dims: Iterable[str], sizes: Sizes) -> int:
+        """Bytes of the tensors that tokens are rebuilt from and that have none of ``dims``."""
+        content = cls.content().items()
+        return sum(cls.bytes_of(name, sizes) for name, declared in content if not {*dims} & {*declared.shape})
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """By name, in order."""

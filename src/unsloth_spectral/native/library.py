@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.log import warn_once
 from unsloth_spectral.native import abi
 
 FOLDER = Path(__file__).parent
@@ -35,41 +35,34 @@ def runs_here(variant: str) -> bool:
 
 @lru_cache
 def load(variant: str | None = None) -> ctypes.CDLL | None:
-    """The best variant that was built and runs here, or the given variant; None if there is none."""
+    """The best variant that was built from these sources and runs here, or the given variant; None if there is none."""
     for name in VARIANTS if variant is None else (variant,):
-        if path_of(name).exists() and runs_here(name):
-            try:
-                # This module imports torch first, so that both share its OpenMP threads.
-                return ctypes.CDLL(str(path_of(name)))
-            except OSError:
-                continue
+        loaded = _opened(name)
+        if loaded is not None and not abi.differences(loaded):
+            return loaded
     return None
 
 
 @lru_cache
-def function(name: str, variant: str | None = None) -> Any:
-    """A function of the library that ``load`` finds, which must exist; it takes a pointer and returns nothing.
-
-    Raises:
-        InvalidArgumentError: the library was compiled from other sources than this package's.
-    """
-    entry = getattr(_checked(variant), name)
-    entry.restype, entry.argtypes = None, [ctypes.c_void_p]
-    return entry
+def _opened(variant: str) -> ctypes.CDLL | None:
+    """A variant's library, whatever its layouts; None if it was not built, cannot be loaded or does not run here."""
+    if not path_of(variant).exists() or not runs_here(variant):
+        return None
+    try:
+        # This module imports torch first, so that both share its OpenMP threads.
+        return ctypes.CDLL(str(path_of(variant)))
+    except OSError:
+        return None
 
 
 @lru_cache
-def _checked(variant: str | None) -> ctypes.CDLL:
-    """The library, after a check that its structures have the layout of ``abi``."""
+def function(name: str, variant: str | None = None) -> Any:
+    """A function of the library that ``load`` finds, which must exist; it takes a pointer and returns nothing."""
     loaded = load(variant)
     assert loaded is not None, f"no kernel {variant or ''} here: {obstacle()}"
-    different = abi.differences(loaded)
-    if different:
-        raise InvalidArgumentError(
-            "the compiled kernel is of another version: install unsloth-spectral again (the layouts of "
-            f"{', '.join(different[:3])} differ)"
-        )
-    return loaded
+    entry = getattr(loaded, name)
+    entry.restype, entry.argtypes = None, [ctypes.c_void_p]
+    return entry
 
 
 @lru_cache
@@ -82,6 +75,10 @@ def obstacle() -> str | None:
     built = [name for name in VARIANTS if path_of(name).exists()]
     if not built:
         return "the kernel was not built: install from source with a C++ compiler at hand, or from a wheel"
+    if any(_opened(name) is not None for name in built):
+        message = "the kernel was compiled from another version's sources: install unsloth-spectral again"
+        warn_once("decoding runs in torch, which is slower: %s", message)
+        return message
     try:
         ctypes.CDLL(str(path_of(built[-1])))
     except OSError as error:

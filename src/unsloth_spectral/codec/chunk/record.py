@@ -49,8 +49,9 @@ class LayerShape:
         numbers = self.num_heads * (self.key_dim + self.value_dim)
         values = self.value_sizes(value_nbits)
         coded_values = sum(ValueCodes.bytes_of(name, values) for name in ValueCodes.content())
-        mean, widths = KeyCodes.bytes_of("mean", self._key_sizes), -(-self.num_heads * self.key_dim // 2)
-        return widths + mean + coded_values + self.num_exact * numbers * self.dtype.itemsize
+        widths = -(-self.num_heads * self.key_dim // 2)
+        coded_keys = KeyCodes.bytes_without(("components", "planes"), self._key_sizes)
+        return widths + coded_keys + coded_values + self.num_exact * numbers * self.dtype.itemsize
 
     def key_sizes(self, widths: Widths) -> dict[str, int]:
         """The sizes of the coded keys."""
@@ -77,7 +78,9 @@ def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_va
         for name, stored in codes.content().items():
             is_padded = "padded_tokens" in stored.shape
             parts.append(codes.tensors[name][..., : codes.num_tokens] if is_padded else codes.tensors[name])
-    return [part.contiguous().view(torch.uint8).flatten() for part in [*parts, exact_keys, exact_values]]
+    # A tensor of one element counts as contiguous with any strides; a view of its bytes wants a stride of 1.
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in [*parts, exact_keys, exact_values])
+    return [copy.view(torch.uint8).flatten() for copy in copies]
 
 
 class Reader:

@@ -218,8 +218,9 @@ class SpectralLayerCodec(LayerCodec):
         """
         _, heads, _, head_dim = run.x.shape
         positions = 64 * head_dim / self._codec.budget.num_layers
+        keys = 8 * KeyCodes.bytes_without(("components", "planes"), self._key_sizes(run))
         value_scales = 8 * heads  # a byte for each token
-        return (8 * KeyCodes.bytes_of("mean", self._key_sizes(run)) + positions) / run.num_tokens + value_scales
+        return (keys + positions) / run.num_tokens + value_scales
 
     def _key_sizes(self, run: KeyStatistics) -> dict[str, int]:
         """The sizes of one row's codes, without components."""

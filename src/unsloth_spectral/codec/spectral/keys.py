@@ -260,16 +260,16 @@ def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]
         _by_head(rounding[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
     )
     codes = KeyCodes(
-        planes,
-        scale_codes.mT.contiguous(),
-        plan.vectors,
-        plan.row_scales * tops,
-        statistics.mean,
-        error,
-        plan.widths,
-        num_tokens,
-        statistics.rotation,
-        statistics.is_rotated,
+        planes=planes,
+        scales=scale_codes.mT.contiguous(),
+        vectors=plan.vectors,
+        vector_scales=plan.row_scales * tops,
+        mean=statistics.mean,
+        relative_error=error,
+        widths=plan.widths,
+        num_tokens=num_tokens,
+        rotation=statistics.rotation,
+        is_rotated=statistics.is_rotated,
     )
     return codes, replace(plan, tops=tops)
 
@@ -280,8 +280,7 @@ def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
     The codes are ``[B, C, T]`` uint8, ``T`` the next multiple of 128.
 
     Each component and group takes the clipping point of least squared error, then the scale that makes the codes
-    project
-    exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
+    project exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
     """
     groups = _groups(coefficients)
     half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]

@@ -115,7 +115,15 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     error = (lost / energy.sum(-1).clamp_min(tiny)).sqrt().half()
     num_tokens = values.shape[-2]
     scale_codes = torch.nn.functional.pad(scale_codes, (0, -num_tokens % TILE_TOKENS), value=ZERO)
-    return ValueCodes(planes, scale_codes, largest, error, values.shape[-1], nbits, num_tokens)
+    return ValueCodes(
+        planes=planes,
+        scales=scale_codes,
+        largest=largest,
+        relative_error=error,
+        head_dim=values.shape[-1],
+        nbits=nbits,
+        num_tokens=num_tokens,
+    )
 
 
 def quantize(rotated: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

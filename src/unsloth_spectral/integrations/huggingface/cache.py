@@ -17,7 +17,7 @@ from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.registry import codec_of, make_codec
-from unsloth_spectral.errors import InvalidArgumentError, SpectralError
+from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
@@ -272,7 +272,10 @@ class SpectralCache(Cache):
         """
         document, model = snapshot.read(path), unwrapped(model)
         config = config_in(document.header)
-        check_model(model, config)
+        try:
+            check_model(model, config)
+        except InvalidArgumentError as error:
+            raise LoadError(f"{path} does not fit {type(model).__name__}: {error}") from error
         check_header(document.header, model, input_ids, model_inputs)
         cache, fields = cls.__new__(cls), document.fields
         profile = None
