@@ -224,5 +224,8 @@ def test_names_and_kinds_belong_to_one_codec() -> None:
 @pytest.mark.parametrize("name", ["nonexistent", "spectral"])
 def test_options_must_name_their_own_codec(model: LlamaForCausalLM, name: str) -> None:
     config = type("Lost", (IdentityConfig,), {"codec": name})()
-    with pytest.raises(InvalidArgumentError, match="config must be a SpectralConfig or the options of another"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"config must be a SpectralConfig, got Lost: .* or the options of a registered codec",
+    ):
         SpectralCache(model, config=config)

@@ -19,8 +19,8 @@ def config_of(config: CodecConfig | None, **options: Any) -> CodecConfig:
         return SpectralConfig(**chosen)
     if not is_config(config):
         raise InvalidArgumentError(
-            f"config must be a SpectralConfig or the options of another registered codec, got "
-            f"{type(config).__name__}: pass SpectralConfig(preset=...)"
+            f"config must be a SpectralConfig, got {type(config).__name__}: pass SpectralConfig(preset=...), or the "
+            "options of a registered codec"
         )
     if chosen:
         raise InvalidArgumentError(f"{', '.join(chosen)} and config both say how to compress: give one of them")
