@@ -90,7 +90,9 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
     rank = torch.distributed.get_rank()
     (Path(output) / f"{rank}.json").write_text(json.dumps(generated(model)), encoding="utf-8")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Without the end of the interpreter: there gloo's threads now and then abort the process, after all is written.
+    os._exit(0)
 
 
 if __name__ == "__main__":
