@@ -86,7 +86,7 @@ def changes_of(source: str) -> dict[Position, list[Change]]:
 
 
 def mixes_bits_and_numbers(operator: str) -> bool:
-    """Whether it puts ``>>`` for ``-`` or the like: on tensors that raises a TypeError in any test."""
+    """True if the operator exchanges ``>>`` and ``-`` or the like, which raises a TypeError on tensors in any test."""
     _, *exchanged = operator.split("_")
     return "ReplaceBinaryOperator" in operator and len(BITWISE.intersection(exchanged)) == 1
 

@@ -24,7 +24,7 @@ class Suite:
 
         Slow test files of other folders are left out.
         """
-        own = str(Path("tests", file).with_name(f"test_{Path(file).name}"))
+        mirroring_file = str(Path("tests", file).with_name(f"test_{Path(file).name}"))
         folder, top = str(Path("tests", file).parent), f"tests/{Path(file).parts[0]}/"
         by_file: dict[str, list[str]] = defaultdict(list)
         for test in self.reaching(file, line):
@@ -37,8 +37,8 @@ class Suite:
             return str(Path(test_file).parent) != folder, not test_file.startswith(top), seconds_of(test_file)
 
         near = [name for name in by_file if name.startswith(top) or seconds_of(name) < SLOW_SECONDS]
-        others = sorted((name for name in near if name != own), key=distance)
-        for test_files in ([own], others):
+        others = sorted((name for name in near if name != mirroring_file), key=distance)
+        for test_files in ([mirroring_file], others):
             tests = [test for name in test_files for test in sorted(by_file[name], key=lambda test: self.seconds[test])]
             if tests:
                 yield tests, 30 + 5 * sum(self.seconds[test] for test in tests)
@@ -46,11 +46,11 @@ class Suite:
     def reaching(self, file: str, line: int) -> list[str]:
         """The tests that run the statement at ``line``; all of them where importing the file runs it."""
         path = self.package / file
-        contexts = self.reached.contexts_by_lineno(str(path))
+        contexts_by_line = self.reached.contexts_by_lineno(str(path))
         lines = statement_lines(ast.parse(path.read_text(encoding="utf-8")), line)
-        found = {context for number in lines for context in contexts.get(number, [])}
-        tests = found & self.seconds.keys()
-        return sorted(self.seconds if found and not tests else tests)
+        contexts = {context for number in lines for context in contexts_by_line.get(number, [])}
+        tests = contexts & self.seconds.keys()
+        return sorted(self.seconds if contexts and not tests else tests)
 
 
 def statement_lines(tree: ast.Module, line: int) -> range:

@@ -61,7 +61,7 @@ class Fields:
         return Fields(self._values, self._source, device, self._title)
 
     def has(self, name: str) -> bool:
-        """Whether the field exists and is not None."""
+        """True if the field exists and is not None."""
         return self._values.get(name) is not None
 
     def names(self) -> list[str]:
@@ -71,7 +71,7 @@ class Fields:
         return _is_reference(self._get(name))
 
     def is_group(self, name: str) -> bool:
-        """Whether the field holds named fields."""
+        """True if the field holds named fields."""
         return isinstance(self._get(name), dict) and not self.is_tensor(name)
 
     def scalar(self, name: str) -> bool | int | float | str | None:

@@ -94,7 +94,7 @@ def test_a_long_decode_keeps_one_basis_and_one_block(frame: str, allocated_bytes
 
 
 def positions_are_right(layer: SpectralLayer, may_be_unknown: bool = False) -> bool:
-    """Whether every coded block has the positions of its tokens."""
+    """True if every coded block has the positions of its tokens."""
     start, near = 0, []
     for block in layer.blocks:
         if isinstance(block, SpectralBlock):

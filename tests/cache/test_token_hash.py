@@ -16,17 +16,17 @@ AS_ROW, AS_ROWS = "give torch.as_tensor(input_ids)[None]", "give torch.as_tensor
 
 def test_token_hashes() -> None:
     ids = torch.randint(0, 50_000, (1, 100))
-    found = token_hashes(ids, [1, 50, 100, 101])
-    assert set(found) == {1, 50, 100}
-    assert len(set(found.values())) == 3
-    assert token_hashes(ids[:, :50], [50]) == {50: found[50]}
-    assert token_hashes(ids.int(), [100])[100] == found[100]
+    hashes = token_hashes(ids, [1, 50, 100, 101])
+    assert set(hashes) == {1, 50, 100}
+    assert len(set(hashes.values())) == 3
+    assert token_hashes(ids[:, :50], [50]) == {50: hashes[50]}
+    assert token_hashes(ids.int(), [100])[100] == hashes[100]
     changed = ids.clone()
     changed[0, 0] += 1
-    assert token_hashes(changed, [1])[1] != found[1]
+    assert token_hashes(changed, [1])[1] != hashes[1]
     # Rows are no longer sequences.
-    assert token_hashes(ids.view(2, 50), [50])[50] not in found.values()
-    assert token_hashes(ids.view(100, 1), [1])[1] not in found.values()
+    assert token_hashes(ids.view(2, 50), [50])[50] not in hashes.values()
+    assert token_hashes(ids.view(100, 1), [1])[1] not in hashes.values()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])

@@ -136,7 +136,7 @@ class _Prepared(NamedTuple):
 
     shape: tuple[int, int, int, int]
     structure: abi.Block
-    kept: "_Kept"
+    pointed: "_PointedTensors"
 
 
 def _exact_block(block: ExactBlock, shape: tuple[int, int, int, int]) -> abi.Block:
@@ -164,7 +164,7 @@ def _exact_tokens(name: str, tokens: Tensor, shape: tuple[int, int, int, int]) -
     )
 
 
-class _Kept:
+class _PointedTensors:
     """The tensors of a coded block's structure, which has only their addresses."""
 
     def __init__(self) -> None:
@@ -180,25 +180,25 @@ class _Kept:
         """The address of a tensor of ``codes``, once it is as declared; ``owner`` is whose, in the error."""
         declared = codes.declarations()[name]
         label = f"{owner} {name.replace('_', ' ')}"
-        return self.address(label, codes.tensors[name], declared.dtype, declared.sizes(sizes))
+        return self.address(label, getattr(codes, name), declared.dtype, declared.sizes(sizes))
 
 
 def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Prepared:
     batch, num_heads, key_dim, value_dim = shape
     num_tokens, num_values = block.num_tokens, block.values.num_tokens
     require(num_values == num_tokens, "values", f"{num_tokens} tokens", num_values)
-    kept = _Kept()
+    pointed = _PointedTensors()
     structure = abi.Block(
         num_tokens=num_tokens,
         is_coded=True,
-        keys=_coded_keys(block.keys, (batch, num_heads, key_dim), kept),
-        rotation=_rotation(block.keys.rotation, (batch, key_dim), kept),
-        values=_coded_values(block.values, (batch, num_heads, value_dim), kept),
+        keys=_coded_keys(block.keys, (batch, num_heads, key_dim), pointed),
+        rotation=_rotation(block.keys.rotation, (batch, key_dim), pointed),
+        values=_coded_values(block.values, (batch, num_heads, value_dim), pointed),
     )
-    return _Prepared(shape, structure, kept)
+    return _Prepared(shape, structure, pointed)
 
 
-def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedKeys:
+def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], pointed: _PointedTensors) -> abi.CodedKeys:
     batch, num_heads, key_dim = shape
     stored_dim = codes.vectors.shape[-1]
     require(key_dim == stored_dim, "the query's head_dim", f"{stored_dim}, as that of the keys", key_dim)
@@ -209,26 +209,26 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], kept: _Kept) 
     by_width = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in codes.widths]
     counts = torch.tensor(by_width, dtype=torch.int32, device="cpu")
     sizes = keys.key_sizes(batch, key_dim, codes.widths, codes.num_tokens)
-    stored = partial(kept.stored, "key", codes, sizes=sizes)
+    stored = partial(pointed.stored, "key", codes, sizes=sizes)
     return abi.CodedKeys(
         planes=stored("planes"),
         scales=stored("scales"),
         vectors=stored("vectors"),
         vector_scales=stored("vector_scales"),
         mean=stored("mean"),
-        counts=kept.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
+        counts=pointed.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
         num_components=sizes["components"],
         num_planes=sizes["planes"],
         is_rotated=codes.is_rotated,
     )
 
 
-def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], kept: _Kept) -> abi.CodedValues:
+def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], pointed: _PointedTensors) -> abi.CodedValues:
     batch, num_heads, value_dim = shape
     nbits = codes.nbits
     require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
     sizes = values.value_sizes(batch, num_heads, value_dim, nbits, codes.num_tokens)
-    stored = partial(kept.stored, "value", codes, sizes=sizes)
+    stored = partial(pointed.stored, "value", codes, sizes=sizes)
     return abi.CodedValues(
         planes=stored("planes"),
         scales=stored("scales"),
@@ -237,7 +237,7 @@ def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], kept: _
     )
 
 
-def _rotation(rotation: Rotation | None, shape: tuple[int, int], kept: _Kept) -> abi.Rotation:
+def _rotation(rotation: Rotation | None, shape: tuple[int, int], pointed: _PointedTensors) -> abi.Rotation:
     if rotation is None:
         return abi.Rotation()
     assert rotation.step is not None
@@ -256,17 +256,17 @@ def _rotation(rotation: Rotation | None, shape: tuple[int, int], kept: _Kept) ->
         num_pairs=count,
         num_fast=tables.num_fast,
         num_waves=tables.num_waves,
-        first=kept.address("first", first[tables.order], torch.int32, (count,)),
-        second=kept.address("second", second[tables.order], torch.int32, (count,)),
-        start=kept.address("start", start, torch.float32, (rows, 1, count, 2)),
+        first=pointed.address("first", first[tables.order], torch.int32, (count,)),
+        second=pointed.address("second", second[tables.order], torch.int32, (count,)),
+        start=pointed.address("start", start, torch.float32, (rows, 1, count, 2)),
         start_stride=0 if rows == 1 else 2 * count,
-        step=kept.address("step", tables.step, torch.float64, (count,)),
-        tile_step=kept.address("tile step", tables.tile_step, torch.float64, (2, count)),
-        cosines=kept.address("cosines", tables.cosines, torch.float32, (count, TILE_TOKENS)),
-        sines=kept.address("sines", tables.sines, torch.float32, (count, TILE_TOKENS)),
-        waves=kept.address("waves", tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
-        mixing=kept.address("mixing", tables.mixing, torch.float32, (2, *slow_shape)),
-        reach=kept.address("reach", tables.reach, torch.float32, slow_shape),
+        step=pointed.address("step", tables.step, torch.float64, (count,)),
+        tile_step=pointed.address("tile step", tables.tile_step, torch.float64, (2, count)),
+        cosines=pointed.address("cosines", tables.cosines, torch.float32, (count, TILE_TOKENS)),
+        sines=pointed.address("sines", tables.sines, torch.float32, (count, TILE_TOKENS)),
+        waves=pointed.address("waves", tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
+        mixing=pointed.address("mixing", tables.mixing, torch.float32, (2, *slow_shape)),
+        reach=pointed.address("reach", tables.reach, torch.float32, slow_shape),
     )
 
 

@@ -57,7 +57,7 @@ class SpectralLayer:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether any token has left the residual, so that ``blocks`` holds more than one dense block."""
+        """True if any token has left the residual, so that ``blocks`` holds more than one dense block."""
         return self._tiers.sinks is not None or bool(self._tiers.cold)
 
     @property
@@ -114,7 +114,7 @@ class SpectralLayer:
 
     @property
     def awaits_rows(self) -> bool:
-        """Whether a row may consist of padding alone so far."""
+        """True if a row may consist of padding alone so far: a later query may still see its tokens."""
         return not self.is_sealed or self._tiers.padding is not None
 
     def note_padding(self, padding: Tensor) -> None:

@@ -9,7 +9,7 @@ _LOWER_IS_BETTER = frozenset(["kl", "perplexity", "loss", "error", "errors", "se
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a lower value is better, judged by the metric's name; for unknown names, higher is better."""
+    """True if a lower value is better, by the words of the metric's name; an unknown name means higher is better."""
     return not _LOWER_IS_BETTER.isdisjoint(name.lower().replace("-", "_").split("_"))
 
 

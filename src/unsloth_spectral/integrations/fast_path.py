@@ -128,7 +128,7 @@ def _is_unsloths(definition: Any, package: str = "unsloth.") -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether ``module`` attends. Of the modules that `unsloth_zoo` replaces, only these read keys (Gemma 3's does)."""
+    """True if ``module`` is an attention module: of the modules that `unsloth_zoo` replaces, only these read keys."""
     return isinstance(getattr(module, "layer_idx", None), int)
 
 

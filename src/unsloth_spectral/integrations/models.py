@@ -106,7 +106,7 @@ def _dtype_of(dtype: torch.dtype | str | None, place: torch.device) -> torch.dty
 
 
 def _is_path(name: str) -> bool:
-    """Whether ``name`` can only mean a folder: hub names are ``model`` or ``owner/model`` and start with no dot."""
+    """True if ``name`` can only mean a folder: hub names are ``model`` or ``owner/model`` and start with no dot."""
     return (
         os.path.isabs(name)
         or name.startswith((".", "~"))

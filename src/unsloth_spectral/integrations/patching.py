@@ -115,7 +115,7 @@ def _attend(model: PreTrainedModel, owner: Owner | str) -> None:
 
 
 def _trains_in_between(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is Unsloth's, which trains on its own code between calls of ``generate``."""
+    """True if ``model`` is Unsloth's, which trains on its own code between calls of ``generate``."""
     return hasattr(model, "for_training")
 
 
@@ -206,7 +206,7 @@ def _prepare_cache(
 
 
 def _names_another_cache(model: PreTrainedModel, generation_config: Any) -> bool:
-    """Whether a call asks for a cache of transformers by name; the model's settings do not count, with one warning."""
+    """True if a call asks for a cache of transformers by name; the model's settings do not count, with one warning."""
     name = generation_config.cache_implementation
     if name is None or _trains_in_between(model):
         return False

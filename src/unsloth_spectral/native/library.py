@@ -26,7 +26,7 @@ def path_of(variant: str) -> Path:
 
 
 def runs_here(variant: str) -> bool:
-    """Whether this processor has the instructions that a variant was compiled for."""
+    """True if this processor has the instructions that a variant was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
     if variant == "avx512":
         return capability == "AVX512" and _cpu_flags() >= _AVX512
@@ -36,11 +36,9 @@ def runs_here(variant: str) -> bool:
 @lru_cache
 def load(variant: str | None = None) -> ctypes.CDLL | None:
     """The best variant that was built from these sources and runs here, or the given variant; None if there is none."""
-    for name in VARIANTS if variant is None else (variant,):
-        loaded = _opened(name)
-        if loaded is not None and not abi.differences(loaded):
-            return loaded
-    return None
+    name = chosen() if variant is None else variant
+    loaded = None if name is None else _opened(name)
+    return None if loaded is None or abi.differences(loaded) else loaded
 
 
 @lru_cache
@@ -86,7 +84,6 @@ def obstacle() -> str | None:
     return f"this processor lacks the instructions of the kernels that were built ({', '.join(built)})"
 
 
-@lru_cache
 def chosen() -> str | None:
     """The variant that ``load`` chooses."""
     return next((name for name in VARIANTS if load(name) is not None), None)

@@ -92,7 +92,7 @@ class Rotation:
 
     @property
     def is_even(self) -> bool:
-        """Whether the rotation grows by the same ``step`` from every token to the next."""
+        """True if the rotation grows by the same ``step`` from every token to the next."""
         return self.step is not None and self.places.table is None
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, key_sizes
+from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, fixed_bytes, key_sizes
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
@@ -48,9 +48,9 @@ class LayerShape:
         """What goes whatever the keys' widths: those themselves, the mean, the values and the exact tokens."""
         numbers = self.num_heads * (self.key_dim + self.value_dim)
         values = self.value_sizes(value_nbits)
-        coded_values = sum(ValueCodes.bytes_of(name, values) for name in ValueCodes.content())
+        coded_values = ValueCodes.bytes_without((), values)
         widths = -(-self.num_heads * self.key_dim // 2)
-        coded_keys = KeyCodes.bytes_without(("components", "planes"), self._key_sizes)
+        coded_keys = fixed_bytes(self._key_sizes)
         return widths + coded_keys + coded_values + self.num_exact * numbers * self.dtype.itemsize
 
     def key_sizes(self, widths: Widths) -> dict[str, int]:
@@ -76,8 +76,8 @@ def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_va
     parts = [flat[0::2] | flat[1::2] << 4]
     for codes in (keys, values):
         for name, stored in codes.content().items():
-            is_padded = "padded_tokens" in stored.shape
-            parts.append(codes.tensors[name][..., : codes.num_tokens] if is_padded else codes.tensors[name])
+            tensor = getattr(codes, name)
+            parts.append(tensor[..., : codes.num_tokens] if "padded_tokens" in stored.shape else tensor)
     # A tensor of one element counts as contiguous with any strides; a view of its bytes wants a stride of 1.
     copies = (part.clone(memory_format=torch.contiguous_format) for part in [*parts, exact_keys, exact_values])
     return [copy.view(torch.uint8).flatten() for copy in copies]

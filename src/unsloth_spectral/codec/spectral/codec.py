@@ -218,7 +218,7 @@ class SpectralLayerCodec(LayerCodec):
         """
         _, heads, _, head_dim = run.x.shape
         positions = 64 * head_dim / self._codec.budget.num_layers
-        keys = 8 * KeyCodes.bytes_without(("components", "planes"), self._key_sizes(run))
+        keys = 8 * key_codec.fixed_bytes(self._key_sizes(run))
         value_scales = 8 * heads  # a byte for each token
         return (keys + positions) / run.num_tokens + value_scales
 

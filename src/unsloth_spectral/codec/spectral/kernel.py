@@ -13,7 +13,7 @@ from unsloth_spectral.native.pointers import address, require
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether the kernel can take ``tensor``."""
+    """True if the kernel can take ``tensor``."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and library.obstacle() is None
 
 

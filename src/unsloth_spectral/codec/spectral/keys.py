@@ -14,7 +14,7 @@ from unsloth_spectral.codec.spectral.allocate import DISTORTION
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
-from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import Rotation, join_rotations, rotate
@@ -147,6 +147,11 @@ def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> 
         "components": sum(map(len, widths)),
         "planes": sum(map(sum, widths)),
     }
+
+
+def fixed_bytes(sizes: Sizes) -> int:
+    """Bytes of the keys' codes that do not depend on the widths, without statistics."""
+    return KeyCodes.bytes_without(("components", "planes"), sizes)
 
 
 def _widths_of(fields: Fields, shape: TokenShape) -> Widths:

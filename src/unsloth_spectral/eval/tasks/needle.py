@@ -58,7 +58,7 @@ def draw_facts(count: int, digits: int, generator: random.Random) -> list[Fact]:
 
 
 def is_number(text: str, number: str) -> bool:
-    """Whether the first number in ``text`` is ``number``, whole."""
+    """True if the first number in ``text`` is ``number``, whole."""
     match = re.search(r"\d+", text)
     return match is not None and match.group() == number
 

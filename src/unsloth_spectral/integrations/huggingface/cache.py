@@ -156,7 +156,7 @@ class SpectralCache(Cache):
 
     @property
     def received_nothing(self) -> bool:
-        """Whether the last pass has given this cache no token."""
+        """True if the last pass has given this cache no token."""
         return self._shortest <= self._num_before
 
     def _made_for_another(self, num_layers: object) -> SpectralError:

@@ -153,5 +153,5 @@ def _profile(content: bytes, num_layers: int) -> ModelProfile:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Whether ``values`` is a non-empty list of non-negative numbers."""
+    """True if ``values`` is a non-empty list of non-negative numbers."""
     return isinstance(values, list) and bool(values) and all(isinstance(x, int | float) and x >= 0 for x in values)

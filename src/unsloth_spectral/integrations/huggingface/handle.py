@@ -122,7 +122,7 @@ def _refuse(handles: tuple[CompressedStates, ...], problem: str) -> NoReturn:
 
 
 def _computes_with_keys(model: PreTrainedModel, call: AttentionCall) -> bool:
-    """Whether the module of ``call`` belongs to ``model`` and uses the spectral attention function."""
+    """True if the module of ``call`` belongs to ``model`` and uses the spectral attention function."""
     return _attention(model, call) == ATTENTION_NAME and any(module is call.module for module in model.modules())
 
 

@@ -55,7 +55,7 @@ class LayerPlan:
 
     @property
     def is_known(self) -> bool:
-        """Whether there is a cache layer for this type."""
+        """True if there is a cache layer for this type."""
         return self.layer_type == _CROSS_ATTENTION or has_layer_class(self.layer_type)
 
     def transformers_layer(self) -> Any:

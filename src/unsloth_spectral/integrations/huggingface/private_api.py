@@ -43,12 +43,12 @@ def store_attention(config: PreTrainedConfig, name: str | None) -> None:
 
 
 def can_set_attention(kind: Any) -> bool:
-    """Whether models of class ``kind`` attend through transformers' AttentionInterface."""
+    """True if models of class ``kind`` attend through transformers' AttentionInterface."""
     return bool(kind._can_set_attn_implementation())
 
 
 def supports_cache(kind: Any) -> bool:
-    """Whether ``generate`` gives models of class ``kind`` a DynamicCache."""
+    """True if ``generate`` gives models of class ``kind`` a DynamicCache."""
     return bool(kind._supports_default_dynamic_cache())
 
 
@@ -67,7 +67,7 @@ def layer_configs(config: PreTrainedConfig) -> list[Any]:
 
 
 def has_layer_class(layer_type: str) -> bool:
-    """Whether transformers has a growing cache layer for layers of this type."""
+    """True if transformers has a growing cache layer for layers of this type."""
     return layer_type in DYNAMIC_LAYER_TYPE_MAPPING
 
 

@@ -63,7 +63,7 @@ class _Switched:
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
-    """Whether the model's language part uses the spectral attention function now."""
+    """True if the model's language part uses the spectral attention function now."""
     return attention_of(model.config.get_text_config(decoder=True)) == ATTENTION_NAME
 
 
