@@ -11,7 +11,7 @@ from torch import Tensor
 from unsloth_spectral.attention.rotary_tables import wave_tables
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
-from unsloth_spectral.codec.spectral import keys, scales, values
+from unsloth_spectral.codec.spectral import keys, scales, trellis, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, TILE_TOKENS
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
@@ -95,6 +95,7 @@ def attend(
         softcap=options.softcap or 0.0,
         key_levels=constants.key_levels_address,
         value_levels=constants.value_levels_address,
+        codes=constants.codes_address,
     )
     library.function("spectral_attend", variant)(ctypes.byref(call))
     return output
@@ -107,16 +108,19 @@ class _Constants(NamedTuple):
     hadamard_address: int
     key_levels_address: int
     value_levels_address: int
+    codes_address: int
 
 
 @lru_cache
 def _constants(value_dim: int) -> _Constants:
     hadamard = values.hadamard(value_dim)
     levels = [_levels(steps) for steps in (keys.STEPS_PER_OCTAVE, values.STEPS_PER_OCTAVE)]
+    codes = (trellis.tables().entries[: trellis.MAX_TRELLIS_NBITS] + 128).to(torch.uint8)
     return _Constants(
-        (hadamard, *levels),
+        (hadamard, *levels, codes),
         address("hadamard", hadamard, torch.float32, (value_dim, value_dim)),
         *(address("levels", table, torch.float32, (256,)) for table in levels),
+        address("codes", codes, torch.uint8, (trellis.MAX_TRELLIS_NBITS, trellis.STATES)),
     )
 
 
@@ -211,14 +215,15 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], pointed: _Poi
     sizes = keys.key_sizes(batch, key_dim, codes.widths, codes.num_tokens)
     stored = partial(pointed.stored, "key", codes, sizes=sizes)
     return abi.CodedKeys(
-        planes=stored("planes"),
+        streams=stored("streams"),
+        carries=stored("carries"),
         scales=stored("scales"),
         vectors=stored("vectors"),
         vector_scales=stored("vector_scales"),
         mean=stored("mean"),
         counts=pointed.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
         num_components=sizes["components"],
-        num_planes=sizes["planes"],
+        num_rows=sizes["rows"],
         is_rotated=codes.is_rotated,
     )
 
@@ -230,7 +235,8 @@ def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], pointed
     sizes = values.value_sizes(batch, num_heads, value_dim, nbits, codes.num_tokens)
     stored = partial(pointed.stored, "value", codes, sizes=sizes)
     return abi.CodedValues(
-        planes=stored("planes"),
+        streams=stored("streams"),
+        carries=stored("carries"),
         scales=stored("scales"),
         largest=stored("largest"),
         nbits=nbits,

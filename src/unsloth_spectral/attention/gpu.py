@@ -13,10 +13,10 @@ from torch import Tensor
 from unsloth_spectral.attention.rotary_tables import cosines_and_sines
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.codec.block import Block, ExactBlock
-from unsloth_spectral.codec.spectral import keys, values
+from unsloth_spectral.codec.spectral import keys, trellis, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
-from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths
-from unsloth_spectral.codec.spectral.packing import PLANE_BYTES, QUAD, QUAD_TOKENS, places_in_quads
+from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, flat_widths
+from unsloth_spectral.codec.spectral.packing import ROW_BYTES
 from unsloth_spectral.log import logger
 
 _NAME = "triton kernel"
@@ -237,21 +237,25 @@ def _coded(block: SpectralBlock) -> _Coded:
 
 def _prepare(block: SpectralBlock) -> _Coded:
     codes, coded, key_dim = block.keys, block.values, block.keys.vectors.shape[-1]
-    heads, components = _components(codes.widths, codes.planes.device)
+    device = codes.streams.device
+    heads, components = _components(codes.widths, device)
     fixed, turning = _rotation(codes, key_dim)
     mean = _strided(codes.mean, 1)
     # Slices of a block are views: batches, tiles and heads come with their strides.
     basis = (*_strided(codes.vectors, 1), *_strided(codes.vector_scales, 1), *mean, heads, fixed)
     arguments = (
-        *_strided(codes.planes, 2),
+        *_strided(codes.streams, 2),
+        *_strided(codes.carries, 1),
         *_strided(codes.scales, 2),
         *mean,
         heads,
         components,
         *turning,
-        *_strided(coded.planes, 2),
+        *_strided(coded.streams, 2),
+        *_strided(coded.carries, 1),
         *_strided(coded.scales, 2),
         *_strided(coded.largest, 1),
+        _entries(device),
     )
     num_pairs = 0 if codes.rotation is None else codes.rotation.unit.shape[-1]
     constants = {
@@ -271,21 +275,23 @@ def _strided(tensor: Tensor, leading: int) -> tuple[Any, ...]:
     return tensor, *tensor.stride()[:leading]
 
 
+@lru_cache
+def _entries(device: torch.device) -> Tensor:
+    """The tables of ``codec.spectral.trellis``, ``[8, 256]`` in half precision."""
+    return trellis.entries_on(device).half()
+
+
 @lru_cache(maxsize=256)
 def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where planes lie, see ``codec.packing``, both int32.
+    """Where streams lie, see ``codec.spectral.packing``, both int32.
 
-    Of each head, ``[H, 2]``, its first component and how many it has. Of each component, ``[C, 5]``, its bits, the
-    planes that its quad has in common, the first byte of these, its place in the quad, and the first byte of its
-    further planes.
+    For each head, ``[H, 2]``: its first component and the number of components. For each component, ``[C, 2]``: its bits
+    and the first byte of its stream in a tile.
     """
     counts = [len(head_widths) for head_widths in widths]
     heads = list(zip(accumulate(counts, initial=0), counts, strict=False))
-    components = [
-        (place.nbits, place.common, place.quad * PLANE_BYTES, place.lane, place.single * PLANE_BYTES)
-        for place in places_in_quads(widths)
-    ]
-    assert QUAD_TOKENS * QUAD == 64, "the kernel takes 16 tokens of four components at a time"
+    flat = flat_widths(widths)
+    components = [(nbits, row * ROW_BYTES) for nbits, row in zip(flat, accumulate(flat, initial=0), strict=False)]
     return (
         torch.tensor(heads, dtype=torch.int32, device=device),
         torch.tensor(components, dtype=torch.int32, device=device),
@@ -294,7 +300,7 @@ def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _rotation(codes: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
     """Which dimensions are not rotated, ``[D]`` int32, and the kernel's arguments from ``first`` to ``sines``."""
-    device, rotation = codes.planes.device, codes.rotation
+    device, rotation = codes.streams.device, codes.rotation
     fixed = torch.ones(key_dim, dtype=torch.int32, device=device)
     if rotation is None:
         # Never read.

@@ -41,6 +41,22 @@ def _dot_codes(a, codes):
 
 
 @triton.jit
+def _entries(table, stream, carry, width, tokens, streams_tile, tile, is_real):
+    """What tokens' windows stand for in a ``table`` of 256 entries, in half precision, which holds them exactly; see
+    ``codec.spectral.packing``. A window begins in the byte before the stream's ``(token + 1) * width``-th bit."""
+    end = (tokens + 1) * width
+    byte = end // 8 - 1
+    last_before = width * 16 - 1 - streams_tile
+    is_before = byte < 0
+    is_first = is_before & (tile == 0)
+    low = tl.load(stream + tl.where(is_before, last_before, byte), mask=is_real & (is_first == 0), other=0).to(tl.int32)
+    low |= tl.load(carry + byte * 0, mask=is_real & is_first, other=0).to(tl.int32)
+    high = tl.load(stream + byte + 1, mask=is_real & (end % 8 != 0), other=0).to(tl.int32)
+    window = ((low | (high << 8)) >> (end % 8)) & 255
+    return tl.load(table + window, mask=is_real, other=0.0)
+
+
+@triton.jit
 def _masked(scores, mask, rows, tokens, is_real, query_length, mask_row, mask_token, IS_BOOL: tl.constexpr):
     """``scores [ROWS, n]`` under the mask of the rows' queries; ``tokens`` count over all blocks."""
     place = (rows % query_length)[:, None].to(tl.int64) * mask_row + tokens[None, :].to(tl.int64) * mask_token
@@ -158,9 +174,11 @@ def project(
 @triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split"])
 def attend_coded(
     query,
-    planes,
-    planes_batch,
-    planes_tile,
+    streams,
+    streams_batch,
+    streams_tile,
+    carries,
+    carries_batch,
     scales,
     scales_batch,
     scales_tile,
@@ -175,14 +193,17 @@ def attend_coded(
     step,
     cosines,
     sines,
-    value_planes,
-    value_planes_batch,
-    value_planes_tile,
+    value_streams,
+    value_streams_batch,
+    value_streams_tile,
+    value_carries,
+    value_carries_batch,
     value_scales,
     value_scales_batch,
     value_scales_head,
     largest,
     largest_batch,
+    entries,
     projected,
     constants,
     mask,
@@ -263,34 +284,23 @@ def attend_coded(
         place = piece * PIECE + tl.arange(0, PIECE)
         tokens = place % TILE
         scores = tl.zeros([ROWS, PIECE], dtype=tl.float32) + constant[:, None]
-        at = planes + batch * planes_batch + tile * planes_tile
+        at = streams + batch * streams_batch + tile * streams_tile
         for begin in range(0, count, CHUNK):
             slots = begin + tl.arange(0, CHUNK)
             is_slot = slots < count
-            # The places of the components' planes: first the quad's common planes, then the component's own.
-            table = components + (first_component + slots) * 5
-            width = tl.load(table, mask=is_slot, other=0)
-            common = tl.load(table + 1, mask=is_slot, other=0)
-            quad = tl.load(table + 2, mask=is_slot, other=0)
-            lane = tl.load(table + 3, mask=is_slot, other=0)
-            single = tl.load(table + 4, mask=is_slot, other=0)
-            bit = (tokens % 16)[None, :] * 4 + lane[:, None]
-            in_quad = quad[:, None] + (tokens // 16)[None, :] * (8 * common)[:, None] + bit // 8
-            in_single = (single - common * 16)[:, None] + (tokens // 8)[None, :]
-            codes = tl.zeros([CHUNK, PIECE], dtype=tl.int32)
-            # Widths fall, so the first component has the most planes.
-            for plane in range(tl.load(components + (first_component + begin) * 5)):
-                is_common = (plane < common)[:, None]
-                byte = tl.where(is_common, in_quad + plane * 8, in_single + plane * 16)
-                shift = tl.where(is_common, bit % 8, (tokens % 8)[None, :])
-                packed = tl.load(at + byte, mask=(plane < width)[:, None], other=0).to(tl.int32)
-                codes |= ((packed >> shift) & 1) << plane
+            table = components + (first_component + slots) * 2
+            width = tl.load(table, mask=is_slot, other=1)
+            stream = at + tl.load(table + 1, mask=is_slot, other=0)
+            carry = carries + batch * carries_batch + first_component + slots
+            values = _entries(
+                entries + (width - 1)[:, None] * 256, stream[:, None], carry[:, None], width[:, None],
+                tokens[None, :], streams_tile, tile, is_slot[:, None],
+            )  # fmt: skip
             scale = scales + batch * scales_batch + tile * scales_tile + first_component + slots
             scale = _decoded(tl.load(scale, mask=is_slot, other=_ZERO), KEY_STEPS)
             share = tl.load(in_basis + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
             share *= scale[None, :]
-            centre = tl.exp2(width.to(tl.float32) - 1) - 0.5
-            scores += _dot_codes(share, codes) - tl.sum(share * centre[None, :], 1)[:, None]
+            scores += _dot_codes(share, values)
         if PAIRS > 0:
             # The angle of the tile's first token, in float64: it grows with the context.
             revolutions = angle_step * (tile * TILE) / _TWO_PI
@@ -308,17 +318,15 @@ def attend_coded(
             is_real, query_length, mask_row, mask_token, HAS_CAP, HAS_MASK, IS_BOOL,
         )  # fmt: skip
 
-        at = value_planes + batch * value_planes_batch + tile * value_planes_tile
-        coded = tl.zeros([PIECE, VALUE_DIM], dtype=tl.int32)
-        for plane in tl.static_range(VALUE_NBITS):
-            byte = value_rows[None, :] + plane * 16 + (tokens // 8)[:, None]
-            packed = tl.load(at + byte, mask=is_value, other=0).to(tl.int32)
-            coded |= ((packed >> (tokens % 8)[:, None]) & 1) << plane
+        at = value_streams + batch * value_streams_batch + tile * value_streams_tile + value_rows[None, :]
+        carry = value_carries + batch * value_carries_batch + head * value_dim + value_dims[None, :]
+        coded = _entries(
+            entries + (VALUE_NBITS - 1) * 256, at, carry, VALUE_NBITS, tokens[:, None], value_streams_tile, tile,
+            is_value,
+        )  # fmt: skip
         at = value_scales + batch * value_scales_batch + head * value_scales_head
         weights *= (_decoded(tl.load(at + place), VALUE_STEPS) * top)[None, :]
-        half: tl.constexpr = 2 ** (VALUE_NBITS - 1) - 0.5
-        more = _dot_codes(weights, coded) - half * tl.sum(weights, 1)[:, None]
-        result = result * fade[:, None] + more
+        result = result * fade[:, None] + _dot_codes(weights, coded)
     place = (batch * num_heads + head) * num_splits + first_split + split
     _store(output, maxima, totals, result, maximum, total, place, rows, num_rows, value_dims, value_dim)
 

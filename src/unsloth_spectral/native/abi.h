@@ -21,14 +21,15 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, token_stride)
 
 #define CODED_KEYS(FIELD)                                                                                           \
-    FIELD(const uint8_t*, planes)       /* [batch, tile, plane, 16 bytes] */                                        \
+    FIELD(const uint8_t*, streams)      /* [batch, tile, row, 16 bytes] */                                          \
+    FIELD(const uint8_t*, carries)      /* [batch, component] the bytes before the first tile */                    \
     FIELD(const uint8_t*, scales)       /* [batch, tile, component] */                                              \
     FIELD(const int8_t*, vectors)       /* [batch, component, dim] */                                               \
     FIELD(const float*, vector_scales)  /* [batch, component] */                                                    \
     FIELD(const uint16_t*, mean)        /* [batch, head, dim] half precision */                                     \
     FIELD(const int32_t*, counts)       /* [head, 9]: components of each width */                                   \
     FIELD(int64_t, num_components)                                                                                  \
-    FIELD(int64_t, num_planes)                                                                                      \
+    FIELD(int64_t, num_rows)                                                                                        \
     FIELD(int64_t, is_rotated)          /* whether the codes are of rotated keys */
 
 // The rotation of keys: pairs of dimensions, the fast ones first; num_pairs is 0 without rotation. Slow pairs rotate
@@ -50,7 +51,8 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(const float*, reach)          /* [pair - num_fast, MAX_SMOOTH] the largest weights in a pair of length 1 */
 
 #define CODED_VALUES(FIELD)                                                                                         \
-    FIELD(const uint8_t*, planes)       /* [batch, tile, head, dim, bit, 16 bytes] */                               \
+    FIELD(const uint8_t*, streams)      /* [batch, tile, head, dim, bit, 16 bytes] */                               \
+    FIELD(const uint8_t*, carries)      /* [batch, head, dim] the bytes before the first tile */                    \
     FIELD(const uint8_t*, scales)       /* [batch, head, tile * 128] */                                             \
     FIELD(const float*, largest)        /* [batch, head] */                                                         \
     FIELD(int64_t, nbits)
@@ -86,33 +88,43 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(float, scaling)                                                                                           \
     FIELD(float, softcap)               /* 0 for none */                                                            \
     FIELD(const float*, key_levels)     /* [256] the scale of each byte, keys */                                    \
-    FIELD(const float*, value_levels)   /* [256] the same, values */
+    FIELD(const float*, value_levels)   /* [256] the same, values */                                                \
+    FIELD(const uint8_t*, codes)        /* [4, 256] by width and window: the table's entry plus 128 */
 
-// A call of spectral_encode_keys.
+// The tables of codec/spectral/trellis.py.
+#define TRELLIS(FIELD)                                                                                              \
+    FIELD(const float*, entries)        /* [8, 256] by width and window */                                          \
+    FIELD(const float*, units)          /* [8] how large a standard deviation is in the entries' unit */            \
+    FIELD(const float*, reaches)        /* [4] how far a group's largest coefficient may lie, in that unit */           \
+    FIELD(const int16_t*, distances)    /* [4, 511, 256] by width, input and state */
+
+// A call of spectral_encode_keys. Carries are the bytes that streams go on from.
 #define KEY_ENCODING(FIELD)                                                                                         \
     FIELD(const float*, coefficients)   /* [batch, component, token] */                                             \
     FIELD(const int32_t*, widths)       /* [component] */                                                           \
-    FIELD(const int32_t*, places)       /* [component] the first plane */                                           \
-    FIELD(uint8_t*, planes)             /* [batch, tile, plane, 16] */                                              \
-    FIELD(float*, scales)               /* [batch, component, tile] */                                              \
+    FIELD(const int32_t*, rows)         /* [component] its first row of a tile's streams */                         \
+    FIELD(uint8_t*, streams)            /* [batch, tile, row, 16] */                                                \
+    FIELD(uint8_t*, carries)            /* [batch, component] given or, if `is_free`, written */                    \
     FIELD(float*, energies)             /* [batch, component, tile] squared lengths */                              \
-    FIELD(float*, squares)              /* [batch, component, tile] squared lengths of the codes around zero */     \
+    FIELD(float*, overlaps)             /* [batch, component, tile] products with the reconstructions */            \
+    FIELD(float*, squares)              /* [batch, component, tile] squared lengths of the reconstructions */       \
     FIELD(const float*, clips)          /* [num_clips] clipping points to try, as shares of the largest */          \
-    FIELD(const int32_t*, counts)       /* [head] components */                                                     \
     FIELD(int64_t, batch)                                                                                           \
     FIELD(int64_t, num_components)                                                                                  \
     FIELD(int64_t, num_tokens)                                                                                      \
-    FIELD(int64_t, num_planes)                                                                                      \
+    FIELD(int64_t, num_rows)                                                                                        \
     FIELD(int64_t, num_clips)                                                                                       \
-    FIELD(int64_t, num_heads)                                                                                       \
-    FIELD(int64_t, num_threads)
+    FIELD(int64_t, num_threads)                                                                                     \
+    FIELD(int64_t, is_free)                                                                                         \
+    FIELD(Trellis, trellis)
 
 // A call of spectral_encode_values.
 #define VALUE_ENCODING(FIELD)                                                                                       \
     FIELD(const float*, values)         /* [batch, head, dim, token], already times the Hadamard matrix */          \
-    FIELD(uint8_t*, planes)             /* [batch, tile, head, dim, bit, 16] */                                     \
+    FIELD(uint8_t*, streams)            /* [batch, tile, head, dim, bit, 16] */                                     \
+    FIELD(uint8_t*, carries)            /* [batch, head, dim] given or, if `is_free`, written */                    \
     FIELD(float*, energies)             /* [batch, head, token] squared lengths */                                  \
-    FIELD(float*, overlaps)             /* [batch, head, token] products with the codes around zero */              \
+    FIELD(float*, overlaps)             /* [batch, head, token] products with the reconstructions */                \
     FIELD(float*, squares)              /* [batch, head, token] squared lengths of these */                         \
     FIELD(int64_t, batch)                                                                                           \
     FIELD(int64_t, num_heads)                                                                                       \
@@ -120,7 +132,8 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, num_tokens)                                                                                      \
     FIELD(int64_t, nbits)                                                                                           \
     FIELD(int64_t, num_threads)                                                                                     \
-    FIELD(float, step)                  /* of the quantizer of a unit Gaussian */
+    FIELD(int64_t, is_free)                                                                                         \
+    FIELD(Trellis, trellis)
 
 // All structures, each after its member structures.
 #define STRUCTURES(STRUCTURE)                                                                                       \
@@ -130,6 +143,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     STRUCTURE(CodedValues, CODED_VALUES)                                                                            \
     STRUCTURE(Block, BLOCK)                                                                                         \
     STRUCTURE(Call, CALL)                                                                                           \
+    STRUCTURE(Trellis, TRELLIS)                                                                                     \
     STRUCTURE(KeyEncoding, KEY_ENCODING)                                                                            \
     STRUCTURE(ValueEncoding, VALUE_ENCODING)
 

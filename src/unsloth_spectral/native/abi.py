@@ -46,14 +46,15 @@ class ExactTokens(_Structure):
 class CodedKeys(_Structure):
     __slots__ = ()
     _fields_ = [
-        ("planes", c_void_p),
+        ("streams", c_void_p),
+        ("carries", c_void_p),
         ("scales", c_void_p),
         ("vectors", c_void_p),
         ("vector_scales", c_void_p),
         ("mean", c_void_p),
         ("counts", c_void_p),
         ("num_components", c_int64),
-        ("num_planes", c_int64),
+        ("num_rows", c_int64),
         ("is_rotated", c_int64),
     ]
 
@@ -81,7 +82,8 @@ class Rotation(_Structure):
 class CodedValues(_Structure):
     __slots__ = ()
     _fields_ = [
-        ("planes", c_void_p),
+        ("streams", c_void_p),
+        ("carries", c_void_p),
         ("scales", c_void_p),
         ("largest", c_void_p),
         ("nbits", c_int64),
@@ -124,6 +126,17 @@ class Call(_Structure):
         ("softcap", c_float),
         ("key_levels", c_void_p),
         ("value_levels", c_void_p),
+        ("codes", c_void_p),
+    ]
+
+
+class Trellis(_Structure):
+    __slots__ = ()
+    _fields_ = [
+        ("entries", c_void_p),
+        ("units", c_void_p),
+        ("reaches", c_void_p),
+        ("distances", c_void_p),
     ]
 
 
@@ -132,20 +145,21 @@ class KeyEncoding(_Structure):
     _fields_ = [
         ("coefficients", c_void_p),
         ("widths", c_void_p),
-        ("places", c_void_p),
-        ("planes", c_void_p),
-        ("scales", c_void_p),
+        ("rows", c_void_p),
+        ("streams", c_void_p),
+        ("carries", c_void_p),
         ("energies", c_void_p),
+        ("overlaps", c_void_p),
         ("squares", c_void_p),
         ("clips", c_void_p),
-        ("counts", c_void_p),
         ("batch", c_int64),
         ("num_components", c_int64),
         ("num_tokens", c_int64),
-        ("num_planes", c_int64),
+        ("num_rows", c_int64),
         ("num_clips", c_int64),
-        ("num_heads", c_int64),
         ("num_threads", c_int64),
+        ("is_free", c_int64),
+        ("trellis", Trellis),
     ]
 
 
@@ -153,7 +167,8 @@ class ValueEncoding(_Structure):
     __slots__ = ()
     _fields_ = [
         ("values", c_void_p),
-        ("planes", c_void_p),
+        ("streams", c_void_p),
+        ("carries", c_void_p),
         ("energies", c_void_p),
         ("overlaps", c_void_p),
         ("squares", c_void_p),
@@ -163,7 +178,8 @@ class ValueEncoding(_Structure):
         ("num_tokens", c_int64),
         ("nbits", c_int64),
         ("num_threads", c_int64),
-        ("step", c_float),
+        ("is_free", c_int64),
+        ("trellis", Trellis),
     ]
 
 
@@ -174,6 +190,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     CodedValues,
     Block,
     Call,
+    Trellis,
     KeyEncoding,
     ValueEncoding,
 )

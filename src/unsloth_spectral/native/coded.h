@@ -20,9 +20,9 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     const bool rebuilds = !block.keys.is_rotated && block.rotation.num_pairs > 0;
     const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
     const int64_t first_tile = token / TILE;
-    const int64_t value_bytes = call.value_dim * block.values.nbits * PLANE;
+    const int64_t value_bytes = call.value_dim * block.values.nbits * ROW;
     const int64_t value_stride = call.num_heads * value_bytes;
-    const uint8_t* value_planes = block.values.planes + (b * tiles + first_tile) * value_stride + h * value_bytes;
+    const uint8_t* value_rows = block.values.streams + (b * tiles + first_tile) * value_stride + h * value_bytes;
     const uint8_t* scale_codes = block.values.scales + (b * call.num_heads + h) * tiles * TILE + token;
     const int padded = round_up(length, TILE);
     fetch(scale_codes, padded);
@@ -30,20 +30,22 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
     bool any = false;
     for (int done = 0; done < length; done += TILE) {
         const int64_t tile = first_tile + done / TILE;
-        const int64_t plane = (b * tiles + tile) * block.keys.num_planes + w.components.first_plane;
-        const uint8_t* planes = block.keys.planes + plane * PLANE;
+        const int64_t first_row = (b * tiles + tile) * block.keys.num_rows + w.components.first_row;
+        const int64_t tile_bytes = block.keys.num_rows * ROW;
+        const uint8_t* rows = block.keys.streams + first_row * ROW;
+        const uint8_t* carries = block.keys.carries + b * block.keys.num_components + w.components.first;
         if (tile + 1 < tiles) {
-            w.next_keys.expect(planes + block.keys.num_planes * PLANE, w.components.num_planes * PLANE);
+            w.next_keys.expect(rows + tile_bytes, w.components.num_rows * ROW);
             fetch(levels_of(w, block, b, tile + 1), w.components.count);
         }
-        w.next_values.expect(value_planes + done / TILE * value_stride, value_bytes);
+        w.next_values.expect(value_rows + done / TILE * value_stride, value_bytes);
         start_tile(w, block, b, tile);
-        expand_tile(w, planes, rebuilds);
+        read_components(w, rows, tile ? rows - tile_bytes : nullptr, carries);
         if (rebuilds) {
             scale_basis(w);
             score_rebuilt<ROWS>(w, row, std::min(TILE, length - done), w.scores.data() + done);
         } else {
-            score_tile<ROWS>(w, block, planes, row, std::min(TILE, length - done), w.scores.data() + done);
+            score_tile<ROWS>(w, block, row, std::min(TILE, length - done), w.scores.data() + done);
         }
         w.next_values.fetch_rest();
         if (done + TILE < length) w.next_keys.fetch_rest();
@@ -68,8 +70,9 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
             weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
     }
     if (!any) return;
+    const uint8_t* carries = first_tile ? nullptr : block.values.carries + (b * call.num_heads + h) * call.value_dim;
     with_nbits(static_cast<int>(block.values.nbits), [&](auto constant) {
-        add_values<decltype(constant)::value, ROWS>(w, value_planes, value_stride, length, weighed, partials);
+        add_values<decltype(constant)::value, ROWS>(w, value_rows, value_stride, carries, length, weighed, partials);
     });
     w.next_keys.fetch_rest();
 }

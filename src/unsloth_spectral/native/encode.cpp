@@ -1,112 +1,131 @@
-// Fits scales, quantizes and packs in one pass; torch needs dozens of passes (codec/spectral).
+// Fitting scales, quantizing and packing: what torch does in dozens of passes, in one (codec/spectral).
 //
 // codec/spectral/kernel.py fills in the structures of abi.h and checks everything: nothing is checked here.
+//
+// Every build gives the same codes, bit for bit. So sums are of doubles, which hold a product of two floats exactly, and
+// go in the same order whatever the vectors' length.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 #include "abi.h"
 #include "simd.h"
+#include "trellis.h"
 
 namespace spectral {
 namespace {
 
 constexpr float TINY = std::numeric_limits<float>::min();
+constexpr float LARGEST_INVERSE = 1e30f;  // times zero it is zero
+constexpr int LANES_OF_SUMS = 8;
 
-INLINE Floats floor(Floats x) {
-    const Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
-    return whole + __builtin_convertvector(bits<Ints>(whole > x), Floats);  // a comparison that holds is -1
-}
+// Sums of products, in an order that does not depend on the processor.
+struct Total {
+    double lanes[LANES_OF_SUMS] = {};
 
-INLINE Floats bounded(Floats x, float most) {
-    x = choose(x > all(most), all(most), x);
-    return choose(x < all(-most), all(-most), x);
-}
-
-// The bits of 128 codes, each below 2^nbits, as planes of 16 bytes.
-void pack(const uint8_t* codes, int nbits, uint8_t* planes) {
-    for (int plane = 0; plane < nbits; ++plane)
-        for (int byte = 0; byte < PLANE; ++byte) {
-            const uint64_t bit = load<uint64_t>(codes + 8 * byte) >> plane & 0x0101010101010101u;
-            // Byte i has bit i of the sum's highest byte.
-            planes[plane * PLANE + byte] = static_cast<uint8_t>(bit * 0x0102040810204080u >> 56);
-        }
-}
-
-// Moves bit i of 16 bits to bit 4 i.
-INLINE uint64_t every_fourth(uint64_t bits) {
-    bits = (bits | bits << 24) & 0x000000ff000000ffu;
-    bits = (bits | bits << 12) & 0x000f000f000f000fu;
-    bits = (bits | bits << 6) & 0x0303030303030303u;
-    return (bits | bits << 3) & 0x1111111111111111u;
-}
-
-// Reorders the planes of four components in place: first their common planes, for every QUAD_TOKENS tokens plane by
-// plane, with the four bits of a token side by side; then the others.
-void join_quad(uint8_t* planes, const int32_t* widths) {
-    const int shared = std::min({widths[0], widths[1], widths[2], widths[3]});
-    uint8_t apart[4 * 8 * PLANE];
-    const uint8_t* quad[4];
-    for (int k = 0, place = 0; k < 4; place += widths[k++]) {
-        quad[k] = apart + place * PLANE;
-        std::memcpy(apart + place * PLANE, planes + place * PLANE, static_cast<size_t>(widths[k]) * PLANE);
+    INLINE void add(Total& total, const float* a, const float* b, int count) {
+        int i = 0;
+        for (; i + LANES_OF_SUMS <= count; i += LANES_OF_SUMS)
+            for (int lane = 0; lane < LANES_OF_SUMS; ++lane)
+                total.lanes[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
+        for (int lane = 0; i + lane < count; ++lane)
+            total.lanes[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
     }
-    for (int run = 0; run < TILE / QUAD_TOKENS; ++run)
-        for (int plane = 0; plane < shared; ++plane, planes += QUAD_PLANE) {
-            uint64_t joined = 0;
-            for (int k = 0; k < 4; ++k) joined |= every_fourth(load<uint16_t>(quad[k] + plane * PLANE + 2 * run)) << k;
-            store(planes, joined);
-        }
-    for (int k = 0; k < 4; planes += (widths[k++] - shared) * PLANE)
-        std::memcpy(planes, quad[k] + shared * PLANE, static_cast<size_t>(widths[k] - shared) * PLANE);
-}
-
-struct Quantized {
-    float scale, energy, square;
+    double sum() const {
+        return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    }
 };
 
-// Quantizes a tile of one component, with `count` tokens and zeros behind: finds the clipping point of least error, the
-// unbiased scale, the codes, and the squared lengths of the coefficients and of their codes around zero.
-Quantized quantize(const float* from, int count, int nbits, const float* clips, int num_clips, uint8_t* codes) {
-    const float half = static_cast<float>(1 << (nbits - 1)), most = half - 0.5f;
-    Floats peaks = {}, squares = {};
-    for (int t = 0; t < TILE; t += LANES) {
-        const Floats x = load<Floats>(from + t);
-        peaks = larger(peaks, larger(x, -x));
-        squares += x * x;
+double dot(const float* a, const float* b, int count) {
+    Total total;
+    Total::add(total, a, b, count);
+    return total.sum();
+}
+
+float peak(const float* x, int count) {
+    float most = 0.0f;
+    for (int t = 0; t < count; ++t) most = std::max(most, std::fabs(x[t]));
+    return most;
+}
+
+// What one thread works with.
+struct Coder {
+    Search search;
+    std::vector<int16_t> inputs;
+    std::vector<uint8_t> windows;
+    std::vector<float> reconstructed;
+
+    explicit Coder(int64_t num_tokens)
+        : inputs(num_tokens), windows(num_tokens), reconstructed(std::max<int64_t>(num_tokens, TILE)) {}
+};
+
+// x in the unit of the tables: the nearest integer to x times `inverse`, halves away from zero, bounded.
+INLINE int16_t input_of(float x, float inverse) {
+    const float scaled = std::min(std::max(x * inverse, -256.0f), 256.0f);
+    const int twice = static_cast<int>(2.0f * scaled), magnitude = (std::abs(twice) + 1) / 2;
+    return static_cast<int16_t>(std::min(magnitude, LARGEST_INPUT) * (twice < 0 ? -1 : 1));
+}
+
+// Windows and reconstructions of the coder's inputs at 1 to 4 bits; returns the carry.
+uint8_t search_all(Coder& coder, const Trellis& trellis, int nbits, int64_t count, int carry) {
+    const int16_t* distances = trellis.distances + static_cast<int64_t>(nbits - 1) * (2 * LARGEST_INPUT + 1) * STATES;
+    const float* entries = trellis.entries + (nbits - 1) * STATES;
+    int first_carry = carry;
+    for (int64_t first = 0; first < count; first += MOST_STEPS) {
+        const int64_t steps = std::min(MOST_STEPS, count - first);
+        const int16_t* inputs = coder.inputs.data() + first;
+        uint8_t before = 0;
+        switch (nbits) {
+            case 1: before = search<1>(coder.search, inputs, steps, distances, carry); break;
+            case 2: before = search<2>(coder.search, inputs, steps, distances, carry); break;
+            case 3: before = search<3>(coder.search, inputs, steps, distances, carry); break;
+            default: before = search<4>(coder.search, inputs, steps, distances, carry); break;
+        }
+        if (!first) first_carry = before;
+        std::copy(coder.search.windows, coder.search.windows + steps, coder.windows.begin() + first);
+        carry = coder.windows[first + steps - 1];
     }
-    const float peak = largest(peaks);
-    float best = -1.0f, step = 1.0f;
-    // At one bit every clipping point gives the same codes.
-    for (int i = 0; i < (nbits == 1 ? 1 : num_clips); ++i) {
-        const float trial = std::max(peak * clips[i] / half, TINY), inverse = 1.0f / trial;
-        Floats overlap = {}, energy = {};
-        for (int t = 0; t < TILE; t += LANES) {
-            const Floats x = load<Floats>(from + t);
-            const Floats value = bounded(floor(bounded(x * inverse, 2 * half)) + 0.5f, most);
-            overlap += x * value;
-            energy += value * value;
+    for (int64_t t = 0; t < count; ++t) coder.reconstructed[t] = entries[coder.windows[t]];
+    return static_cast<uint8_t>(first_carry);
+}
+
+// A tile of one component, `count` tokens: uniform codes at the clipping point of least error, as windows, and what they
+// stand for.
+void quantize_uniformly(const float* x, int count, int nbits, const float* clips, int64_t num_clips, uint8_t* windows,
+                        float* reconstructed) {
+    const float half = static_cast<float>(1 << (nbits - 1));
+    const float most = peak(x, count);
+    double best = -1.0;
+    float trials[TILE];
+    for (int64_t i = 0; i < num_clips; ++i) {
+        const float inverse = 1.0f / std::max(most * clips[i] / half, TINY);
+        for (int t = 0; t < count; ++t) {
+            const float scaled = std::min(std::max(x[t] * inverse, -half), half);
+            // Rounded down by a conversion that rounds to zero, of a number that is not negative.
+            const float whole = static_cast<float>(static_cast<int>(scaled + half)) - half;
+            trials[t] = std::min(whole, half - 1.0f) + 0.5f;
         }
         // The error once the scale is the least-squares one for these codes.
-        const float product = sum(overlap), along = product * product / sum(energy);
-        if (along > best) best = along, step = trial;
+        const double overlap = dot(x, trials, count), along = overlap * overlap / dot(trials, trials, count);
+        if (along > best) best = along, std::copy(trials, trials + count, reconstructed);
     }
-    const float inverse = 1.0f / step;
-    Floats overlap = {}, energy = {};
-    for (int t = 0; t < TILE; t += LANES) {
-        const Floats x = load<Floats>(from + t);
-        const Floats value = bounded(floor(bounded(x * inverse, 2 * half)) + 0.5f, most);
-        overlap += x * value;
-        energy += value * value;
-        const Ints code = __builtin_convertvector(value + most, Ints);
-        for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(code[lane]);
+    for (int t = 0; t < count; ++t)
+        windows[t] = static_cast<uint8_t>(static_cast<int>(reconstructed[t] + half - 0.5f) << (8 - nbits));
+}
+
+// The newest bits of `count` tokens' windows as a tile's stream, zeros behind.
+void pack(const uint8_t* windows, int count, int nbits, uint8_t* stream) {
+    uint64_t bits = 0;
+    int held = 0;
+    for (int t = 0; t < TILE; ++t) {
+        const uint64_t code = t < count ? windows[t] >> (8 - nbits) : 0;
+        bits |= code << held;
+        for (held += nbits; held >= 8; held -= 8, bits >>= 8) *stream++ = static_cast<uint8_t>(bits);
     }
-    // The filling zeros have the code 0.5 around zero.
-    const float square = sum(energy) - 0.25f * static_cast<float>(TILE - count);
-    return {sum(squares) / std::max(sum(overlap), TINY), sum(squares), square};
 }
 
 }  // namespace
@@ -115,78 +134,121 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
     const KeyEncoding& call = *given;
     const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_components;
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
+#pragma omp parallel num_threads(static_cast<int>(call.num_threads))
 #endif
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t b = row / call.num_components, c = row % call.num_components;
-        const float* from = call.coefficients + row * call.num_tokens;
-        float filled[TILE];
-        uint8_t codes[TILE];
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const float* place = from + tile * TILE;
-            const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
-            if (count < TILE) {
-                std::fill(std::copy(place, place + count, filled), filled + TILE, 0.0f);
-                place = filled;
+    {
+        Coder coder(call.num_tokens);
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, 4)
+#endif
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t b = row / call.num_components, c = row % call.num_components;
+            const float* x = call.coefficients + row * call.num_tokens;
+            const int nbits = call.widths[c];
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const float* from = x + tile * TILE;
+                const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
+                const double energy = dot(from, from, count);
+                call.energies[row * tiles + tile] = static_cast<float>(energy);
+                if (nbits > MAX_TRELLIS_NBITS) {
+                    quantize_uniformly(from, count, nbits, call.clips, call.num_clips,
+                                       coder.windows.data() + tile * TILE, coder.reconstructed.data() + tile * TILE);
+                } else {
+                    const float deviation = static_cast<float>(std::sqrt(energy / count));
+                    const float inverse = std::min({call.trellis.units[nbits - 1] / std::max(deviation, TINY),
+                                                    call.trellis.reaches[nbits - 1] / std::max(peak(from, count), TINY),
+                                                    LARGEST_INVERSE});
+                    for (int t = 0; t < count; ++t) coder.inputs[tile * TILE + t] = input_of(from[t], inverse);
+                }
             }
-            const Quantized quantized =
-                quantize(place, count, call.widths[c], call.clips, static_cast<int>(call.num_clips), codes);
-            call.scales[row * tiles + tile] = quantized.scale;
-            call.energies[row * tiles + tile] = quantized.energy;
-            call.squares[row * tiles + tile] = quantized.square;
-            pack(codes, call.widths[c], call.planes + ((b * tiles + tile) * call.num_planes + call.places[c]) * PLANE);
+            if (nbits <= MAX_TRELLIS_NBITS) {
+                const uint8_t carry =
+                    search_all(coder, call.trellis, nbits, call.num_tokens, call.is_free ? -1 : call.carries[row]);
+                if (call.is_free) call.carries[row] = carry;
+            } else if (call.is_free) {
+                call.carries[row] = 0;
+            }
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
+                const float* reconstructed = coder.reconstructed.data() + tile * TILE;
+                call.overlaps[row * tiles + tile] = static_cast<float>(dot(x + tile * TILE, reconstructed, count));
+                call.squares[row * tiles + tile] = static_cast<float>(dot(reconstructed, reconstructed, count));
+                pack(coder.windows.data() + tile * TILE, count, nbits,
+                     call.streams + ((b * tiles + tile) * call.num_rows + call.rows[c]) * ROW);
+            }
         }
     }
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
-#endif
-    for (int64_t tile = 0; tile < call.batch * tiles; ++tile)
-        for (int64_t head = 0, first = 0; head < call.num_heads; first += call.counts[head++])
-            for (int64_t c = first; c + 4 <= first + call.counts[head]; c += 4)
-                join_quad(call.planes + (tile * call.num_planes + call.places[c]) * PLANE, call.widths + c);
 }
 
 extern "C" void spectral_encode_values(const ValueEncoding* given) {
     const ValueEncoding& call = *given;
-    const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, rows = call.batch * call.num_heads * tiles;
-    const float half = static_cast<float>(1 << (call.nbits - 1)), most = half - 0.5f;
+    const int64_t tiles = (call.num_tokens + TILE - 1) / TILE, heads = call.batch * call.num_heads;
+    const int64_t n = call.num_tokens, dims = call.head_dim;
+    const int nbits = static_cast<int>(call.nbits);
+    const float half = static_cast<float>(1 << (nbits - 1));
+    std::vector<float> inverse(heads * n);
+    std::vector<float> reconstructed(heads * dims * n);
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(static_cast<int>(call.num_threads)) schedule(static)
+#pragma omp parallel num_threads(static_cast<int>(call.num_threads))
 #endif
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = row / tiles, tile = row % tiles, b = head / call.num_heads, h = head % call.num_heads;
-        const float* from = call.values + head * call.head_dim * call.num_tokens + tile * TILE;
-        const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
-        float energy[TILE] = {}, inverse[TILE], overlap[TILE] = {}, square[TILE] = {}, buffer[TILE] = {};
-        uint8_t codes[TILE];
-        for (int64_t d = 0; d < call.head_dim; ++d) {
-            const float* x = from + d * call.num_tokens;
-            for (int t = 0; t < count; ++t) energy[t] += x[t] * x[t];
-        }
-        for (int t = 0; t < TILE; ++t)
-            inverse[t] = 1.0f / std::max(std::sqrt(energy[t] / static_cast<float>(call.head_dim)) * call.step, TINY);
-        for (int64_t d = 0; d < call.head_dim; ++d) {
-            const float* x = from + d * call.num_tokens;
-            if (count < TILE) std::copy(x, x + count, buffer), x = buffer;
-            for (int t = 0; t < TILE; t += LANES) {
-                const Floats value = load<Floats>(x + t);
-                const Floats code =
-                    bounded(floor(bounded(value * load<Floats>(inverse + t), 2 * half)) + 0.5f, most);
-                store(overlap + t, load<Floats>(overlap + t) + value * code);
-                store(square + t, load<Floats>(square + t) + code * code);
-                const Ints whole = __builtin_convertvector(code + most, Ints);
-                for (int lane = 0; lane < LANES; ++lane) codes[t + lane] = static_cast<uint8_t>(whole[lane]);
+    {
+        Coder coder(n);
+        // A token's sums take its dimensions one after another, tile by tile so that they stay in the cache.
+        const auto over_tokens = [&](const float* factors, auto&& finish) {
+#if defined(_OPENMP)
+#pragma omp for schedule(static)
+#endif
+            for (int64_t part = 0; part < heads * tiles; ++part) {
+                const int64_t head = part / tiles, first = part % tiles * TILE;
+                const int count = static_cast<int>(std::min<int64_t>(TILE, n - first));
+                double products[TILE] = {}, squares[TILE] = {};
+                for (int64_t d = 0; d < dims; ++d) {
+                    const float* x = call.values + (head * dims + d) * n + first;
+                    const float* y = factors + (head * dims + d) * n + first;
+                    for (int t = 0; t < count; ++t) {
+                        products[t] += static_cast<double>(x[t]) * static_cast<double>(y[t]);
+                        squares[t] += static_cast<double>(y[t]) * static_cast<double>(y[t]);
+                    }
+                }
+                for (int t = 0; t < count; ++t) finish(head * n + first + t, products[t], squares[t]);
             }
-            std::fill(codes + count, codes + TILE, 0);
-            const int64_t place = ((b * tiles + tile) * call.num_heads + h) * call.head_dim + d;
-            pack(codes, static_cast<int>(call.nbits), call.planes + place * call.nbits * PLANE);
+        };
+        over_tokens(call.values, [&](int64_t token, double energy, double) {
+            call.energies[token] = static_cast<float>(energy);
+            const float deviation = static_cast<float>(std::sqrt(energy / static_cast<double>(dims)));
+            inverse[token] = std::min(call.trellis.units[nbits - 1] / std::max(deviation, TINY), LARGEST_INVERSE);
+        });
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, 4)
+#endif
+        for (int64_t row = 0; row < heads * dims; ++row) {
+            const int64_t head = row / dims, b = head / call.num_heads, h = head % call.num_heads, d = row % dims;
+            const float* x = call.values + row * n;
+            const float* scale = inverse.data() + head * n;
+            uint8_t carry = 0;
+            if (nbits <= MAX_TRELLIS_NBITS) {
+                for (int64_t t = 0; t < n; ++t) coder.inputs[t] = input_of(x[t], scale[t]);
+                carry = search_all(coder, call.trellis, nbits, n, call.is_free ? -1 : call.carries[row]);
+            } else {
+                for (int64_t t = 0; t < n; ++t) {
+                    const float scaled = std::min(std::max(x[t] * scale[t], -half), half);
+                    const int code = std::min(static_cast<int>(scaled + half), (1 << nbits) - 1);
+                    coder.windows[t] = static_cast<uint8_t>(code << (8 - nbits));
+                    coder.reconstructed[t] = static_cast<float>(code) - half + 0.5f;
+                }
+            }
+            if (call.is_free) call.carries[row] = carry;
+            std::copy(coder.reconstructed.begin(), coder.reconstructed.begin() + n, reconstructed.begin() + row * n);
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t place = ((b * tiles + tile) * call.num_heads + h) * dims + d;
+                pack(coder.windows.data() + tile * TILE, static_cast<int>(std::min<int64_t>(TILE, n - tile * TILE)),
+                     nbits, call.streams + place * nbits * ROW);
+            }
         }
-        for (int t = 0; t < count; ++t) {
-            const int64_t place = head * call.num_tokens + tile * TILE + t;
-            call.overlaps[place] = overlap[t];
-            call.squares[place] = square[t];
-            call.energies[place] = energy[t];
-        }
+        over_tokens(reconstructed.data(), [&](int64_t token, double overlap, double square) {
+            call.overlaps[token] = static_cast<float>(overlap);
+            call.squares[token] = static_cast<float>(square);
+        });
     }
 }
 

@@ -137,12 +137,12 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
 
 // Scores of the current tile for ROWS rows from `row` on, with keys in the rotated frame or without rotation.
 template <int ROWS>
-void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t row, int length, float* scores) {
+void score_tile(Worker& w, const Block& block, int64_t row, int length, float* scores) {
     const int vectors = round_up(length, BYTES) / LANES, lanes = w.components.width / 4;
     const int waves = static_cast<int>(block.rotation.num_waves);
     const int64_t room = heights_per_row(block.rotation);
-    float worth[ROWS], constant[ROWS];
-    weigh_components<ROWS>(w, row, worth, constant);
+    Worth worths[ROWS];
+    weigh_components<ROWS>(w, row, worths);
     if (waves) weigh_waves<ROWS>(w, block.rotation, row);
     Floats products[ROWS][VECTORS];
     constexpr int TOGETHER = 2;
@@ -158,9 +158,11 @@ void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t ro
             }
         }
         for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < TOGETHER; ++k) products[r][v + k] = Sums::total(sums[r][k]);
+            for (int k = 0; k < TOGETHER; ++k) products[r][v + k] = Sums::total(sums[r][k]) * worths[r].fine;
     }
-    if constexpr (ROUGH_NBITS > 0) add_rough<ROWS>(w, planes, products);
+#if defined(__AVX512VNNI__)
+    add_rough<ROWS>(w, worths, products);
+#endif
     for (int v = 0; v < vectors; v += TOGETHER) {
         Ints sums[ROWS][TOGETHER] = {};
         for (int j = 0; j < waves; ++j)
@@ -173,7 +175,7 @@ void score_tile(Worker& w, const Block& block, const uint8_t* planes, int64_t ro
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < TOGETHER; ++k)
                 store(scores + r * RUN + (v + k) * LANES,
-                      products[r][v + k] * worth[r] + (to_floats(sums[r][k]) * w.waves.unit[row + r] + constant[r]));
+                      products[r][v + k] + (to_floats(sums[r][k]) * w.waves.unit[row + r] + worths[r].constant));
     }
 }
 

@@ -189,11 +189,10 @@ INLINE Floats exponential(Floats x) {
 }
 
 constexpr int TILE = 128;             // tokens that share scales and lie together in memory
-constexpr int PLANE = TILE / 8;       // bytes
+constexpr int MAX_TRELLIS_NBITS = 4;  // wider codes are uniform
+constexpr int ROW = TILE / 8;         // bytes that one bit of a code takes in a tile
 constexpr int PARTS = TILE / BYTES;   // vectors of a tile with a byte per token
 constexpr int VECTORS = TILE / LANES; // vectors of a tile with a number per token
-constexpr int QUAD_TOKENS = 16;       // tokens whose common planes of a quad lie together
-constexpr int QUAD_PLANE = QUAD_TOKENS * 4 / 8;  // bytes
 
 #if defined(__AVX512BW__)
 // Loads COUNT bytes, a multiple of 8 up to 64, with zeros behind.
@@ -205,59 +204,6 @@ INLINE __m512i load_bytes(const uint8_t* from) {
     return _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1 << COUNT / 8) - 1), from);
 }
 #endif
-
-#if defined(__AVX512BW__)
-// The places of the plane bytes for the eight codes number `eight`, last plane first; for missing planes, the last of
-// 64 bytes.
-template <int NBITS, int EACH>
-constexpr int64_t places(int eight) {
-    uint64_t index = 0;
-    for (int plane = 7; plane >= 0; --plane)
-        index |= static_cast<uint64_t>(plane < NBITS ? plane * EACH + eight : 63) << 8 * (7 - plane);
-    return static_cast<int64_t>(index);
-}
-#endif
-
-// The BYTES codes number `part` of the planes from `planes` on, which follow each other EACH bytes apart.
-template <int NBITS, int EACH>
-INLINE Bytes expand(const uint8_t* planes, int part) {
-#if defined(__AVX512BW__)
-    // The bytes of eight codes are the transpose of the bytes of eight planes. They are gathered here, and transposed
-    // by a multiplication with a bit matrix.
-    const int k = 8 * part;
-    const __m512i index = _mm512_set_epi64(
-        places<NBITS, EACH>(k + 7), places<NBITS, EACH>(k + 6), places<NBITS, EACH>(k + 5), places<NBITS, EACH>(k + 4),
-        places<NBITS, EACH>(k + 3), places<NBITS, EACH>(k + 2), places<NBITS, EACH>(k + 1), places<NBITS, EACH>(k));
-    __m512i gathered;
-    if constexpr (NBITS * EACH < 64 || (NBITS == 8 && EACH == 8)) {
-        gathered = _mm512_permutexvar_epi8(index, load_bytes<NBITS * EACH>(planes));
-    } else {
-        constexpr uint64_t PRESENT = (((1u << NBITS) - 1u) << (8 - NBITS)) * 0x0101010101010101u;
-        if constexpr (NBITS * EACH == 64)
-            gathered = _mm512_maskz_permutexvar_epi8(PRESENT, index, load_bytes<64>(planes));
-        else
-            gathered = _mm512_maskz_permutex2var_epi8(PRESENT, load_bytes<64>(planes), index,
-                                                      load_bytes<NBITS * EACH - 64>(planes + 64));
-    }
-    return bits<Bytes>(_mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), gathered, 0));
-#else
-    Bytes select, value = {};
-    for (int i = 0; i < BYTES; ++i) select[i] = static_cast<uint8_t>(1 << i % 8);
-    for (int plane = 0; plane < NBITS; ++plane) {
-        const uint8_t* from = planes + EACH * plane + BYTES / 8 * part;
-#if defined(__AVX2__)
-        const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-        const Bytes word = bits<Bytes>(_mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(from)), spread));
-#else
-        typedef uint64_t Pair __attribute__((vector_size(16)));
-        const Bytes word = bits<Bytes>(Pair{from[0] * 0x0101010101010101u, from[1] * 0x0101010101010101u});
-#endif
-        const uint8_t worth = static_cast<uint8_t>(1 << plane);
-        value |= bits<Bytes>((word & select) == select) & worth;
-    }
-    return value;
-#endif
-}
 
 // Calls function(constant) with nbits, 1 to 8, as a compile-time constant.
 template <typename Function>
@@ -272,19 +218,6 @@ INLINE void with_nbits(int nbits, const Function& function) {
         case 7: return function(std::integral_constant<int, 7>());
         default: return function(std::integral_constant<int, 8>());
     }
-}
-
-// `lanes`, vector v of a tile's tokens, with `worth` added where the token's bit is set in the plane.
-INLINE Bytes with_plane(Bytes lanes, const uint8_t* plane, int v, int32_t worth) {
-#if defined(__AVX512BW__)
-    const __m512i before = bits<__m512i>(lanes);
-    return bits<Bytes>(_mm512_mask_or_epi32(before, load<uint16_t>(plane + 2 * v), before, _mm512_set1_epi32(worth)));
-#else
-    Ints select;
-    for (int lane = 0; lane < LANES; ++lane) select[lane] = 1 << (v * LANES % 8 + lane);
-    const Ints is_set = ((Ints{} + plane[v * LANES / 8]) & select) == select;
-    return lanes | bits<Bytes>(is_set & worth);
-#endif
 }
 
 // Weights are integers of 15 bits and a sign, stored in two rows with a lane for every four weights: their high and
@@ -311,13 +244,13 @@ INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 // Codes of few bits have so much error that the high bytes of their weights suffice, which halves the work if the
 // processor multiplies bytes. Otherwise nothing would be saved.
 #if defined(__AVX512VNNI__)
-constexpr int ROUGH_NBITS = 3;
+constexpr int ROUGH_NBITS = 4;
 #else
 constexpr int ROUGH_NBITS = 0;
 #endif
 
-// Weights unchanged where the mask is set, rounded to their high bytes elsewhere.
-INLINE Ints keep_low(Ints whole, Ints mask) { return (whole & mask) | ((whole + 128) & ~255 & ~mask); }
+// What stands for the largest weight of rough codes, in the weights' high bytes.
+constexpr float FULL_ROUGH = 127.0f;
 
 // Codes in the form for products with weights.
 struct Codes {

@@ -40,23 +40,15 @@ INLINE void fetch(const uint8_t* from, int64_t bytes) {
     ahead.fetch_rest();
 }
 
-// A plane of one component of a quad.
-struct Plane {
-    int place;      // bytes from the quad's first plane
-    int32_t worth;  // the value of its bits in a lane of four components
-};
-
 // The components of one head of a coded block, filled up to whole vectors.
 struct Components {
     int count = 0, width = 0, num_quads = 0;
     int num_fine = 0;                // the number of leading quads whose weights are not rounded to bytes
     int64_t first = 0;               // among the block's components
-    int64_t first_plane = 0, num_planes = 0;
+    int64_t first_row = 0, num_rows = 0;  // of the head's streams in a tile
     std::vector<uint8_t> nbits;      // [component] 0 in the filling
-    std::vector<int> places;         // [quad] its first plane, counted from the head's first
-    std::vector<Plane> further;      // planes that only some components of a quad have
-    std::vector<int> first_further;  // [quad + 1] index into `further`
-    std::vector<float> offsets;      // [component] half of the codes' range
+    std::vector<int> rows;           // [component] its first row, counted from the head's first
+    std::vector<float> offsets;      // [component] the code of zero
     std::vector<int32_t> is_fine;    // [component] all bits or none
     std::vector<float> scales;       // [component] of the current tile
     std::vector<Bytes> codes;        // [quad, VECTORS] of the current tile, four components per lane

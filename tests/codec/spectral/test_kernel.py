@@ -1,6 +1,5 @@
 """Every build of the encoding kernel against torch's passes."""
 
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from unsloth_spectral.codec.spectral import kernel
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
-from unsloth_spectral.codec.spectral.packing import pack, pack_quads, unpack, unpack_quads
+from unsloth_spectral.codec.spectral.packing import last_bytes, pack, unpack
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
 
@@ -26,64 +25,87 @@ def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
     return x * torch.where(torch.rand(shape, generator=generator) < 0.01, 12.0, 1.0)
 
 
+WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1, 1, 4, 3, 2, 1)
+
+
+def some_carries(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
 @every_variant
+@pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 63), (1, 128), (3, 500)])
-def test_keys(assert_close, variant: str, batch: int, tokens: int) -> None:
-    heads = ((8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1), (3, 3, 3, 3, 2, 2, 2, 2, 1))
-    widths = tuple(chain.from_iterable(heads))
-    coefficients = heavy(batch, len(widths), tokens) * torch.logspace(-3, 3, len(widths))[:, None]
+def test_keys(assert_close, variant: str, batch: int, tokens: int, goes_on: bool) -> None:
+    coefficients = heavy(batch, len(WIDTHS), tokens) * torch.logspace(-3, 3, len(WIDTHS))[:, None]
     coefficients[:, 3] = 0
-    nbits = torch.tensor(widths)
-    codes, scales = key_codec.quantize(coefficients, nbits)
-    planes, kernel_scales, energies, squares = kernel.encode_keys(coefficients, heads, key_codec.CLIPS, variant)
-    stored = unpack_quads(planes, heads)[..., :tokens]
-    # Products in another order: a coefficient on the edge of two codes may fall to either side.
-    different = (stored != codes[..., :tokens]).float().mean()
-    assert different < 0.005
-    assert_close(kernel_scales, scales, 1e-2)
-    hat, expected = (
-        key_codec.dequantize(c, nbits, s) for c, s in ((stored, kernel_scales), (codes[..., :tokens], scales))
-    )
-    lost, least = ((x - coefficients).square().sum(-1) for x in (hat, expected))
-    assert (lost <= 1.02 * least + 1e-12).all()
-    around_zero = stored.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
-    for measured, source in ((energies, coefficients), (squares, around_zero)):
-        tiles = torch.nn.functional.pad(source, (0, -tokens % 128)).unflatten(-1, (-1, 128))
-        assert_close(measured, tiles.square().sum(-1), 1e-5)
-    if tokens == 128:
-        overlap, energy = (coefficients * hat).sum(-1), coefficients.square().sum(-1)
-        assert_close(overlap[energy > 0] / energy[energy > 0], torch.ones_like(energy[energy > 0]), 1e-4)
+    coefficients[:, 6] = 0
+    carries = some_carries(batch, len(WIDTHS)) if goes_on else None
+    expected = key_codec.quantize(coefficients, WIDTHS, key_codec.CLIPS, carries)
+    actual = kernel.encode_keys(coefficients, WIDTHS, key_codec.CLIPS, carries, variant)
+    assert torch.equal(actual.streams, expected.streams)
+    assert torch.equal(actual.carries, expected.carries)
+    for name in ("energies", "overlaps", "squares"):
+        assert_close(getattr(actual, name), getattr(expected, name), 1e-6)
 
 
 @every_variant
+def test_sums_are_those_of_the_reconstruction(assert_close, variant: str) -> None:
+    coefficients = heavy(2, len(WIDTHS), 300)
+    encoded = kernel.encode_keys(coefficients, WIDTHS, key_codec.CLIPS, variant=variant)
+    windows = unpack(encoded.streams, encoded.carries, WIDTHS)
+    reconstructed = key_codec.dequantize(windows, WIDTHS, torch.ones(2, len(WIDTHS), 3))[..., :300]
+    for measured, product in (
+        (encoded.energies, coefficients.square()),
+        (encoded.overlaps, coefficients * reconstructed),
+        (encoded.squares, reconstructed.square()),
+    ):
+        groups = torch.nn.functional.pad(product, (0, 84)).unflatten(-1, (-1, 128))
+        assert_close(measured, groups.sum(-1), 1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("nbits", range(1, 9))
-@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 500), (60, 128), (40, 1), (128, 63)])
-def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: int) -> None:
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 300), (60, 128), (40, 1), (128, 63)])
+def test_values(assert_close, variant: str, nbits: int, head_dim: int, tokens: int, goes_on: bool) -> None:
     rotated = heavy(2, 3, head_dim, tokens)
     rotated[0, 1, :, 0] = 0
-    step = 0.5**nbits
-    expected = value_codec.quantize(rotated, nbits, step)
-    actual = kernel.encode_values(rotated, nbits, step, variant)
+    carries = some_carries(2, 3, head_dim) if goes_on else None
+    expected = value_codec.quantize(rotated, nbits, carries)
+    actual = kernel.encode_values(rotated, nbits, carries, variant)
     widths = (nbits,) * (3 * head_dim)
-    both = [unpack(planes, widths)[..., :tokens] for planes in (actual[0], expected[0])]
-    assert (both[0] != both[1]).float().mean() < 0.002
-    for measured, reference in zip(actual[1:], expected[1:], strict=True):
-        assert_close(measured, reference, 1e-2)
+    windows = [unpack(part.streams, part.carries.flatten(1), widths)[..., :tokens] for part in (actual, expected)]
+    # Energies are summed in another order: a number on the edge of two codes may fall to either side.
+    assert (windows[0] != windows[1]).float().mean() < 1e-3
+    for name in ("energies", "overlaps", "squares"):
+        assert_close(getattr(actual, name), getattr(expected, name), 1e-4)
     # What fills up the last tile is code 0, as `pack` has it.
-    assert torch.equal(pack(both[0], widths), actual[0])
+    assert torch.equal(pack(windows[0] >> (8 - nbits), widths), actual.streams)
+
+
+@pytest.mark.skipif(len(VARIANTS) < 2, reason="one build alone")
+@pytest.mark.parametrize("tokens", [1, 130, 4096, 4300])
+def test_every_build_gives_the_same_codes_bit_for_bit(tokens: int) -> None:
+    coefficients, rotated = heavy(1, len(WIDTHS), tokens), heavy(1, 1, 24, tokens)
+    keys = [kernel.encode_keys(coefficients, WIDTHS, key_codec.CLIPS, variant=variant) for variant in VARIANTS]
+    assert all(torch.equal(a, b) for other in keys[1:] for a, b in zip(keys[0], other, strict=True))
+    for nbits in (1, 2, 3, 4, 8):
+        values = [kernel.encode_values(rotated, nbits, variant=variant) for variant in VARIANTS]
+        assert all(torch.equal(a, b) for other in values[1:] for a, b in zip(values[0], other, strict=True))
 
 
 @every_variant
-@pytest.mark.parametrize("heads", [((8,) * 4,), ((8,) * 5, (8,) * 3), ((8,) * 12, (8,) * 8)])
-def test_each_bit_lands_where_pack_puts_it(variant: str, heads: tuple[tuple[int, ...], ...]) -> None:
-    count = sum(map(len, heads))
-    codes = torch.randint(0, 256, (2, count, 256), generator=torch.Generator().manual_seed(0))
-    # The whole range in each tile, so that no clipping point is better than none.
-    codes[..., 0::128], codes[..., 1::128] = 0, 255
-    planes, scales, *_ = kernel.encode_keys(codes.float() - 127.5, heads, (1.0,), variant)
-    # As large as the codes themselves, so the step is one and every number falls to its own code.
-    assert (scales - 1).abs().max() < 0.01
-    assert torch.equal(planes, pack_quads(codes.to(torch.uint8), heads))
+def test_streams_that_go_on_join(variant: str) -> None:
+    """Tokens coded in two pieces, the second going on from the first: together they read as they do apart."""
+    coefficients = heavy(2, len(WIDTHS), 400)
+    first, rest = coefficients[..., :256], coefficients[..., 256:]
+    before = kernel.encode_keys(first, WIDTHS, key_codec.CLIPS, variant=variant)
+    ends = last_bytes(before.streams, before.carries, WIDTHS, 2)
+    behind = kernel.encode_keys(rest, WIDTHS, key_codec.CLIPS, ends, variant)
+    assert torch.equal(behind.carries, ends)
+    joined = unpack(torch.cat([before.streams, behind.streams], 1), before.carries, WIDTHS)
+    apart = [unpack(part.streams, part.carries, WIDTHS) for part in (before, behind)]
+    assert torch.equal(joined, torch.cat(apart, -1))
 
 
 class Spoiling(TorchFunctionMode):
@@ -102,32 +124,38 @@ class Spoiling(TorchFunctionMode):
         return result[..., :-1] if self._wrong == "size" else result.to("meta")
 
 
-HEADS = ((8, 7, 6, 5, 4), (3, 2, 1))
-
-
 @pytest.mark.parametrize("wrong", ["dtype", "size", "device"])
 @pytest.mark.parametrize("factory", [torch.empty, torch.tensor])
 def test_the_encoders_refuse_tensors_made_for_the_call_that_are_not_theirs(factory: Any, wrong: str) -> None:
     with Spoiling(factory, wrong), pytest.raises(InvalidArgumentError, match="for the compiled kernel, got"):
-        kernel.encode_keys(heavy(1, 8, 200), HEADS, key_codec.CLIPS)
+        kernel.encode_keys(heavy(1, 8, 200), WIDTHS[:8], key_codec.CLIPS)
     if factory is torch.empty:
         with Spoiling(factory, wrong), pytest.raises(InvalidArgumentError, match="for the compiled kernel, got"):
-            kernel.encode_values(heavy(1, 2, 64, 200), 3, 0.5)
+            kernel.encode_values(heavy(1, 2, 64, 200), 3)
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.half, torch.Tensor.double, lambda x: x.to("meta"), torch.Tensor.int])
+@pytest.mark.parametrize("change", [torch.Tensor.half, torch.Tensor.double, torch.Tensor.int])
 def test_the_encoders_refuse_numbers_of_another_dtype_or_device(change: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"coefficients must be .*float32"):
-        kernel.encode_keys(change(heavy(1, 8, 200)), HEADS, key_codec.CLIPS)
+        kernel.encode_keys(change(heavy(1, 8, 200)), WIDTHS[:8], key_codec.CLIPS)
     with pytest.raises(InvalidArgumentError, match=r"rotated values must be .*float32"):
-        kernel.encode_values(change(heavy(1, 2, 64, 200)), 3, 0.5)
+        kernel.encode_values(change(heavy(1, 2, 64, 200)), 3)
 
 
 def test_the_encoders_refuse_widths_that_do_not_fit() -> None:
     coefficients = heavy(1, 8, 200)
-    for heads in (((8,) * 7,), ((8,) * 9,), ((9,) * 8,), ((0,) * 8,)):
+    for widths in ((8,) * 7, (8,) * 9, (9,) * 8, (0,) * 8):
         with pytest.raises(InvalidArgumentError, match="widths must be"):
-            kernel.encode_keys(coefficients, heads, key_codec.CLIPS)
+            kernel.encode_keys(coefficients, widths, key_codec.CLIPS)
     for nbits in (0, 9):
         with pytest.raises(InvalidArgumentError, match="width must be 1 to 8 bits"):
-            kernel.encode_values(heavy(1, 2, 64, 200), nbits, 0.5)
+            kernel.encode_values(heavy(1, 2, 64, 200), nbits)
+
+
+def test_the_encoders_refuse_carries_of_another_shape_or_dtype() -> None:
+    for carries in (torch.zeros(1, 7, dtype=torch.uint8), torch.zeros(1, 8, dtype=torch.int8)):
+        with pytest.raises(InvalidArgumentError, match="carries must be"):
+            kernel.encode_keys(heavy(1, 8, 200), WIDTHS[:8], key_codec.CLIPS, carries)
+    for carries in (torch.zeros(1, 2, 63, dtype=torch.uint8), torch.zeros(1, 2, 64, dtype=torch.int8)):
+        with pytest.raises(InvalidArgumentError, match="carries must be"):
+            kernel.encode_values(heavy(1, 2, 64, 200), 3, carries)

@@ -18,7 +18,7 @@ from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation
 
-_MAGIC = b"USC1"
+_MAGIC = b"USC2"
 _HEADER = struct.Struct("<4sIIB3x")
 HEADER_BYTES = _HEADER.size
 
@@ -42,7 +42,7 @@ class LayerShape:
     @property
     def bit_bytes(self) -> int:
         """What one more bit for a component takes."""
-        return KeyCodes.bytes_per("planes", self._key_sizes)
+        return KeyCodes.bytes_per("rows", self._key_sizes)
 
     def fixed_bytes(self, value_nbits: int) -> int:
         """What goes whatever the keys' widths: those themselves, the mean, the values and the exact tokens."""

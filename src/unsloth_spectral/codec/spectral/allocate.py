@@ -11,10 +11,11 @@ from torch import Tensor
 
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
+from unsloth_spectral.codec.spectral.trellis import tables
 from unsloth_spectral.fields import Field, Fields
 
-# Mean squared error of a uniform quantizer with the best step on a unit Gaussian, at 0 to 8 bits.
-DISTORTION = (1.0, 0.363, 0.119, 0.0374, 0.0115, 0.0035, 0.00104, 0.0003, 0.00009)
+# Mean squared error on a unit Gaussian at 0 to 8 bits.
+DISTORTION = (1.0, *tables().distortions)
 GAINS = tuple(DISTORTION[b] - DISTORTION[b + 1] for b in range(8))
 # Noise over signal of a quantizer whose scale makes it unbiased; and how much each bit after the first lowers the
 # noise, relative to the noise at one bit.

@@ -82,11 +82,13 @@ class SpectralLayerCodec(LayerCodec):
         self._plan: KeyPlan | None = None
         self._mean: Tensor | None = None
         self._largest: Tensor | None = None
+        # The bytes that the streams of the next block's keys and values go on from, to join the last one's.
+        self._ends: tuple[Tensor, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         # The blocks count the rest of the plan, the mean and the largest scale.
-        tensors = () if self._plan is None else (self._plan.row_scales, self._plan.tops)
+        tensors = () if self._plan is None else (self._plan.row_scales, self._plan.tops, *(self._ends or ()))
         return storage_bytes(*(tensor for tensor in tensors if tensor is not None))
 
     def unit(self, is_first: bool) -> int:
@@ -100,7 +102,8 @@ class SpectralLayerCodec(LayerCodec):
         basis = run.basis()
         keys, plan = self._encode_keys(run, basis, tokens.values)
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
-        values = value_codec.encode(tokens.values, self._value_nbits(run), self._largest if is_by_plan else None)
+        largest, carries = (self._largest, self._ends and self._ends[1]) if is_by_plan else (None, None)
+        values = value_codec.encode(tokens.values, self._value_nbits(run), largest, carries)
         limit = config.error_limit
         if limit is not None:
             keys, plan = self._keys_within(limit, run, basis, keys, plan)
@@ -112,6 +115,8 @@ class SpectralLayerCodec(LayerCodec):
         is_of_all_rows = bool(run.has_tokens.all())
         if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run):
             self._plan, self._mean, self._largest = plan, run.mean, values.largest
+        if self._plan is not None and keys.vectors is self._plan.vectors:
+            self._ends = keys.carries_at(block.num_tokens), values.carries_at(block.num_tokens)
         return block
 
     def join(self, last: Block, new: Block) -> Block | None:
@@ -120,6 +125,9 @@ class SpectralLayerCodec(LayerCodec):
         same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
         fills_groups = last.num_tokens % GROUP_SIZE == 0
         if not same or not fills_groups or last.values.largest is not new.values.largest:
+            return None
+        goes_on = torch.equal(last.keys.carries_at(last.num_tokens), new.keys.carries)
+        if not goes_on or not torch.equal(last.values.carries_at(last.num_tokens), new.values.carries):
             return None
         before, behind = last.keys.rotation, new.keys.rotation
         if before is None or behind is None:
@@ -133,9 +141,10 @@ class SpectralLayerCodec(LayerCodec):
         tops = None if plan.tops is None else function(plan.tops)
         self._plan = replace(plan.map_tensors(function), tops=tops)
         self._mean, self._largest = function(mean), function(largest)
+        self._ends = self._ends and (function(self._ends[0]), function(self._ends[1]))
 
     def forget(self) -> None:
-        self._plan = self._mean = self._largest = None
+        self._plan = self._mean = self._largest = self._ends = None
 
     def reset(self) -> None:
         self.forget()
@@ -144,7 +153,10 @@ class SpectralLayerCodec(LayerCodec):
 
     def to_fields(self) -> dict[str, Field]:
         plan = None if self._plan is None else self._plan.to_fields()
-        return {"plan": plan, "mean": self._mean, "largest": self._largest}
+        ends: dict[str, Field] = (
+            {} if self._ends is None else dict(zip(("key_ends", "value_ends"), self._ends, strict=True))
+        )
+        return {"plan": plan, "mean": self._mean, "largest": self._largest, **ends}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:
         self.forget()
@@ -153,6 +165,9 @@ class SpectralLayerCodec(LayerCodec):
             mean = fields.tensor("mean", torch.float16, (*rows, shape.key_dim))
             largest = fields.tensor("largest", torch.float32, (*rows, 1))
             self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
+            components = sum(map(len, self._plan.widths))
+            key_ends = fields.tensor("key_ends", torch.uint8, (shape.batch, components))
+            self._ends = key_ends, fields.tensor("value_ends", torch.uint8, (*rows, shape.value_dim))
 
     def _encode_keys(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
         """Encode the keys in the basis of earlier blocks or, if it does not suit every row, in a basis of their own."""
@@ -168,7 +183,7 @@ class SpectralLayerCodec(LayerCodec):
         else:
             level = self._plan.level
             widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
-            keys, plan = key_codec.encode(run, self._plan)
+            keys, plan = key_codec.encode(run, self._plan, self._ends and self._ends[0])
             # Row by row: an average over rows would hide a row that the basis does not suit.
             lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
             expected = key_codec.expected_error(basis.variances, widths).sum(-1)

@@ -1,88 +1,118 @@
-"""Quantizing and packing in one pass of the compiled kernel (native/encode.cpp), if it was built."""
+"""Searching, fitting scales and packing in one pass of the compiled kernel (native/encode.cpp), where there is one.
+
+Tensors on another device are coded on the CPU: the search is thousands of dependent steps.
+"""
 
 import ctypes
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles
+from unsloth_spectral.codec.spectral import trellis
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, num_tiles
 from unsloth_spectral.native import abi, library
 from unsloth_spectral.native.pointers import address, require
 
 
-def serves(tensor: Tensor) -> bool:
-    """True if the kernel can take ``tensor``."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and library.obstacle() is None
+class Encoded(NamedTuple):
+    """Streams, what they go on from, and sums that the scales and the errors follow from.
+
+    Attributes:
+        streams: ``[B, tiles, rows, 16]`` uint8, see ``packing``.
+        carries: uint8, one for each stream, see ``packing``.
+        energies: squared lengths of what is coded, float32: of each group of 128 of a component's coefficients,
+            ``[B, C, tiles]``, or of each token's values, ``[B, H, n]``.
+        overlaps: its products with the reconstructions, likewise.
+        squares: squared lengths of the reconstructions, likewise.
+    """
+
+    streams: Tensor
+    carries: Tensor
+    energies: Tensor
+    overlaps: Tensor
+    squares: Tensor
+
+
+def is_available() -> bool:
+    """True if there is a kernel on this machine."""
+    return library.obstacle() is None
 
 
 def encode_keys(
-    coefficients: Tensor, widths: Sequence[Sequence[int]], clips: Sequence[float], variant: str | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Planes of ``coefficients [B, C, n]`` float32; and for each tile, ``[B, C, tiles]`` float32: the scale, the
-    squared length of the coefficients, and the squared length of the codes around zero.
-
-    ``widths`` are the bits of each head's components; planes have the order of ``packing.pack_quads``.
+    coefficients: Tensor,
+    widths: Sequence[int],
+    clips: Sequence[float],
+    carries: Tensor | None = None,
+    variant: str | None = None,
+) -> Encoded:
+    """Code ``coefficients [B, C, n]`` float32 with ``widths [C]`` bits, going on from ``carries [B, C]`` uint8, which are
+    free if not given.
 
     Raises:
-        InvalidArgumentError: the coefficients are no float32 tensor on the CPU, or the widths do not fit them.
+        InvalidArgumentError: the coefficients are not float32, or the widths or carries not theirs.
     """
     batch, count, num_tokens = coefficients.shape
-    flat, heads = tuple(chain.from_iterable(widths)), [len(head_widths) for head_widths in widths]
-    require(len(flat) == count, "widths", f"one for each of {count} components", len(flat))
-    require(all(1 <= nbits <= MAX_NBITS for nbits in flat), "widths", f"1 to {MAX_NBITS} bits each", flat)
-    tiles, total = num_tiles(num_tokens), sum(flat)
+    require(len(widths) == count, "widths", f"one for each of {count} components", len(widths))
+    require(all(1 <= nbits <= MAX_NBITS for nbits in widths), "widths", f"1 to {MAX_NBITS} bits each", tuple(widths))
+    device, coefficients = coefficients.device, coefficients.cpu().contiguous()
+    tiles, num_rows = num_tiles(num_tokens), sum(widths)
     by_tile = (batch, count, tiles)
-    coefficients = coefficients.contiguous()
-    planes = torch.empty(batch, tiles, total, PLANE_BYTES, dtype=torch.uint8, device="cpu")
-    scales, energies, squares = torch.empty(3, *by_tile, dtype=torch.float32, device="cpu").unbind()
-    nbits, places, counts = (
+    streams = torch.empty(batch, tiles, num_rows, ROW_BYTES, dtype=torch.uint8, device="cpu")
+    energies, overlaps, squares = torch.empty(3, *by_tile, dtype=torch.float32, device="cpu").unbind()
+    is_free = carries is None
+    carries = _carries(carries, (batch, count))
+    nbits, rows = (
         torch.tensor(numbers, dtype=torch.int32, device="cpu")
-        for numbers in (flat, list(accumulate(flat, initial=0))[:-1], heads)
+        for numbers in (tuple(widths), list(accumulate(widths, initial=0))[:-1])
     )
     ratios = torch.tensor(clips, dtype=torch.float32, device="cpu")
     call = abi.KeyEncoding(
         coefficients=address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
         widths=address("widths", nbits, torch.int32, (count,)),
-        places=address("places", places, torch.int32, (count,)),
-        planes=address("planes", planes, torch.uint8, (batch, tiles, total, PLANE_BYTES)),
-        scales=address("scales", scales, torch.float32, by_tile),
+        rows=address("rows", rows, torch.int32, (count,)),
+        streams=address("streams", streams, torch.uint8, (batch, tiles, num_rows, ROW_BYTES)),
+        carries=address("carries", carries, torch.uint8, (batch, count)),
         energies=address("energies", energies, torch.float32, by_tile),
+        overlaps=address("overlaps", overlaps, torch.float32, by_tile),
         squares=address("squares", squares, torch.float32, by_tile),
         clips=address("clips", ratios, torch.float32, (len(clips),)),
-        counts=address("counts", counts, torch.int32, (len(heads),)),
         batch=batch,
         num_components=count,
         num_tokens=num_tokens,
-        num_planes=total,
+        num_rows=num_rows,
         num_clips=len(clips),
-        num_heads=len(heads),
         num_threads=torch.get_num_threads(),
+        is_free=is_free,
+        trellis=_trellis().structure,
     )
     library.function("spectral_encode_keys", variant)(ctypes.byref(call))
-    return planes, scales, energies, squares
+    return Encoded(*(tensor.to(device) for tensor in (streams, carries, energies, overlaps, squares)))
 
 
-def encode_values(
-    rotated: Tensor, nbits: int, step: float, variant: str | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Planes of Hadamard-rotated values ``rotated [B, H, D, n]``; and for each token, ``[B, H, n]`` float32: its
-    squared length, its product with its codes around zero, and the squared length of these codes.
+def encode_values(turned: Tensor, nbits: int, carries: Tensor | None = None, variant: str | None = None) -> Encoded:
+    """Code rotated values ``turned [B, H, D, n]`` float32, going on from ``carries [B, H, D]`` uint8, which are free if
+    not given.
 
     Raises:
-        InvalidArgumentError: ``rotated`` is no float32 tensor on the CPU, or ``nbits`` not 1 to 8.
+        InvalidArgumentError: ``turned`` is not float32, ``nbits`` not 1 to 8, or the carries not theirs.
     """
-    batch, num_heads, head_dim, num_tokens = rotated.shape
+    batch, num_heads, head_dim, num_tokens = turned.shape
     require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
+    device, turned = turned.device, turned.cpu().contiguous()
     by_token = (batch, num_heads, num_tokens)
-    by_plane = (batch, num_tiles(num_tokens), num_heads * head_dim * nbits, PLANE_BYTES)
-    rotated = rotated.contiguous()
-    planes = torch.empty(by_plane, dtype=torch.uint8, device="cpu")
+    by_row = (batch, num_tiles(num_tokens), num_heads * head_dim * nbits, ROW_BYTES)
+    streams = torch.empty(by_row, dtype=torch.uint8, device="cpu")
     energies, overlaps, squares = torch.empty(3, *by_token, dtype=torch.float32, device="cpu").unbind()
+    is_free = carries is None
+    carries = _carries(carries, (batch, num_heads, head_dim))
     call = abi.ValueEncoding(
-        values=address("rotated values", rotated, torch.float32, (batch, num_heads, head_dim, num_tokens)),
-        planes=address("planes", planes, torch.uint8, by_plane),
+        values=address("rotated values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
+        streams=address("streams", streams, torch.uint8, by_row),
+        carries=address("carries", carries, torch.uint8, (batch, num_heads, head_dim)),
         energies=address("energies", energies, torch.float32, by_token),
         overlaps=address("overlaps", overlaps, torch.float32, by_token),
         squares=address("squares", squares, torch.float32, by_token),
@@ -92,7 +122,40 @@ def encode_values(
         num_tokens=num_tokens,
         nbits=nbits,
         num_threads=torch.get_num_threads(),
-        step=step,
+        is_free=is_free,
+        trellis=_trellis().structure,
     )
     library.function("spectral_encode_values", variant)(ctypes.byref(call))
-    return planes, energies, overlaps, squares
+    return Encoded(*(tensor.to(device) for tensor in (streams, carries, energies, overlaps, squares)))
+
+
+def _carries(carries: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """On the CPU, and not the caller's: the kernel writes them where they are free."""
+    if carries is None:
+        return torch.zeros(shape, dtype=torch.uint8, device="cpu")
+    return carries.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+class _Trellis(NamedTuple):
+    """The tables' structure, and the tensors that it points to."""
+
+    structure: abi.Trellis
+    tensors: tuple[Tensor, ...]
+
+
+@lru_cache
+def _trellis() -> _Trellis:
+    entries = trellis.tables().entries
+    units = torch.tensor(trellis.tables().units, dtype=torch.float32, device="cpu")
+    widths = range(1, trellis.MAX_TRELLIS_NBITS + 1)
+    reaches = torch.tensor(trellis.REACHES, dtype=torch.float32, device="cpu")
+    distances = torch.stack([trellis.distances(nbits) for nbits in widths])
+    structure = abi.Trellis(
+        entries=address("entries", entries, torch.float32, (MAX_NBITS, trellis.STATES)),
+        units=address("units", units, torch.float32, (MAX_NBITS,)),
+        reaches=address("reaches", reaches, torch.float32, (len(widths),)),
+        distances=address(
+            "distances", distances, torch.int16, (len(widths), 2 * trellis.LARGEST_INPUT + 1, trellis.STATES)
+        ),
+    )
+    return _Trellis(structure, (entries, units, reaches, distances))

@@ -1,5 +1,6 @@
 """Keys as codes of their principal components."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.config import GROUP_SIZE
-from unsloth_spectral.codec.spectral import kernel
+from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
-from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, num_tiles, pack_quads, unpack_quads
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, last_bytes, num_tiles, pack, unpack
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
@@ -34,7 +35,8 @@ class KeyCodes(StoredTensors):
     Only components of one bit or more are stored, ``C`` in all: head by head, by falling width.
 
     Attributes:
-        planes: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
+        streams: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
+        carries: ``[B, C]`` uint8, the bytes that the streams go on from.
         scales: ``[B, tiles, C]`` uint8, see ``scales``; the tokens of a tile share a scale.
         vectors: ``[B, C, D]`` int8, the basis.
         vector_scales: ``[B, C, 1]`` float32, of the basis rows, times the largest scale of each component.
@@ -46,7 +48,8 @@ class KeyCodes(StoredTensors):
         is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
     """
 
-    planes: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "planes", PLANE_BYTES))]
+    streams: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "rows", ROW_BYTES))]
+    carries: Annotated[Tensor, Stored(torch.uint8, ("batch", "components"))]
     scales: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "components"))]
     vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
     vector_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "components", 1))]
@@ -71,9 +74,9 @@ class KeyCodes(StoredTensors):
 
         ``K`` is the largest number of components of a head; other heads are filled up with zeros.
         """
-        flat = flat_widths(self.widths)
+        widths = flat_widths(self.widths)
         scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
-        coefficients = dequantize(unpack_quads(self.planes, self.widths), _as_tensor(flat, self.planes.device), scales)
+        coefficients = dequantize(unpack(self.streams, self.carries, widths), widths, scales)
         basis = self.vectors.float() * self.vector_scales
         return _by_head(coefficients, self.widths)[..., : self.num_tokens], _by_head(basis, self.widths)
 
@@ -103,7 +106,12 @@ class KeyCodes(StoredTensors):
     def slice(self, start: int, stop: int) -> "KeyCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
         rotation = None if self.rotation is None else self.rotation.slice(start, stop)
-        return replace(self.slice_tensors(start, stop), num_tokens=stop - start, rotation=rotation)
+        carries = self.carries_at(start)
+        return replace(self.slice_tensors(start, stop), carries=carries, num_tokens=stop - start, rotation=rotation)
+
+    def carries_at(self, token: int) -> Tensor:
+        """The bytes ``[B, C]`` uint8 that streams go on from at ``token``, a multiple of the group size."""
+        return last_bytes(self.streams, self.carries, flat_widths(self.widths), token // GROUP_SIZE)
 
     def map(self, function: TensorFunction) -> "KeyCodes":
         """``function`` applied along the batch dimension of each tensor."""
@@ -111,7 +119,7 @@ class KeyCodes(StoredTensors):
         return replace(self.map_tensors(function), rotation=rotation)
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
-        """These keys followed by ``other``'s, coded by the same plan; these fill whole groups."""
+        """These keys followed by ``other``'s, coded by the same plan and going on from these; these fill whole groups."""
         rotation = self.rotation
         if rotation is not None and other.rotation is not None:
             rotation = join_rotations([rotation, other.rotation])
@@ -145,13 +153,13 @@ def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> 
         "key_dim": key_dim,
         "tiles": num_tiles(num_tokens),
         "components": sum(map(len, widths)),
-        "planes": sum(map(sum, widths)),
+        "rows": sum(map(sum, widths)),
     }
 
 
 def fixed_bytes(sizes: Sizes) -> int:
     """Bytes of the keys' codes that do not depend on the widths, without statistics."""
-    return KeyCodes.bytes_without(("components", "planes"), sizes)
+    return KeyCodes.bytes_without(("components", "rows"), sizes)
 
 
 def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
@@ -235,37 +243,33 @@ def _first_of(widths: Tensor) -> Tensor:
     return torch.arange(len(widths), dtype=torch.int64, device=widths.device)[:, None] * widths.shape[1]
 
 
-def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]:
-    """Code the keys of ``statistics`` by ``plan``; the second result is the plan with its ``tops``."""
+def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = None) -> tuple[KeyCodes, KeyPlan]:
+    """Code the keys of ``statistics`` by ``plan``, going on from ``carries [B, C]`` uint8, which are free if not given;
+    the second result is the plan with its ``tops``."""
     x, metric = statistics.x, statistics.metric
-    num_tokens, flat = statistics.num_tokens, flat_widths(plan.widths)
+    num_tokens, widths = statistics.num_tokens, flat_widths(plan.widths)
     rows = plan.vectors.float() * plan.row_scales
     basis = _by_head(rows, plan.widths)
     project = projection(basis, metric)
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
-    if kernel.serves(coefficients):
-        planes, scales, energies, squares = kernel.encode_keys(coefficients, plan.widths, CLIPS)
-    else:
-        nbits = _as_tensor(flat, x.device)
-        unpacked, scales = quantize(coefficients, nbits)
-        planes = pack_quads(unpacked, plan.widths)
-        energies, squares = (
-            _groups(numbers).square().sum(-1)
-            for numbers in (coefficients, _around_zero(unpacked, nbits)[..., :num_tokens])
-        )
-    # Twice the largest, as room for later tokens coded in the same basis.
+    encoded = (kernel.encode_keys if kernel.is_available() else quantize)(coefficients, widths, CLIPS, carries)
+    energies, tiny = encoded.energies, torch.finfo(x.dtype).tiny
+    # The scale at which the codes project exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken
+    # keys flatten the softmax.
+    scales = energies / encoded.overlaps.clamp_min(tiny)
+    # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
-    # |stored * codes - coefficients|^2; at the unbiased scale, the codes' product with the coefficients is the energy
-    # over the scale.
-    ratio = stored / scales.clamp_min(torch.finfo(scales.dtype).tiny)
-    rounding = (energies * (1 - 2 * ratio) + stored.square() * squares).sum(-1) / num_tokens
+    # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
+    ratio = stored / scales.clamp_min(tiny)
+    rounding = (energies * (1 - 2 * ratio) + stored.square() * encoded.squares).sum(-1) / num_tokens
     error = _relative_error(
         _by_head(rounding[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
     )
     codes = KeyCodes(
-        planes=planes,
+        streams=encoded.streams,
+        carries=encoded.carries,
         scales=scale_codes.mT.contiguous(),
         vectors=plan.vectors,
         vector_scales=plan.row_scales * tops,
@@ -279,31 +283,63 @@ def encode(statistics: KeyStatistics, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]
     return codes, replace(plan, tops=tops)
 
 
-def quantize(coefficients: Tensor, nbits: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform mid-rise codes and scales ``[B, C, groups]`` of ``coefficients [B, C, n]``.
+def quantize(
+    coefficients: Tensor, widths: Sequence[int], clips: Sequence[float], carries: Tensor | None = None
+) -> kernel.Encoded:
+    """``kernel.encode_keys`` in torch, plain and slow.
 
-    The codes are ``[B, C, T]`` uint8, ``T`` the next multiple of 128.
-
-    Each component and group takes the clipping point of least squared error, then the scale that makes the codes
-    project exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken keys flatten the softmax.
+    A component's group is divided by its standard deviation for the trellis; from 5 bits on the clipping point of least
+    squared error is tried out.
     """
-    groups = _groups(coefficients)
-    half = (1 << (nbits - 1)).to(groups.dtype)[:, None, None]
+    groups, num_tokens = _groups(coefficients), coefficients.shape[-1]
+    reconstructed = torch.zeros_like(groups)
+    windows = torch.zeros_like(groups, dtype=torch.uint8)
+    is_free = carries is None
+    carries = coefficients.new_zeros(coefficients.shape[:2], dtype=torch.uint8) if carries is None else carries.clone()
+    energies = groups.double().square().sum(-1)
+    counts = _groups(torch.ones_like(coefficients[:1, :1])).sum(-1)
+    deviations = (energies / counts).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
+    for nbits in sorted(set(widths)):
+        chosen = [component for component, width in enumerate(widths) if width == nbits]
+        x = groups[:, chosen]
+        if nbits > trellis.MAX_TRELLIS_NBITS:
+            codes = _uniform_codes(x, nbits, clips)
+            windows[:, chosen] = codes << (MAX_NBITS - nbits)
+            if is_free:
+                carries[:, chosen] = 0
+        else:
+            peaks = x.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            by_peak, unit = trellis.REACHES[nbits - 1] / peaks, trellis.tables().units[nbits - 1]
+            inverse = (unit / deviations[:, chosen]).minimum(by_peak).clamp_max(trellis.LARGEST_INVERSE)[..., None]
+            inputs = trellis.inputs_of(x, inverse).flatten(2)[..., :num_tokens]
+            before = None if is_free else carries[:, chosen].flatten()
+            found, before = trellis.search(inputs.flatten(0, 1), trellis.distances(nbits), nbits, before)
+            windows.flatten(2)[:, chosen, :num_tokens] = found.unflatten(0, inputs.shape[:2])
+            carries[:, chosen] = before.unflatten(0, inputs.shape[:2])
+        reconstructed[:, chosen] = trellis.entries_on(x.device)[nbits - 1][windows[:, chosen].long()]
+    reconstructed.flatten(2)[..., num_tokens:] = 0
+    windows.flatten(2)[..., num_tokens:] = 0
+    shifts = torch.tensor([MAX_NBITS - nbits for nbits in widths], dtype=torch.uint8, device=windows.device)
+    codes = windows.flatten(2) >> shifts[:, None]
+    overlaps, squares = (groups.double() * reconstructed).sum(-1), reconstructed.double().square().sum(-1)
+    return kernel.Encoded(pack(codes, widths), carries, energies.float(), overlaps.float(), squares.float())
+
+
+def _uniform_codes(groups: Tensor, nbits: int, clips: Sequence[float]) -> Tensor:
+    """Codes uint8 of ``groups [..., 128]``, at the clipping point after which they point most like the group."""
+    half = 1 << (nbits - 1)
     peak = groups.abs().amax(-1, keepdim=True)
-    best, step = None, torch.ones_like(peak)
-    for clip in CLIPS:
-        trial = (peak * clip / half).clamp_min(torch.finfo(groups.dtype).tiny)
-        value = _mid_rise(groups / trial, half)
+    best, codes = None, torch.zeros_like(groups)
+    for clip in clips:
+        inverse = 1 / (peak * clip / half).clamp_min(torch.finfo(groups.dtype).tiny)
+        value = ((groups * inverse).clamp(-half, half).floor() + 0.5).clamp_max(half - 0.5)
         # The error once the scale is the least-squares one for these codes.
-        along = (groups * value).sum(-1, keepdim=True).square() / value.square().sum(-1, keepdim=True)
-        better = torch.ones_like(peak, dtype=torch.bool) if best is None else along > best
+        overlap = (groups.double() * value).sum(-1, keepdim=True)
+        along = overlap.square() / value.double().square().sum(-1, keepdim=True)
+        better = torch.ones_like(along, dtype=torch.bool) if best is None else along > best
         best = along if best is None else torch.where(better, along, best)
-        step = torch.where(better, trial, step)
-    value = _mid_rise(groups / step, half)
-    overlap = (groups * value).sum(-1, keepdim=True)
-    scales = groups.square().sum(-1, keepdim=True) / overlap.clamp_min(torch.finfo(groups.dtype).tiny)
-    codes = (value + (half - 0.5)).to(torch.uint8).flatten(-2)
-    return codes, scales[..., 0]
+        codes = torch.where(better, value, codes)
+    return (codes + (half - 0.5)).to(torch.uint8)
 
 
 def _groups(coefficients: Tensor) -> Tensor:
@@ -312,24 +348,17 @@ def _groups(coefficients: Tensor) -> Tensor:
     return padded.unflatten(-1, (-1, GROUP_SIZE))
 
 
-def dequantize(codes: Tensor, nbits: Tensor, scales: Tensor) -> Tensor:
-    """Coefficients ``[B, C, T]`` float32 of codes of widths ``nbits [C]`` under ``scales [B, C, groups]``."""
-    spread = scales.repeat_interleave(GROUP_SIZE, dim=-1)[..., : codes.shape[-1]]
-    return _around_zero(codes, nbits) * spread
-
-
-def _around_zero(codes: Tensor, nbits: Tensor) -> Tensor:
-    return codes.float() - ((1 << (nbits - 1)).float() - 0.5)[:, None]
+def dequantize(windows: Tensor, widths: Sequence[int], scales: Tensor) -> Tensor:
+    """Coefficients ``[B, C, T]`` float32 of windows of ``widths [C]`` bits under ``scales [B, C, groups]``."""
+    rows = _as_tensor(tuple(widths), windows.device) - 1
+    entries = trellis.entries_on(windows.device)[rows[:, None], windows.long()]
+    return entries * scales.repeat_interleave(GROUP_SIZE, dim=-1)[..., : windows.shape[-1]]
 
 
 def expected_error(variances: Tensor, widths: Tensor) -> Tensor:
     """The expected distortion at ``widths``, summed over the last dimension."""
     distortion = torch.tensor(DISTORTION, dtype=torch.float32, device=variances.device)
     return (variances * distortion[widths]).sum(-1)
-
-
-def _mid_rise(x: Tensor, half: Tensor) -> Tensor:
-    return (x.floor() + 0.5).clamp(0.5 - half, half - 0.5)
 
 
 def _relative_error(rounding: Tensor, basis: Tensor, project: Tensor, covariance: Tensor, metric: Tensor) -> Tensor:

@@ -8,16 +8,22 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.spectral import kernel
-from unsloth_spectral.codec.spectral.packing import MAX_NBITS, PLANE_BYTES, TILE_TOKENS, num_tiles, pack, unpack
+from unsloth_spectral.codec.spectral import kernel, trellis
+from unsloth_spectral.codec.spectral.packing import (
+    MAX_NBITS,
+    ROW_BYTES,
+    TILE_TOKENS,
+    last_bytes,
+    num_tiles,
+    pack,
+    unpack,
+)
 from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales
 from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 
 STEPS_PER_OCTAVE = 20
-# Steps of the uniform quantizer of least squared error on a unit Gaussian, 1 to 8 bits (Max, 1960).
-_STEPS = (1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 _SEED = 0
 
 
@@ -26,14 +32,16 @@ class ValueCodes(StoredTensors):
     """Values of one run of tokens, logical shape ``[B, H, num_tokens, D]``.
 
     Attributes:
-        planes: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``.
-        scales: ``[B, H, tiles * 128]`` uint8, one per token, see ``scales``.
+        streams: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``; a component is a dimension of a head.
+        carries: ``[B, H, D]`` uint8, the bytes that the streams go on from.
+        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``logscale``.
         largest: ``[B, H, 1]`` float32, the scale of code 0.
         relative_error: ``[B, H]`` float16, in the Frobenius norm.
         head_dim, nbits, num_tokens: D, the width of every code, and the number of tokens.
     """
 
-    planes: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "planes", PLANE_BYTES))]
+    streams: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "rows", ROW_BYTES))]
+    carries: Annotated[Tensor, Stored(torch.uint8, ("batch", "heads", "value_dim"))]
     scales: Annotated[Tensor, Stored(torch.uint8, ("batch", "heads", "padded_tokens"), filling=ZERO)]
     largest: Annotated[Tensor, Stored(torch.float32, ("batch", "heads", 1))]
     relative_error: Annotated[Tensor, Stored(torch.float16, ("batch", "heads"), is_statistic=True)]
@@ -54,14 +62,19 @@ class ValueCodes(StoredTensors):
 
     def slice(self, start: int, stop: int) -> "ValueCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
-        return replace(self.slice_tensors(start, stop), num_tokens=stop - start)
+        return replace(self.slice_tensors(start, stop), carries=self.carries_at(start), num_tokens=stop - start)
+
+    def carries_at(self, token: int) -> Tensor:
+        """The bytes ``[B, H, D]`` uint8 that streams go on from at ``token``, a multiple of 128."""
+        carries = last_bytes(self.streams, self.carries.flatten(1), self._widths, token // TILE_TOKENS)
+        return carries.unflatten(1, (-1, self.head_dim))
 
     def map(self, function: TensorFunction) -> "ValueCodes":
         """``function`` applied along the batch dimension of each tensor."""
         return self.map_tensors(function)
 
     def append(self, other: "ValueCodes") -> "ValueCodes":
-        """These values followed by ``other``'s, of the same width; these fill whole tiles."""
+        """These values followed by ``other``'s, of the same width and going on from these; these fill whole tiles."""
         num_tokens = self.num_tokens + other.num_tokens
         return replace(self.append_tensors(other), relative_error=joint_error(self, other), num_tokens=num_tokens)
 
@@ -80,29 +93,39 @@ class ValueCodes(StoredTensors):
 
     def _rotated(self) -> Tensor:
         """Rotated values before their tokens' scales, ``[B, H, D, num_tokens]``."""
-        widths = (self.nbits,) * (self.planes.shape[2] // self.nbits)
-        codes = unpack(self.planes, widths)[..., : self.num_tokens]
-        centred = codes.float() - ((1 << (self.nbits - 1)) - 0.5)
-        return centred.unflatten(1, (-1, self.head_dim))
+        windows = unpack(self.streams, self.carries.flatten(1), self._widths)[..., : self.num_tokens]
+        entries = trellis.entries_on(windows.device)[self.nbits - 1][windows.long()]
+        return entries.unflatten(1, (-1, self.head_dim))
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return (self.nbits,) * (self.streams.shape[2] // self.nbits)
 
 
 def value_sizes(batch: int, heads: int, head_dim: int, nbits: int, num_tokens: int) -> dict[str, int]:
     """The sizes that the declarations of ``ValueCodes`` name."""
     tiles = num_tiles(num_tokens)
-    planes = heads * head_dim * nbits
-    return {"batch": batch, "heads": heads, "tiles": tiles, "padded_tokens": tiles * TILE_TOKENS, "planes": planes}
+    return {
+        "batch": batch,
+        "heads": heads,
+        "value_dim": head_dim,
+        "tiles": tiles,
+        "padded_tokens": tiles * TILE_TOKENS,
+        "rows": heads * head_dim * nbits,
+    }
 
 
-def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCodes:
+def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: Tensor | None = None) -> ValueCodes:
     """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8.
 
-    ``largest [B, H, 1]`` is that of earlier codes which these are to join; it is not used if a scale exceeds it.
+    ``largest [B, H, 1]``, where later tokens join earlier ones, is the scale that the earlier ones' are relative to;
+    it is not used where the later ones exceed it. ``carries [B, H, D]`` uint8 is what their streams go on from.
     """
     rotated = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
-    step, tiny = _STEPS[nbits - 1], torch.finfo(rotated.dtype).tiny
-    quantized = kernel.encode_values(rotated, nbits, step) if kernel.serves(rotated) else quantize(rotated, nbits, step)
-    planes, energy, overlap, squares = quantized
-    # At this scale the token's error is orthogonal to the token: such errors average out under attention.
+    tiny = torch.finfo(rotated.dtype).tiny
+    encoded = (kernel.encode_values if kernel.is_available() else quantize)(rotated, nbits, carries)
+    energy, overlap = encoded.energies, encoded.overlaps
+    # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
     scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
@@ -110,13 +133,14 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
     # |stored * codes - token|^2, written without squares of tiny numbers.
     ratio = torch.where(energy > 0, stored / scales.clamp_min(tiny), 0.0)
-    spread = scales * squares / overlap.clamp_min(tiny)
+    spread = scales * encoded.squares / overlap.clamp_min(tiny)
     lost = (energy * (ratio.square() * spread - 2 * ratio + 1)).sum(-1).clamp_min(0)
     error = (lost / energy.sum(-1).clamp_min(tiny)).sqrt().half()
     num_tokens = values.shape[-2]
     scale_codes = torch.nn.functional.pad(scale_codes, (0, -num_tokens % TILE_TOKENS), value=ZERO)
     return ValueCodes(
-        planes=planes,
+        streams=encoded.streams,
+        carries=encoded.carries,
         scales=scale_codes,
         largest=largest,
         relative_error=error,
@@ -126,17 +150,26 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None) -> ValueCo
     )
 
 
-def quantize(rotated: Tensor, nbits: int, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Planes of Hadamard-rotated values ``rotated [B, H, D, n]``; and for each token, ``[B, H, n]`` float32: its
-    squared length, its product with its codes around zero, and the squared length of these codes."""
-    energy = rotated.square().sum(-2)
-    rms = (energy / rotated.shape[-2]).sqrt().clamp_min(torch.finfo(rotated.dtype).tiny)
-    half = 1 << (nbits - 1)
-    codes = ((rotated / (rms * step)[:, :, None]).floor() + 0.5).clamp(0.5 - half, half - 0.5)
-    planes = pack(
-        (codes + (half - 0.5)).to(torch.uint8).flatten(1, 2), (nbits,) * (rotated.shape[1] * rotated.shape[2])
-    )
-    return planes, energy, (codes * rotated).sum(-2), codes.square().sum(-2)
+def quantize(rotated: Tensor, nbits: int, carries: Tensor | None = None) -> kernel.Encoded:
+    """``kernel.encode_values`` in torch, plain and slow."""
+    batch, heads, head_dim, _ = rotated.shape
+    energies = rotated.double().square().sum(-2)
+    deviations = (energies / head_dim).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = (trellis.tables().units[nbits - 1] / deviations).clamp_max(trellis.LARGEST_INVERSE)[:, :, None]
+    if nbits > trellis.MAX_TRELLIS_NBITS:
+        half = 1 << (nbits - 1)
+        codes = ((rotated * inverse).clamp(-half, half) + half).to(torch.int32).clamp_max(2 * half - 1)
+        windows = (codes << (MAX_NBITS - nbits)).to(torch.uint8)
+        before = rotated.new_zeros(batch, heads, head_dim, dtype=torch.uint8) if carries is None else carries
+    else:
+        inputs = trellis.inputs_of(rotated, inverse).flatten(0, 2)
+        before = None if carries is None else carries.flatten()
+        windows, before = trellis.search(inputs, trellis.distances(nbits), nbits, before)
+        windows, before = windows.view(rotated.shape), before.view(batch, heads, head_dim)
+    reconstructed = trellis.entries_on(rotated.device)[nbits - 1][windows.long()].double()
+    streams = pack((windows >> (MAX_NBITS - nbits)).flatten(1, 2), (nbits,) * (heads * head_dim))
+    overlaps, squares = (reconstructed * rotated).sum(-2), reconstructed.square().sum(-2)
+    return kernel.Encoded(streams, before, energies.float(), overlaps.float(), squares.float())
 
 
 @lru_cache
