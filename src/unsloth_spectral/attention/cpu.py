@@ -95,7 +95,7 @@ def attend(
         softcap=options.softcap or 0.0,
         key_levels=constants.key_levels_address,
         value_levels=constants.value_levels_address,
-        codes=constants.codes_address,
+        parts=constants.parts_address,
     )
     library.function("spectral_attend", variant)(ctypes.byref(call))
     return output
@@ -108,19 +108,19 @@ class _Constants(NamedTuple):
     hadamard_address: int
     key_levels_address: int
     value_levels_address: int
-    codes_address: int
+    parts_address: int
 
 
 @lru_cache
 def _constants(value_dim: int) -> _Constants:
     hadamard = values.hadamard(value_dim)
     levels = [_levels(steps) for steps in (keys.STEPS_PER_OCTAVE, values.STEPS_PER_OCTAVE)]
-    codes = (trellis.tables().entries[: trellis.MAX_TRELLIS_NBITS] + 128).to(torch.uint8)
+    parts = trellis.tables().parts
     return _Constants(
-        (hadamard, *levels, codes),
+        (hadamard, *levels, parts),
         address("hadamard", hadamard, torch.float32, (value_dim, value_dim)),
         *(address("levels", table, torch.float32, (256,)) for table in levels),
-        address("codes", codes, torch.uint8, (trellis.MAX_TRELLIS_NBITS, trellis.STATES)),
+        address("parts", parts, torch.int8, (trellis.MAX_TRELLIS_NBITS, 2, 16)),
     )
 
 

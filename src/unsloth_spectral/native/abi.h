@@ -89,7 +89,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(float, softcap)               /* 0 for none */                                                            \
     FIELD(const float*, key_levels)     /* [256] the scale of each byte, keys */                                    \
     FIELD(const float*, value_levels)   /* [256] the same, values */                                                \
-    FIELD(const uint8_t*, codes)        /* [4, 256] by width and window: the table's entry plus 128 */
+    FIELD(const int8_t*, parts)         /* [4, 2, 16] what the entries of the trellis' tables are sums of */
 
 // The tables of codec/spectral/trellis.py.
 #define TRELLIS(FIELD)                                                                                              \

@@ -126,7 +126,7 @@ class Call(_Structure):
         ("softcap", c_float),
         ("key_levels", c_void_p),
         ("value_levels", c_void_p),
-        ("codes", c_void_p),
+        ("parts", c_void_p),
     ]
 
 

@@ -73,7 +73,7 @@ void read_components(Worker& w, const uint8_t* rows, const uint8_t* rows_before,
             streams[k] = {rows + c.rows[i] * ROW, 0, c.nbits[i]};
             if (i < c.count) streams[k].carry = rows_before ? rows_before[(c.rows[i] + nbits) * ROW - 1] : carries[i];
         }
-        read_quad(w.call.codes, streams, &w.components.codes[quad * VECTORS]);
+        read_quad(w.call.parts, streams, &w.components.codes[quad * VECTORS]);
     }
 }
 

@@ -9,6 +9,8 @@
 #include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace spectral {
@@ -26,6 +28,7 @@ typedef float Floats __attribute__((vector_size(BYTES)));
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(BYTES)));
+typedef uint16_t Pairs __attribute__((vector_size(BYTES)));
 typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
 typedef int16_t HalfShorts __attribute__((vector_size(BYTES / 2)));
 typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
@@ -188,6 +191,83 @@ INLINE Floats exponential(Floats x) {
 #endif
 }
 
+// Pieces are 128 bits long: registers shuffle bytes within them.
+#if defined(__AVX512BW__) || defined(__AVX2__) || defined(__aarch64__)
+#define SHUFFLES_BYTES
+
+// In each piece, the bytes of `from` at `places`, 0 to 15.
+INLINE Bytes shuffle_pieces(Bytes from, Bytes places) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_shuffle_epi8(bits<__m512i>(from), bits<__m512i>(places)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_shuffle_epi8(bits<__m256i>(from), bits<__m256i>(places)));
+#else
+    return bits<Bytes>(vqtbl1q_u8(bits<uint8x16_t>(from), bits<uint8x16_t>(places)));
+#endif
+}
+
+// The piece at `from` in every place.
+INLINE Bytes repeat_piece(const int8_t* from) {
+#if defined(__AVX512BW__)
+    return bits<Bytes>(_mm512_broadcast_i32x4(load<__m128i>(from)));
+#elif defined(__AVX2__)
+    return bits<Bytes>(_mm256_broadcastsi128_si256(load<__m128i>(from)));
+#else
+    return load<Bytes>(from);
+#endif
+}
+
+#if !defined(__AVX512BW__)
+// The pieces that begin at `places`.
+INLINE Bytes load_pieces(const uint8_t* from, const int* places) {
+#if defined(__AVX2__)
+    const __m256i first = _mm256_castsi128_si256(load<__m128i>(from + places[0]));
+    return bits<Bytes>(_mm256_inserti128_si256(first, load<__m128i>(from + places[1]), 1));
+#else
+    return load<Bytes>(from + places[0]);
+#endif
+}
+
+// The upper bytes of two vectors of pairs, in each piece those of `first` and then those of `second`.
+INLINE Bytes upper_bytes(Pairs first, Pairs second) {
+#if defined(__AVX2__)
+    return bits<Bytes>(_mm256_packus_epi16(bits<__m256i>(first >> 8), bits<__m256i>(second >> 8)));
+#else
+    return bits<Bytes>(vuzp2q_u8(bits<uint8x16_t>(first), bits<uint8x16_t>(second)));
+#endif
+}
+#endif
+#endif
+
+// Bytes of four vectors woven together, one of each to a lane, piece by piece.
+INLINE void weave(Bytes a, Bytes b, Bytes c, Bytes d, Bytes* to) {
+#if defined(__AVX512BW__)
+    const __m512i ab_low = _mm512_unpacklo_epi8(bits<__m512i>(a), bits<__m512i>(b));
+    const __m512i ab_high = _mm512_unpackhi_epi8(bits<__m512i>(a), bits<__m512i>(b));
+    const __m512i cd_low = _mm512_unpacklo_epi8(bits<__m512i>(c), bits<__m512i>(d));
+    const __m512i cd_high = _mm512_unpackhi_epi8(bits<__m512i>(c), bits<__m512i>(d));
+    to[0] = bits<Bytes>(_mm512_unpacklo_epi16(ab_low, cd_low));
+    to[1] = bits<Bytes>(_mm512_unpackhi_epi16(ab_low, cd_low));
+    to[2] = bits<Bytes>(_mm512_unpacklo_epi16(ab_high, cd_high));
+    to[3] = bits<Bytes>(_mm512_unpackhi_epi16(ab_high, cd_high));
+#elif defined(__AVX2__)
+    const __m256i ab_low = _mm256_unpacklo_epi8(bits<__m256i>(a), bits<__m256i>(b));
+    const __m256i ab_high = _mm256_unpackhi_epi8(bits<__m256i>(a), bits<__m256i>(b));
+    const __m256i cd_low = _mm256_unpacklo_epi8(bits<__m256i>(c), bits<__m256i>(d));
+    const __m256i cd_high = _mm256_unpackhi_epi8(bits<__m256i>(c), bits<__m256i>(d));
+    to[0] = bits<Bytes>(_mm256_unpacklo_epi16(ab_low, cd_low));
+    to[1] = bits<Bytes>(_mm256_unpackhi_epi16(ab_low, cd_low));
+    to[2] = bits<Bytes>(_mm256_unpacklo_epi16(ab_high, cd_high));
+    to[3] = bits<Bytes>(_mm256_unpackhi_epi16(ab_high, cd_high));
+#else
+    const Bytes apart[4] = {a, b, c, d};
+    uint8_t woven[4 * BYTES];
+    for (int t = 0; t < BYTES; ++t)
+        for (int k = 0; k < 4; ++k) woven[4 * t + k] = apart[k][t];
+    std::memcpy(to, woven, sizeof woven);
+#endif
+}
+
 constexpr int TILE = 128;             // tokens that share scales and lie together in memory
 constexpr int MAX_TRELLIS_NBITS = 4;  // wider codes are uniform
 constexpr int ROW = TILE / 8;         // bytes that one bit of a code takes in a tile
@@ -260,7 +340,6 @@ struct Codes {
 #else
     Shorts even, odd;
     INLINE Codes of(Bytes codes) {
-        typedef uint16_t Pairs __attribute__((vector_size(BYTES)));
         return {bits<Shorts>(codes) & 255, bits<Shorts>(bits<Pairs>(codes) >> 8)};
     }
 #endif

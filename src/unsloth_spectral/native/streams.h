@@ -15,14 +15,22 @@ INLINE float zero_code(int nbits) {
     return nbits <= MAX_TRELLIS_NBITS ? 128.0f : 0.5f * static_cast<float>((1 << nbits) - 1);
 }
 
-#if defined(__AVX512BW__)
-// The token of each of the 64 bytes of the part'th half of a tile: in order or, for `IN_QUADS`, so that the bytes of four
-// components, woven together in lanes of 128 bits, come to lie by token.
+// Bits of a token's code that are cut out of its stream: of the trellis a window, which ends with the token's own bits.
+constexpr int cut_bits(int nbits) { return nbits <= MAX_TRELLIS_NBITS ? 8 : nbits; }
+
+// The first bit of them, counted from the beginning of the tile; below zero in the byte before it.
+constexpr int first_bit(int token, int nbits) { return (token + 1) * nbits - cut_bits(nbits); }
+
+// The token of each byte of a vector: in order or, for `IN_QUADS`, so that the bytes of four components, woven together
+// in lanes of 128 bits, come to lie by token.
 template <bool IN_QUADS>
 constexpr int token_at(int place) {
-    return IN_QUADS ? 16 * (place % 16 / 4) + 4 * (place / 16) + place % 4 : place;
+    constexpr int PIECES = BYTES / 16;  // of 128 bits
+    return IN_QUADS ? 4 * PIECES * (place % 16 / 4) + 4 * (place / 16) + place % 4 : place;
 }
 
+#if defined(SHUFFLES_BYTES)
+#if defined(__AVX512BW__)
 // How 64 codes are cut out of a tile's stream: bytes gathered for each group of eight codes, two by two, and the bits at
 // which the codes begin in these. Of codes of the trellis the first part's first window begins in byte 63, the carry.
 template <int NBITS, bool IN_QUADS>
@@ -35,55 +43,113 @@ struct Cut {
             for (int group = 0; group < 16; ++group) {
                 // From 5 bits on a part is loaded by itself.
                 const int first_token = token_at<IN_QUADS>(4 * group) + (NBITS <= MAX_TRELLIS_NBITS ? 64 * part : 0);
-                const int window = NBITS <= MAX_TRELLIS_NBITS ? 8 - NBITS : 0;
-                const int first_bit = first_token * NBITS - window + 8, first_byte = first_bit / 8 - 1;
+                const int bit = first_bit(first_token, NBITS) + 8, first_byte = bit / 8 - 1;
                 for (int i = 0; i < 4; ++i) {
                     bytes[part][4 * group + i] = static_cast<uint8_t>((first_byte + i) & 63);
-                    shifts[part][4 * group + i] =
-                        static_cast<uint8_t>(first_bit % 8 + i * NBITS + (group % 2 ? 32 : 0));
+                    shifts[part][4 * group + i] = static_cast<uint8_t>(bit % 8 + i * NBITS + (group % 2 ? 32 : 0));
                 }
             }
     }
 };
+
+// What is cut out of the stream for the codes of the part'th part of a tile.
+template <int NBITS, bool IN_QUADS>
+INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
+    static constexpr Cut<NBITS, IN_QUADS> cut{};
+    const __m512i gather = _mm512_load_si512(cut.bytes[part]), shift = _mm512_load_si512(cut.shifts[part]);
+    __m512i bytes;
+    if constexpr (NBITS <= MAX_TRELLIS_NBITS) {
+        bytes = load_bytes<NBITS * ROW>(stream);
+        if (part == 0) bytes = _mm512_mask_set1_epi8(bytes, 1ull << 63, static_cast<char>(carry));
+    } else {
+        bytes = load_bytes<NBITS * 8>(stream + part * NBITS * 8);
+    }
+    return bits<Bytes>(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, bytes)));
+}
+#else
+// How the codes of a tile are cut out of its stream: tokens two by two bytes in the order of `narrow`, eight of them in
+// 128 bits, whose bytes all lie in the 16 from `from` on; a multiplication that shifts a code's bits to the upper byte.
+// Of codes of the trellis the first window begins in the carry, which stands at the end of each
+// piece of the first part.
+template <int NBITS, bool IN_QUADS>
+struct Cut {
+    static constexpr int PIECES = BYTES / 16;
+    int from[PARTS][2][PIECES];
+    alignas(BYTES) uint8_t bytes[PARTS][2][BYTES];
+    alignas(BYTES) uint16_t factors[2][BYTES / 2];
+
+    constexpr Cut() : from(), bytes(), factors() {
+        for (int part = 0; part < PARTS; ++part)
+            for (int half = 0; half < 2; ++half)
+                for (int piece = 0; piece < PIECES; ++piece) {
+                    const auto bit = [&](int i) {
+                        return first_bit(part * BYTES + token_at<IN_QUADS>(16 * piece + 8 * half + i), NBITS) + 8;
+                    };
+                    const int first = bit(0) / 8 - 1, most = NBITS * ROW - 16;
+                    const int place = first < 0 ? 0 : first > most ? most : first;
+                    from[part][half][piece] = place;
+                    for (int i = 0; i < 8; ++i) {
+                        const int byte = bit(i) / 8 - 1 - place, slot = 16 * piece + 2 * i;
+                        bytes[part][half][slot] = static_cast<uint8_t>(byte < 0 ? 15 : byte);
+                        // Behind the last byte no bit is needed.
+                        bytes[part][half][slot + 1] = static_cast<uint8_t>(byte + 1 > 15 ? 15 : byte + 1);
+                        factors[half][8 * piece + i] = static_cast<uint16_t>(256 >> bit(i) % 8);
+                    }
+                }
+    }
+};
+
+// What is cut out of the stream for the codes of the part'th part of a tile.
+template <int NBITS, bool IN_QUADS>
+INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
+    static constexpr Cut<NBITS, IN_QUADS> cut{};
+    Pairs halves[2];
+    for (int half = 0; half < 2; ++half) {
+        Bytes bytes = load_pieces(stream, cut.from[part][half]);
+        if (NBITS <= MAX_TRELLIS_NBITS && part == 0)
+            for (int last = 15; last < BYTES; last += 16) bytes[last] = carry;
+        const Bytes pairs = shuffle_pieces(bytes, load<Bytes>(cut.bytes[part][half]));
+        halves[half] = bits<Pairs>(pairs) * load<Pairs>(cut.factors[half]);
+    }
+    const Bytes all = upper_bytes(halves[0], halves[1]);
+    return NBITS <= MAX_TRELLIS_NBITS ? all : all & static_cast<uint8_t>((1 << NBITS) - 1);
+}
+#endif
 #endif
 
-// The table of one width, ready to be looked up; SIGNED for the entries themselves.
+// The table of one width, as the two parts that its entries are sums of; SIGNED for the entries themselves.
 template <int NBITS, bool SIGNED>
 struct Table {
-#if defined(__AVX512BW__)
-    __m512i quarters[4];
+#if defined(SHUFFLES_BYTES)
+    Bytes first{}, second{};
 
-    explicit Table(const uint8_t* codes) {
-        for (int i = 0; i < 4 && NBITS <= MAX_TRELLIS_NBITS; ++i) {
-            quarters[i] = load<__m512i>(codes + ((NBITS - 1) * 256 + 64 * i));
-            if (SIGNED) quarters[i] = _mm512_xor_si512(quarters[i], _mm512_set1_epi8(static_cast<char>(128)));
-        }
+    explicit Table(const int8_t* parts) {
+        if (NBITS > MAX_TRELLIS_NBITS) return;
+        first = repeat_piece(parts + (NBITS - 1) * 32) + static_cast<uint8_t>(SIGNED ? 0 : 128);
+        second = repeat_piece(parts + (NBITS - 1) * 32 + 16);
+    }
+    Bytes codes(Bytes windows) const {
+        const Pairs pairs = bits<Pairs>(windows);
+        const Bytes places = bits<Bytes>(pairs >> 2) & 15, other_places = (windows ^ bits<Bytes>(pairs >> 4)) & 15;
+        return shuffle_pieces(first, places) + shuffle_pieces(second, other_places);
     }
 #else
-    const uint8_t* codes;
+    const int8_t *first, *second;
 
-    explicit Table(const uint8_t* of_widths) : codes(NBITS <= MAX_TRELLIS_NBITS ? of_widths + (NBITS - 1) * 256 : nullptr) {}
+    explicit Table(const int8_t* parts) : first(parts + (NBITS - 1) * 32), second(first + 16) {}
+    uint8_t code(uint8_t window) const {
+        const int entry = first[window >> 2 & 15] + second[(window ^ window >> 4) & 15];
+        return static_cast<uint8_t>(entry + (SIGNED ? 0 : 128));
+    }
 #endif
 };
 
 // The BYTES codes of the part'th part of a tile's stream, which goes on from `carry`.
 template <int NBITS, bool SIGNED, bool IN_QUADS>
 INLINE Bytes read_codes(const Table<NBITS, SIGNED>& table, const uint8_t* stream, uint8_t carry, int part) {
-#if defined(__AVX512BW__)
-    static constexpr Cut<NBITS, IN_QUADS> cut{};
-    const __m512i gather = _mm512_load_si512(cut.bytes[part]), shift = _mm512_load_si512(cut.shifts[part]);
-    if constexpr (NBITS <= MAX_TRELLIS_NBITS) {
-        __m512i bytes = load_bytes<NBITS * ROW>(stream);
-        if (part == 0) bytes = _mm512_mask_set1_epi8(bytes, 1ull << 63, static_cast<char>(carry));
-        const __m512i windows = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, bytes));
-        const __m512i low = _mm512_permutex2var_epi8(table.quarters[0], windows, table.quarters[1]);
-        const __m512i high = _mm512_permutex2var_epi8(table.quarters[2], windows, table.quarters[3]);
-        return bits<Bytes>(_mm512_mask_blend_epi8(_mm512_movepi8_mask(windows), low, high));
-    } else {
-        const __m512i bytes = load_bytes<NBITS * 8>(stream + part * NBITS * 8);
-        const __m512i cut_out = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, bytes));
-        return bits<Bytes>(_mm512_and_si512(cut_out, _mm512_set1_epi8(static_cast<char>((1 << NBITS) - 1))));
-    }
+#if defined(SHUFFLES_BYTES)
+    const Bytes out = cut_out<NBITS, IN_QUADS>(stream, carry, part);
+    return NBITS <= MAX_TRELLIS_NBITS ? table.codes(out) : out;
 #else
     // Eight tokens at a time: their windows begin within seven times NBITS bits.
     uint8_t codes[BYTES];
@@ -93,10 +159,7 @@ INLINE Bytes read_codes(const Table<NBITS, SIGNED>& table, const uint8_t* stream
         if constexpr (NBITS <= MAX_TRELLIS_NBITS) {
             for (int i = 0; i < NBITS; ++i) bits |= static_cast<uint64_t>(stream[byte + i]) << (8 + 8 * i);
             bits |= byte ? stream[byte - 1] : carry;
-            for (int i = 0; i < 8; ++i) {
-                const uint8_t code = table.codes[bits >> (NBITS * (i + 1)) & 255];
-                codes[8 * group + i] = SIGNED ? code ^ 128 : code;
-            }
+            for (int i = 0; i < 8; ++i) codes[8 * group + i] = table.code(bits >> (NBITS * (i + 1)) & 255);
         } else {
             std::memcpy(&bits, stream + byte, NBITS);
             for (int i = 0; i < 8; ++i) codes[8 * group + i] = bits >> (NBITS * i) & ((1 << NBITS) - 1);
@@ -114,42 +177,25 @@ struct Stream {
 };
 
 // The codes of one component in a tile, in the order of quads.
-INLINE void read_tile(const uint8_t* tables, const Stream& stream, Bytes* to) {
+INLINE void read_tile(const int8_t* parts, const Stream& stream, Bytes* to) {
     if (!stream.nbits) {
         for (int part = 0; part < PARTS; ++part) to[part] = Bytes{};
         return;
     }
     with_nbits(stream.nbits, [&](auto constant) {
         constexpr int NBITS = decltype(constant)::value;
-        const Table<NBITS, false> table(tables);
+        const Table<NBITS, false> table(parts);
         for (int part = 0; part < PARTS; ++part)
             to[part] = read_codes<NBITS, false, true>(table, stream.bytes, stream.carry, part);
     });
 }
 
 // The codes of four components in a tile, four to a lane, [VECTORS] by token.
-INLINE void read_quad(const uint8_t* tables, const Stream* streams, Bytes* to) {
+INLINE void read_quad(const int8_t* parts, const Stream* streams, Bytes* to) {
     Bytes apart[4][PARTS];
-    for (int k = 0; k < 4; ++k) read_tile(tables, streams[k], apart[k]);
-#if defined(__AVX512BW__)
-    for (int part = 0; part < PARTS; ++part) {
-        const __m512i a = bits<__m512i>(apart[0][part]), b = bits<__m512i>(apart[1][part]);
-        const __m512i c = bits<__m512i>(apart[2][part]), d = bits<__m512i>(apart[3][part]);
-        const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
-        const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-        to[4 * part] = bits<Bytes>(_mm512_unpacklo_epi16(ab_low, cd_low));
-        to[4 * part + 1] = bits<Bytes>(_mm512_unpackhi_epi16(ab_low, cd_low));
-        to[4 * part + 2] = bits<Bytes>(_mm512_unpacklo_epi16(ab_high, cd_high));
-        to[4 * part + 3] = bits<Bytes>(_mm512_unpackhi_epi16(ab_high, cd_high));
-    }
-#else
-    uint8_t woven[4 * TILE];
-    for (int k = 0; k < 4; ++k) {
-        const uint8_t* from = reinterpret_cast<const uint8_t*>(apart[k]);
-        for (int t = 0; t < TILE; ++t) woven[4 * t + k] = from[t];
-    }
-    std::memcpy(to, woven, sizeof woven);
-#endif
+    for (int k = 0; k < 4; ++k) read_tile(parts, streams[k], apart[k]);
+    for (int part = 0; part < PARTS; ++part)
+        weave(apart[0][part], apart[1][part], apart[2][part], apart[3][part], to + 4 * part);
 }
 
 }  // namespace

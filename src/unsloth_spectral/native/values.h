@@ -22,7 +22,7 @@ void add_values(Worker& w, const uint8_t* rows, int64_t tile_stride, const uint8
     const int tiles = round_up(length, TILE) / TILE;
     const int64_t dims = w.call.value_dim;
     constexpr int STREAM = NBITS * ROW;
-    const Table<NBITS, ROUGH> table(w.call.codes);
+    const Table<NBITS, ROUGH> table(w.call.parts);
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
         Floats totals[ROWS][LANES];
         const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));

@@ -93,7 +93,7 @@ def test_distances_grow_with_the_gap() -> None:
         lambda text: text[: len(text) // 2],
         lambda text: text.replace("[", "[1, ", 2),
         lambda text: json.dumps({**json.loads(text), "units": [1.0, 1.0, 1.0, 1.0]}),
-        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "entries"}),
+        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "parts"}),
         lambda text: "[]",
     ],
 )
