@@ -324,7 +324,7 @@ INLINE void store_weights(Ints whole, int32_t* first, int32_t* second) {
 // Codes of few bits have so much error that the high bytes of their weights suffice, which halves the work if the
 // processor multiplies bytes. Otherwise nothing would be saved.
 #if defined(__AVX512VNNI__)
-constexpr int ROUGH_NBITS = 4;
+constexpr int ROUGH_NBITS = 3;
 #else
 constexpr int ROUGH_NBITS = 0;
 #endif

@@ -15,11 +15,11 @@ INLINE float zero_code(int nbits) {
     return nbits <= MAX_TRELLIS_NBITS ? 128.0f : 0.5f * static_cast<float>((1 << nbits) - 1);
 }
 
-// Bits of a token's code that are cut out of its stream: of the trellis a window, which ends with the token's own bits.
-constexpr int cut_bits(int nbits) { return nbits <= MAX_TRELLIS_NBITS ? 8 : nbits; }
-
-// The first bit of them, counted from the beginning of the tile; below zero in the byte before it.
-constexpr int first_bit(int token, int nbits) { return (token + 1) * nbits - cut_bits(nbits); }
+// Where a token's code begins, counted in bits from the beginning of the tile; of the trellis its window, which ends with
+// the token's own bits and may begin in the byte before the tile.
+constexpr int first_bit(int token, int nbits) {
+    return nbits <= MAX_TRELLIS_NBITS ? (token + 1) * nbits - 8 : token * nbits;
+}
 
 // The token of each byte of a vector: in order or, for `IN_QUADS`, so that the bytes of four components, woven together
 // in lanes of 128 bits, come to lie by token.
@@ -52,7 +52,7 @@ struct Cut {
     }
 };
 
-// What is cut out of the stream for the codes of the part'th part of a tile.
+// Eight bits for each code of the part'th part of a tile, the lowest of them its own.
 template <int NBITS, bool IN_QUADS>
 INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
     static constexpr Cut<NBITS, IN_QUADS> cut{};
@@ -99,7 +99,7 @@ struct Cut {
     }
 };
 
-// What is cut out of the stream for the codes of the part'th part of a tile.
+// Eight bits for each code of the part'th part of a tile, the lowest of them its own.
 template <int NBITS, bool IN_QUADS>
 INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
     static constexpr Cut<NBITS, IN_QUADS> cut{};
@@ -111,8 +111,7 @@ INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
         const Bytes pairs = shuffle_pieces(bytes, load<Bytes>(cut.bytes[part][half]));
         halves[half] = bits<Pairs>(pairs) * load<Pairs>(cut.factors[half]);
     }
-    const Bytes all = upper_bytes(halves[0], halves[1]);
-    return NBITS <= MAX_TRELLIS_NBITS ? all : all & static_cast<uint8_t>((1 << NBITS) - 1);
+    return upper_bytes(halves[0], halves[1]);
 }
 #endif
 #endif
@@ -148,8 +147,8 @@ struct Table {
 template <int NBITS, bool SIGNED, bool IN_QUADS>
 INLINE Bytes read_codes(const Table<NBITS, SIGNED>& table, const uint8_t* stream, uint8_t carry, int part) {
 #if defined(SHUFFLES_BYTES)
-    const Bytes out = cut_out<NBITS, IN_QUADS>(stream, carry, part);
-    return NBITS <= MAX_TRELLIS_NBITS ? table.codes(out) : out;
+    const Bytes eight_bits = cut_out<NBITS, IN_QUADS>(stream, carry, part);
+    return NBITS <= MAX_TRELLIS_NBITS ? table.codes(eight_bits) : eight_bits & static_cast<uint8_t>((1 << NBITS) - 1);
 #else
     // Eight tokens at a time: their windows begin within seven times NBITS bits.
     uint8_t codes[BYTES];

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
+from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, squared_errors, unbiased_scales
 
 
 def decoded(scales: torch.Tensor, steps: int, top: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,3 +62,20 @@ def test_half_precision_rows_are_not_needed_to_decode() -> None:
     assert relative[255] == 0
     assert (relative[:-1].diff() < 0).all()
     assert torch.allclose(relative[20:41:20], torch.tensor([0.5, 0.25]))
+
+
+def test_an_unbiased_scale_projects_onto_what_is_coded() -> None:
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    codes = x.sign()
+    sums = x.square().sum(-1), (x * codes).sum(-1), codes.square().sum(-1)
+    scales = unbiased_scales(*sums)
+    torch.testing.assert_close((scales * sums[1]), sums[0])
+    errors = (scales[:, None] * codes - x).square().sum(-1)
+    torch.testing.assert_close(squared_errors(*sums, scales), errors)
+
+
+def test_numbers_that_their_codes_hardly_meet_get_no_huge_scale() -> None:
+    x = torch.tensor([[3.0, -4.0], [3.0, -4.0], [0.0, 0.0]])
+    codes = torch.tensor([[2.0, 1.4], [-2.0, 1.0], [1.0, 1.0]])
+    sums = x.square().sum(-1), (x * codes).sum(-1), codes.square().sum(-1)
+    assert unbiased_scales(*sums).tolist() == pytest.approx([2 * 0.4 / 5.96, 0.0, 0.0])

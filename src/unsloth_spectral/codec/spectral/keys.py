@@ -13,7 +13,7 @@ from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, last_bytes, num_tiles, pack, unpack
-from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales
+from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, squared_errors, unbiased_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
@@ -253,17 +253,13 @@ def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = No
     project = projection(basis, metric)
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
     encoded = (kernel.encode_keys if kernel.is_available() else quantize)(coefficients, widths, CLIPS, carries)
-    energies, tiny = encoded.energies, torch.finfo(x.dtype).tiny
-    # The scale at which the codes project exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken
-    # keys flatten the softmax.
-    scales = energies / encoded.overlaps.clamp_min(tiny)
+    sums = encoded.energies, encoded.overlaps, encoded.squares
+    scales = unbiased_scales(*sums)
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
-    # |stored * codes - coefficients|^2; at the unbiased scale, the product of both is the energy over the scale.
-    ratio = stored / scales.clamp_min(tiny)
-    rounding = (energies * (1 - 2 * ratio) + stored.square() * encoded.squares).sum(-1) / num_tokens
+    rounding = squared_errors(*sums, stored).sum(-1) / num_tokens
     error = _relative_error(
         _by_head(rounding[..., None], plan.widths)[..., 0], basis, project, statistics.covariance, metric
     )

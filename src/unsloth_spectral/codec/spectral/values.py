@@ -18,7 +18,7 @@ from unsloth_spectral.codec.spectral.packing import (
     pack,
     unpack,
 )
-from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales
+from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales, squared_errors, unbiased_scales
 from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
@@ -124,18 +124,14 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: T
     rotated = hadamard(values.shape[-1]).to(values.device) @ values.float().mT
     tiny = torch.finfo(rotated.dtype).tiny
     encoded = (kernel.encode_values if kernel.is_available() else quantize)(rotated, nbits, carries)
-    energy, overlap = encoded.energies, encoded.overlaps
-    # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
-    scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
+    sums = encoded.energies, encoded.overlaps, encoded.squares
+    scales = unbiased_scales(*sums)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
         largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
-    # |stored * codes - token|^2, written without squares of tiny numbers.
-    ratio = torch.where(energy > 0, stored / scales.clamp_min(tiny), 0.0)
-    spread = scales * encoded.squares / overlap.clamp_min(tiny)
-    lost = (energy * (ratio.square() * spread - 2 * ratio + 1)).sum(-1).clamp_min(0)
-    error = (lost / energy.sum(-1).clamp_min(tiny)).sqrt().half()
+    lost = squared_errors(*sums, stored).sum(-1).clamp_min(0)
+    error = (lost / encoded.energies.sum(-1).clamp_min(tiny)).sqrt().half()
     num_tokens = values.shape[-2]
     scale_codes = torch.nn.functional.pad(scale_codes, (0, -num_tokens % TILE_TOKENS), value=ZERO)
     return ValueCodes(
