@@ -119,7 +119,7 @@ class KeyCodes(StoredTensors):
         return replace(self.map_tensors(function), rotation=rotation)
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
-        """These keys followed by ``other``'s, coded by the same plan and going on from these; these fill whole groups."""
+        """These keys followed by ``other``'s, of the same plan and going on from these; these fill whole groups."""
         rotation = self.rotation
         if rotation is not None and other.rotation is not None:
             rotation = join_rotations([rotation, other.rotation])
@@ -254,8 +254,8 @@ def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = No
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
     encoded = (kernel.encode_keys if kernel.is_available() else quantize)(coefficients, widths, CLIPS, carries)
     energies, tiny = encoded.energies, torch.finfo(x.dtype).tiny
-    # The scale at which the codes project exactly onto the coefficients: a least-squares quantizer shrinks, and shrunken
-    # keys flatten the softmax.
+    # The scale at which the codes project exactly onto the coefficients: a least-squares quantizer shrinks, and
+    # shrunken keys flatten the softmax.
     scales = energies / encoded.overlaps.clamp_min(tiny)
     # Twice the largest: later tokens coded in the same basis may need more.
     tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops

@@ -163,8 +163,8 @@ def quantize(rotated: Tensor, nbits: int, carries: Tensor | None = None) -> kern
         before = rotated.new_zeros(batch, heads, head_dim, dtype=torch.uint8) if carries is None else carries
     else:
         inputs = trellis.inputs_of(rotated, inverse).flatten(0, 2)
-        before = None if carries is None else carries.flatten()
-        windows, before = trellis.search(inputs, trellis.distances(nbits), nbits, before)
+        given = None if carries is None else carries.flatten()
+        windows, before = trellis.search(inputs, trellis.distances(nbits), nbits, given)
         windows, before = windows.view(rotated.shape), before.view(batch, heads, head_dim)
     reconstructed = trellis.entries_on(rotated.device)[nbits - 1][windows.long()].double()
     streams = pack((windows >> (MAX_NBITS - nbits)).flatten(1, 2), (nbits,) * (heads * head_dim))
