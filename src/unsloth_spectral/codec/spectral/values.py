@@ -19,7 +19,7 @@ from unsloth_spectral.codec.spectral.packing import (
     unpack,
 )
 from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales
-from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 
@@ -113,6 +113,11 @@ def value_sizes(batch: int, heads: int, head_dim: int, nbits: int, num_tokens: i
         "padded_tokens": tiles * TILE_TOKENS,
         "rows": heads * head_dim * nbits,
     }
+
+
+def fixed_bytes(sizes: Sizes) -> int:
+    """Bytes of the values' codes that do not depend on their width, without statistics."""
+    return ValueCodes.bytes_without(("rows",), sizes)
 
 
 def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: Tensor | None = None) -> ValueCodes:
