@@ -61,8 +61,9 @@ def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> S
 
 
 @frames
-def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str) -> None:
-    codec = codec_layer(frame)
+@pytest.mark.parametrize("bits", [1.6, 3.0])  # values of 1 and of 3 bits
+def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str, bits: float) -> None:
+    codec = codec_layer(frame, bits)
     first = sealed(codec, tokens(512), Observed(rotation_of(512)))
     second = sealed(codec, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
     assert second.keys.vectors is first.keys.vectors

@@ -24,6 +24,9 @@ from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_err
 from unsloth_spectral.fields import Field, Fields
 
 STEPS_PER_OCTAVE = 20
+# For later tokens' scales, relative to the largest one. At 1 bit the first tokens of a run that goes on from another
+# have few paths to choose from, which raises their scales up to threefold.
+_ROOM = 4.0
 _SEED = 0
 
 
@@ -133,7 +136,7 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: T
     # The scale for which the token's error is orthogonal to the token: such errors average out under attention.
     scales = torch.where(energy > 0, energy / overlap.clamp_min(tiny), 0.0)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
-        largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
+        largest = _ROOM * scales.amax(-1, keepdim=True)
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
     # |stored * codes - token|^2, written without squares of tiny numbers.
