@@ -46,7 +46,7 @@ def _gains_per_bit(first_bit_cost: float) -> Tensor:
 
 def cost(widths: Tensor, first_bit_cost: float) -> float:
     """Bits per token that ``widths`` take, metadata included."""
-    return float(widths.sum() + (first_bit_cost - 1) * (widths > 0).sum())
+    return int(widths.sum()) + (first_bit_cost - 1) * int((widths > 0).sum())
 
 
 @dataclass(slots=True)
