@@ -171,7 +171,7 @@ def test_a_cache(
     model = tiny_llama(initializer_range=0.15, head_dim=24).to(dtype)
     if not has_kernel:
         monkeypatch.setattr(cpu, "obstacle", lambda *_: "none here")
-        monkeypatch.setattr(kernel, "serves", lambda _: False)
+        monkeypatch.setattr(kernel, "is_available", lambda: False)
     key = (codec, dtype, has_kernel)
     if key not in expected:
         with torch_default("float32"):

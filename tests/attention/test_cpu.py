@@ -219,13 +219,16 @@ def test_a_slice_and_a_copy_of_a_block(assert_close, variant: str) -> None:
 
 
 MALFORMED = {
-    "planes too short": lambda block: {"keys": {"planes": block.keys.planes[:, :, :-1]}},
-    "a tile missing": lambda block: {"keys": {"planes": block.keys.planes[:, :-1]}},
+    "streams too short": lambda block: {"keys": {"streams": block.keys.streams[:, :, :-1]}},
+    "a tile missing": lambda block: {"keys": {"streams": block.keys.streams[:, :-1]}},
+    "a carry missing": lambda block: {"keys": {"carries": block.keys.carries[:, :-1]}},
+    "carries of another dtype": lambda block: {"keys": {"carries": block.keys.carries.int()}},
     "scales of another dtype": lambda block: {"keys": {"scales": block.keys.scales.int()}},
     "a basis row missing": lambda block: {"keys": {"vectors": block.keys.vectors[:, 1:]}},
     "widths that rise": lambda block: {"keys": {"widths": tuple(widths[::-1] for widths in block.keys.widths)}},
     "another mean": lambda block: {"keys": {"mean": block.keys.mean[..., :-1]}},
-    "value planes too short": lambda block: {"values": {"planes": block.values.planes[..., :-1]}},
+    "value streams too short": lambda block: {"values": {"streams": block.values.streams[..., :-1]}},
+    "value carries too short": lambda block: {"values": {"carries": block.values.carries[..., :-1]}},
     "value scales too short": lambda block: {"values": {"scales": block.values.scales[..., :-1]}},
     "more tokens than there are": lambda block: {"keys": {"num_tokens": 400}, "values": {"num_tokens": 400}},
     "fewer values than keys": lambda block: {"values": {"num_tokens": 200}},

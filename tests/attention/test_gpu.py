@@ -85,7 +85,7 @@ def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
     check(query, blocks, None if mask_kind == "none" else mask, options, assert_close)
 
 
-@pytest.mark.parametrize("nbits", (1, 3, 8) if IS_INTERPRETED else range(1, 9))
+@pytest.mark.parametrize("nbits", range(1, 9))
 def test_every_width_alone(assert_close, nbits: int) -> None:
     widths = torch.full((2, 64), nbits)
     widths[1, 5:] = 0  # an odd number of components

@@ -133,8 +133,8 @@ def test_a_long_row_gets_the_codes_it_gets_alone(frame: str, others: list[int]) 
     together, alone = layers
     assert together.keys.widths == alone.keys.widths
     assert together.values.nbits == alone.values.nbits
-    assert torch.equal(together.keys.planes[:1], alone.keys.planes)
-    assert torch.equal(together.values.planes[:1], alone.values.planes)
+    assert torch.equal(together.keys.streams[:1], alone.keys.streams)
+    assert torch.equal(together.values.streams[:1], alone.values.streams)
 
 
 @frames

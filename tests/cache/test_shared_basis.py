@@ -116,9 +116,9 @@ def test_queries_follow_their_rows(frame: str) -> None:
         blocks.extend(coded(layer))
     first, second = blocks
     assert first.num_tokens == second.num_tokens == 4 * BLOCK
-    assert torch.equal(first.keys.planes, second.keys.planes)
+    assert torch.equal(first.keys.streams, second.keys.streams)
     assert torch.equal(first.keys.scales, second.keys.scales)
-    assert torch.equal(first.values.planes, second.values.planes)
+    assert torch.equal(first.values.streams, second.values.streams)
 
 
 @frames

@@ -156,7 +156,8 @@ def test_a_chunk_with_infinities_is_not_stored() -> None:
     assert not good
 
 
-def test_an_altered_record_is_a_miss() -> None:
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_altered_or_older_record_is_a_miss(is_older: bool) -> None:
     serde = create_serde_processor(SerdeConfig("spectral", PLANES))
     try:
         chunk = torch.randn(2, 2, 256, 64, generator=torch.Generator().manual_seed(0))
@@ -164,7 +165,10 @@ def test_an_altered_record_is_a_miss() -> None:
         stored = torch.zeros(size, dtype=torch.uint8)
         task = serde.submit_serialize([memory(chunk)], [memory(stored)], [KEY])
         assert finish(serde.get_serialize_event_fd(), serde.query_serialize_result, task)
-        stored[size // 2] ^= 1
+        if is_older:
+            stored[:4] = torch.tensor(list(b"USC1"), dtype=torch.uint8)
+        else:
+            stored[size // 2] ^= 1
         task = serde.submit_deserialize([memory(stored)], [memory(torch.empty_like(chunk))], [KEY])
         assert not finish(serde.get_deserialize_event_fd(), serde.query_deserialize_result, task)
     finally:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from families.lossless import padded_batch
 from families.models import build, served
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from unsloth_spectral import SpectralCache, SpectralConfig
@@ -281,6 +284,29 @@ def refusal(path: Path, model: Any, input_ids: torch.Tensor | None = None) -> st
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+def numbers_of(fields: Any, name: str) -> list[int]:
+    """The numbers of the tensors that ``fields`` of a record have under ``name``, at any depth."""
+    if isinstance(fields, list):
+        return [number for part in fields for number in numbers_of(part, name)]
+    if not isinstance(fields, dict):
+        return []
+    own = [fields[name]["$tensor"]] if isinstance(fields.get(name), dict) else []
+    return own + [number for part in fields.values() for number in numbers_of(part, name)]
+
+
+@pytest.mark.parametrize("name", ["carries", "key_ends", "value_ends"])
+def test_a_damaged_byte_that_streams_go_on_from_is_refused(saved: Path, name: str, tiny_llama: Build) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, found = load_file(saved), numbers_of(json.loads(metadata["record"])["fields"], name)
+    assert found
+    for number in found:
+        damaged = tensors[str(number)].clone()
+        damaged.view(-1)[-1] ^= 1
+        save_file({**tensors, str(number): damaged}, saved, metadata)
+        assert f"the checksum of tensor {number} differs" in refusal(saved, tiny_llama(initializer_range=0.1))
 
 
 @pytest.mark.parametrize(

@@ -114,12 +114,13 @@ class _Constants(NamedTuple):
 @lru_cache
 def _constants(value_dim: int) -> _Constants:
     hadamard = values.hadamard(value_dim)
-    levels = [_levels(steps) for steps in (keys.STEPS_PER_OCTAVE, values.STEPS_PER_OCTAVE)]
+    key_levels, value_levels = _levels(keys.STEPS_PER_OCTAVE), _levels(values.STEPS_PER_OCTAVE)
     parts = trellis.tables().parts
     return _Constants(
-        (hadamard, *levels, parts),
+        (hadamard, key_levels, value_levels, parts),
         address("hadamard", hadamard, torch.float32, (value_dim, value_dim)),
-        *(address("levels", table, torch.float32, (256,)) for table in levels),
+        address("key levels", key_levels, torch.float32, (256,)),
+        address("value levels", value_levels, torch.float32, (256,)),
         address("parts", parts, torch.int8, (trellis.MAX_TRELLIS_NBITS, 2, 16)),
     )
 

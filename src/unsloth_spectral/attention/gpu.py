@@ -285,8 +285,8 @@ def _entries(device: torch.device) -> Tensor:
 def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where streams lie, see ``codec.spectral.packing``, both int32.
 
-    For each head, ``[H, 2]``: its first component and the number of components. For each component, ``[C, 2]``: its bits
-    and the first byte of its stream in a tile.
+    For each head, ``[H, 2]``: its first component and the number of components. For each component, ``[C, 2]``: its
+    bits and the first byte of its stream in a tile.
     """
     counts = [len(head_widths) for head_widths in widths]
     heads = list(zip(accumulate(counts, initial=0), counts, strict=False))

@@ -43,14 +43,14 @@ def _dot_codes(a, codes):
 @triton.jit
 def _entries(table, stream, carry, width, tokens, streams_tile, tile, is_real):
     """What tokens' windows stand for in a ``table`` of 256 entries, in half precision, which holds them exactly; see
-    ``codec.spectral.packing``. A window begins in the byte before the stream's ``(token + 1) * width``-th bit."""
+    ``codec.spectral.packing``. A window begins in the byte before the stream's ``(token + 1) * width``-th bit: that of a
+    tile's first tokens is the last one in the tile before or, in the first tile, the ``carry``."""
     end = (tokens + 1) * width
     byte = end // 8 - 1
-    last_before = width * 16 - 1 - streams_tile
-    is_before = byte < 0
-    is_first = is_before & (tile == 0)
-    low = tl.load(stream + tl.where(is_before, last_before, byte), mask=is_real & (is_first == 0), other=0).to(tl.int32)
-    low |= tl.load(carry + byte * 0, mask=is_real & is_first, other=0).to(tl.int32)
+    before = stream + (width * 16 - 1 - streams_tile)
+    if tile == 0:
+        before = carry
+    low = tl.load(tl.where(byte < 0, before, stream + byte), mask=is_real, other=0).to(tl.int32)
     high = tl.load(stream + byte + 1, mask=is_real & (end % 8 != 0), other=0).to(tl.int32)
     window = ((low | (high << 8)) >> (end % 8)) & 255
     return tl.load(table + window, mask=is_real, other=0.0)

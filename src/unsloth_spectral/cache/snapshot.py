@@ -23,8 +23,9 @@ from unsloth_spectral.fields import Field, Fields, flatten
 from unsloth_spectral.files import check_target, replacing
 
 FORMAT = "unsloth-spectral snapshot"
-# Raise this whenever a reader of the old format would misread the new one.
-VERSION = 3
+# Raise this whenever a reader of the old format would misread the new one. Codes mean what the tables of
+# codec/spectral/trellis.json say: they are a part of the format.
+VERSION = 4
 SUFFIX = ".safetensors"
 
 
@@ -157,8 +158,8 @@ def _record_of(title: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise LoadError(f"{title!r} is no snapshot of a spectral cache: give a file that cache.save(path) wrote")
     if metadata.get("version") != str(VERSION):
         raise LoadError(
-            f"{title!r} is a snapshot of format {metadata.get('version')} and this version reads {VERSION}: make it "
-            "anew, or use the version that wrote it"
+            f"{title!r} is a snapshot of format {metadata.get('version')}, which this version cannot convert to its "
+            f"own, {VERSION}: make it again from the text, or use the version that wrote it"
         )
     record = metadata.get("record", "")
     if _digest_of(record) != metadata.get("record_sha256"):

@@ -187,6 +187,18 @@ def test_altered_cut_and_foreign_records_are_refused() -> None:
     decode(record, ChunkCodec(2.5, Planes(64), int(THETA)))
 
 
+def test_a_record_of_an_earlier_version_is_refused() -> None:
+    chunk, codec = cached(2, 256, 1, 64), ChunkCodec(2.5, Planes(64), THETA)
+    record = codec.encode(chunk)
+    assert bytes(record[:4].tolist()) == b"USC2"
+    record[3] = ord("1")
+    with pytest.raises(LoadError, match="a spectral record of another version: it starts with b'USC1', not b'USC2'"):
+        codec.decode(record, chunk.shape, chunk.dtype)
+    record[0] = ord("X")
+    with pytest.raises(LoadError, match="not a spectral record"):
+        codec.decode(record, chunk.shape, chunk.dtype)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_chunk_that_is_not_finite_is_refused(number: float) -> None:
     chunk = cached(1, 256, 1, 64)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from unsloth_spectral.codec.spectral import keys as codec
+from unsloth_spectral.codec.spectral import trellis
 from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
 from unsloth_spectral.codec.spectral.metric import query_metric
+from unsloth_spectral.codec.spectral.packing import unpack
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics, centre, covariance, principal_basis
 from unsloth_spectral.rope import Rotation, rotate, unrotate
 
@@ -51,6 +53,7 @@ def encoded(
     real: torch.Tensor | None = None,
     plan: KeyPlan | None = None,
     mean: torch.Tensor | None = None,
+    carries: torch.Tensor | None = None,
 ) -> tuple[KeyCodes, KeyPlan, torch.Tensor, torch.Tensor]:
     """The codes, their plan, what was coded, and the metric."""
     heads, head_dim = keys.shape[1], keys.shape[-1]
@@ -61,10 +64,17 @@ def encoded(
         widths = torch.full((heads, head_dim), widths)
     if plan is None:
         plan = codec.plan(principal_basis(covariance(x), metric), widths, 0.1)
-    codes, plan = codec.encode(
-        KeyStatistics(x, mean, covariance(x), metric, rotation, is_rotated, torch.ones(len(x))), plan
-    )
+    statistics = KeyStatistics(x, mean, covariance(x), metric, rotation, is_rotated, torch.ones(len(x)))
+    codes, plan = codec.encode(statistics, plan, carries)
     return codes, plan, x, metric
+
+
+def requantized(coefficients: torch.Tensor, widths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``coefficients [B, C, n]`` as they come back at the scales that project exactly onto them, and those scales."""
+    coded = codec.quantize(coefficients, widths, codec.CLIPS)
+    scales = coded.energies / coded.overlaps.clamp_min(torch.finfo(torch.float32).tiny)
+    hat = codec.dequantize(unpack(coded.streams, coded.carries, widths), widths, scales)
+    return hat[..., : coefficients.shape[-1]], scales
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -111,11 +121,9 @@ def test_the_size_of_the_keys_does_not_matter(size: float) -> None:
 def test_scales_are_unbiased(nbits: int, assert_close: Callable[..., None]) -> None:
     coefficients = random(BATCH, 5, 300) * torch.logspace(-2, 2, 5)[:, None]
     coefficients[..., 7] *= 20
-    widths = torch.full((5,), nbits)
-    codes, scales = codec.quantize(coefficients, widths)
-    assert codes.shape == (BATCH, 5, 384)
+    hat, scales = requantized(coefficients, (nbits,) * 5)
+    assert hat.shape == (BATCH, 5, 300)
     assert scales.shape == (BATCH, 5, 3)
-    hat = codec.dequantize(codes, widths, scales)[..., :300]
     for start in (0, 128, 256):
         part, coded = coefficients[..., start : start + 128], hat[..., start : start + 128]
         assert_close((part * coded).sum(-1) / part.square().sum(-1), torch.ones(BATCH, 5), 1e-4)
@@ -130,23 +138,24 @@ def test_scales_are_unbiased(nbits: int, assert_close: Callable[..., None]) -> N
     assert abs(float(ratio.mean()) - 1) < 0.004
 
 
-def test_quantize_beats_not_clipping_where_one_coefficient_is_huge() -> None:
-    coefficients = random(1, 1, 128)
+@pytest.mark.parametrize("nbits", [2, 3, 4])
+def test_quantize_beats_not_clipping_where_one_coefficient_is_huge(nbits: int) -> None:
+    coefficients, half = random(1, 1, 128), 1 << (nbits - 1)
     coefficients[..., 0] = 12
-    widths = torch.tensor([3])
-    codes, scales = codec.quantize(coefficients, widths)
-    step = coefficients.abs().max() / 4
-    unclipped = ((coefficients / step).floor() + 0.5).clamp(-3.5, 3.5) * step
-    actual = codec.dequantize(codes, widths, scales)
+    step = coefficients.abs().max() / half
+    unclipped = ((coefficients / step).floor() + 0.5).clamp(0.5 - half, half - 0.5) * step
+    actual, _ = requantized(coefficients, (nbits,))
     assert (actual - coefficients).norm() < 0.9 * (unclipped - coefficients).norm()
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
     coefficients = random(1, 2, 256)
     coefficients[:, 1, 128:] = 0
-    codes, scales = codec.quantize(coefficients, torch.tensor([4, 2]))
-    assert scales.isfinite().all()
-    assert not codec.dequantize(codes, torch.tensor([4, 2]), scales)[:, 1, 128:].any()
+    for widths in ((4, 2), (8, 5)):
+        hat, scales = requantized(coefficients, widths)
+        assert scales.isfinite().all()
+        assert not hat[:, 1, 128:].any()
+        assert hat[:, 1, :128].any()
 
 
 def uneven_widths(heads: int, head_dim: int) -> torch.Tensor:
@@ -190,7 +199,7 @@ def test_a_slice_is_that_part(frame: str, start: int, stop: int, assert_close: C
     assert part.num_tokens == stop - start
     assert_close(part.reconstruct(), codes.reconstruct()[..., start:stop, :], 1e-3)
     assert_close(part.scores(query), codes.scores(query)[..., start:stop], 1e-3)
-    assert part.planes.untyped_storage().data_ptr() == codes.planes.untyped_storage().data_ptr()
+    assert part.streams.untyped_storage().data_ptr() == codes.streams.untyped_storage().data_ptr()
 
 
 @frames
@@ -198,7 +207,7 @@ def test_appended_keys_follow(frame: str, assert_close: Callable[..., None]) -> 
     keys, rotation = dense_keys(256, 16, HEADS, frame)
     later, then = dense_keys(136, 16, HEADS, frame, start=256)
     first, plan, _, _ = encoded(keys, rotation, frame, uneven_widths(HEADS, 16))
-    second, same, _, _ = encoded(later, then, frame, plan=plan, mean=first.mean)
+    second, same, _, _ = encoded(later, then, frame, plan=plan, mean=first.mean, carries=first.carries_at(256))
     assert same.vectors is plan.vectors
     assert same.tops is plan.tops
     joined = first.append(second)
@@ -231,8 +240,8 @@ def test_nbytes_are_those_of_the_storages(frame: str) -> None:
     held_bytes = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
     assert codes.nbytes == held_bytes
     components = int((widths > 0).sum())
-    # 1,000 tokens in eight tiles of 16 bytes a plane.
-    expected = int(widths.sum()) * 128 + components * (8 + 64 + 4) + 2 * HEADS * 64 + 2 * HEADS
+    # 1,000 tokens in eight tiles of 16 bytes a bit; a component has eight scales, a carry and a row of the basis.
+    expected = int(widths.sum()) * 128 + components * (8 + 1 + 64 + 4) + 2 * HEADS * 64 + 2 * HEADS
     assert held_bytes == BATCH * expected
     assert codes.num_bits == int(widths.sum())
 
@@ -246,12 +255,12 @@ def test_padding_changes_nothing_for_others(frame: str, assert_close: Callable[.
     garbage[1, :, :100] = 1e3 * random(HEADS, 100, 16, seed=8)
     zeros[1, :, :100] = 0
     first, second = (encoded(k, rotation, frame, 4, real=real)[0] for k in (garbage, zeros))
-    assert torch.equal(first.planes, second.planes)
+    assert torch.equal(first.streams, second.streams)
     assert torch.equal(first.mean, second.mean)
     assert_close(first.reconstruct(), second.reconstruct(), 1e-6)
     assert relative(first.reconstruct()[1, :, 100:], keys[1, :, 100:]) < 0.06
     # Row 0 has no padding: as if there were none.
-    assert torch.equal(first.planes[0], encoded(keys, rotation, frame, 4)[0].planes[0])
+    assert torch.equal(first.streams[0], encoded(keys, rotation, frame, 4)[0].streams[0])
 
 
 @frames
@@ -276,7 +285,7 @@ def test_no_components_leave_the_mean(frame: str, assert_close: Callable[..., No
     keys, rotation = dense_keys(136, 16, HEADS, frame)
     codes, _, x, _ = encoded(keys, rotation, frame, 0)
     assert codes.num_bits == 0
-    assert codes.planes.numel() == 0
+    assert codes.streams.numel() == 0
     # The contribution of the coefficients is missing.
     back = x if frame != "unrotated" or rotation is None else rotate(x, rotation.table()[:, None], rotation)
     assert_close(codes.reconstruct() + back, keys, 1e-3)
@@ -307,13 +316,12 @@ def test_the_rounded_basis_costs_hardly_anything() -> None:
     coded, _, x, metric = encoded(keys, None, "none", 4)
     basis = principal_basis(covariance(x), metric)
     exact = (x.double() @ torch.linalg.inv(basis.vectors.double())).float().mT.flatten(1, 2)
-    widths = torch.full((HEADS * 64,), 4)
-    codes, scales = codec.quantize(exact, widths)
-    lost = (codec.dequantize(codes, widths, scales)[..., :1000] - exact).norm() / exact.norm()
+    lost = (requantized(exact, (4,) * (HEADS * 64))[0] - exact).norm() / exact.norm()
     assert float(coded.relative_error.mean()) < 1.03 * float(lost)
 
 
 def test_helpers() -> None:
     assert codec.flat_widths(((8, 3), (), (1,))) == (8, 3, 1)
     expected = codec.expected_error(torch.tensor([[4.0, 2.0, 1.0]]), torch.tensor([[2, 1, 0]]))
-    assert float(expected) == pytest.approx(4 * 0.119 + 2 * 0.363 + 1)
+    of_one_bit, of_two_bits = trellis.tables().distortions[:2]
+    assert float(expected) == pytest.approx(4 * of_two_bits + 2 * of_one_bit + 1)

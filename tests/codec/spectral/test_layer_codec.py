@@ -61,8 +61,9 @@ def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> S
 
 
 @frames
-def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str) -> None:
-    codec = codec_layer(frame)
+@pytest.mark.parametrize("bits", [1.6, 3.0])  # values of 1 and of 3 bits
+def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str, bits: float) -> None:
+    codec = codec_layer(frame, bits)
     first = sealed(codec, tokens(512), Observed(rotation_of(512)))
     second = sealed(codec, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
     assert second.keys.vectors is first.keys.vectors
@@ -110,7 +111,7 @@ def test_after_forgetting_everything_is_planned_anew() -> None:
     assert second.keys.num_bits > 0
     assert codec.join(first, second) is None
     codec.reset()
-    assert torch.equal(sealed(codec, tokens(512)).keys.planes, first.keys.planes)
+    assert torch.equal(sealed(codec, tokens(512)).keys.streams, first.keys.streams)
 
 
 @frames
@@ -127,11 +128,11 @@ def test_the_plan_follows_the_batch(frame: str) -> None:
     assert repeated.nbytes == 3 * nbytes // 2
     later, rows = tokens(BLOCK, seed=1), [1, 0, 1]
     alone, later_block = sealed(plain, later), sealed(repeated, ExactBlock(later.keys[rows], later.values[rows]))
-    assert torch.equal(later_block.keys.planes, alone.keys.planes[rows])
+    assert torch.equal(later_block.keys.streams, alone.keys.streams[rows])
     assert torch.equal(later_block.values.scales, alone.values.scales[rows])
     joined = repeated.join(before.map_batch(repeat), later_block)
     assert joined is not None
-    assert torch.equal(joined.keys.planes, plain.join(first, alone).keys.planes[rows])
+    assert torch.equal(joined.keys.streams, plain.join(first, alone).keys.streams[rows])
 
 
 def test_there_is_nothing_to_follow_before_the_first_sealing() -> None:
@@ -145,7 +146,7 @@ def test_a_run_shorter_than_a_block_leaves_no_plan() -> None:
     short, later = sealed(codec, tokens(BLOCK - 128)), sealed(codec, tokens(BLOCK, seed=1))
     expected = sealed(fresh, tokens(BLOCK, seed=1))
     assert later.keys.widths == expected.keys.widths, "neither its basis nor its water level counts"
-    assert torch.equal(later.keys.planes, expected.keys.planes)
+    assert torch.equal(later.keys.streams, expected.keys.streams)
     assert codec.join(short, later) is None
     assert sealed(codec, tokens(BLOCK, seed=2)).keys.vectors is later.keys.vectors
 
@@ -183,8 +184,8 @@ def test_a_tight_limit_buys_bits(limit: float) -> None:
 
 def test_a_limit_that_is_met_changes_nothing() -> None:
     unlimited, limited = sealed(codec_layer(), tokens(512)), sealed(codec_layer(limit=0.9), tokens(512))
-    assert torch.equal(unlimited.keys.planes, limited.keys.planes)
-    assert torch.equal(unlimited.values.planes, limited.values.planes)
+    assert torch.equal(unlimited.keys.streams, limited.keys.streams)
+    assert torch.equal(unlimited.values.streams, limited.values.streams)
 
 
 def test_an_impossible_limit_gives_none_and_the_layer_keeps_the_block() -> None:
@@ -377,13 +378,12 @@ def test_the_evaluation_compares_every_preset_in_the_family_of_its_frame() -> No
 def test_the_budget_is_charged_what_components_and_their_bits_take(frame: str, count: int, budget: str) -> None:
     codec = make_codec(SpectralConfig(block_size=BLOCK, bits_per_element=3.0, key_frame=frame), 1)
     layer = codec.layer(0)
-    keys = sealed(layer, tokens(count, batch=1), Observed(rotation_of(count))).keys
-    stored = storage_bytes(keys.planes, keys.scales, keys.vectors, keys.vector_scales) + layer.nbytes
-    # Of 6 bits a pair the values take 3; a token's share of the mean, of a number a dimension for the places, and of
-    # the values' scales goes whatever the widths.
-    fixed = (8 * storage_bytes(keys.mean) + 64 * HEAD_DIM) / count + 8 * HEADS
+    block = sealed(layer, tokens(count, batch=1), Observed(rotation_of(count)))
+    statistics = storage_bytes(block.keys.relative_error, block.values.relative_error)
+    # A number a dimension for the places; the budget does not pay for statistics.
+    stored = block.nbytes + layer.nbytes + 8 * HEAD_DIM - statistics
     left = codec.to_fields()[budget]["balances"]["0"]
-    assert (3 * HEADS * HEAD_DIM - fixed - left) * count / 8 == pytest.approx(stored)
+    assert (2 * 3.0 * HEADS * HEAD_DIM - left) * count / 8 == pytest.approx(stored)
 
 
 @frames

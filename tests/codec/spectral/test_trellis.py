@@ -7,6 +7,8 @@ from itertools import product
 import pytest
 import torch
 
+from unsloth_spectral.cache import snapshot
+from unsloth_spectral.codec.chunk import record
 from unsloth_spectral.codec.spectral import trellis
 from unsloth_spectral.errors import LoadError
 
@@ -29,6 +31,12 @@ def test_tables_beat_the_best_scalar_quantizer_and_not_the_limit() -> None:
     assert float(tables.entries[:4].abs().max()) <= trellis.LARGEST_ENTRY
     for nbits, (distortion, scalar) in enumerate(zip(tables.distortions, SCALAR, strict=False), 1):
         assert 4.0**-nbits < distortion < 0.8 * scalar
+
+
+def test_stored_codes_still_mean_the_same() -> None:
+    """Other tables need another version of snapshots, ``VERSION``, and of records, ``_MAGIC``."""
+    text = files("unsloth_spectral.codec.spectral").joinpath(trellis.TABLES_FILE).read_text(encoding="utf-8")
+    assert (json.loads(text)["crc32"], snapshot.VERSION, record._MAGIC) == (977723608, 4, b"USC2")
 
 
 def test_the_stored_distortions_are_those_of_the_tables() -> None:

@@ -108,16 +108,21 @@ def test_a_slice_is_that_part(start: int, stop: int, assert_close: Callable[...,
     part = codes.slice(start, stop)
     assert part.num_tokens == stop - start
     assert_close(part.reconstruct(), codes.reconstruct()[..., start:stop, :], 1e-6)
-    assert part.planes.untyped_storage().data_ptr() == codes.planes.untyped_storage().data_ptr()
+    assert part.streams.untyped_storage().data_ptr() == codes.streams.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("nbits", [1, 3, 5])
 @pytest.mark.parametrize("size", [1.0, 0.01, 1.6])
-def test_later_values_follow_under_the_first_ones_scale(size: float, assert_close: Callable[..., None]) -> None:
-    first = encode(random(BATCH, HEADS, 128, 60), 5)
+def test_later_values_follow_under_the_first_ones_scale(
+    size: float, nbits: int, assert_close: Callable[..., None]
+) -> None:
+    first = encode(random(BATCH, HEADS, 128, 60), nbits)
     later = size * random(BATCH, HEADS, 64, 60, seed=1)
-    second = encode(later, 5, first.largest)
+    second = encode(later, nbits, first.largest, first.carries_at(128))
     assert second.largest is first.largest
-    assert (second.reconstruct() - later).norm() / later.norm() < 0.08
+    # The first of the later tokens have few paths to choose from, so their errors are larger.
+    unbiased = (DISTORTION[nbits] / (1 - DISTORTION[nbits])) ** 0.5
+    assert (second.reconstruct() - later).norm() / later.norm() < 1.25 * unbiased
     joined = first.append(second)
     assert joined.num_tokens == 192
     assert_close(joined.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-6)
@@ -134,10 +139,10 @@ def test_map_acts_on_rows(assert_close: Callable[..., None]) -> None:
 
 def test_nbytes_are_those_of_the_storages() -> None:
     codes = encode(random(BATCH, HEADS, 200, 60), 3)
-    # 200 tokens in two tiles of 16 bytes a plane.
-    assert codes.nbytes == BATCH * HEADS * (60 * 3 * 32 + 256 + 4 + 2)
+    # 200 tokens in two tiles of 16 bytes a bit; a carry for each dimension.
+    assert codes.nbytes == BATCH * HEADS * (60 * 3 * 32 + 60 + 256 + 4 + 2)
     assert codes.slice(0, 8).nbytes == codes.nbytes
-    assert codes.slice(0, 8).map(torch.clone).nbytes == BATCH * HEADS * (60 * 3 * 16 + 128 + 4 + 2)
+    assert codes.slice(0, 8).map(torch.clone).nbytes == BATCH * HEADS * (60 * 3 * 16 + 60 + 128 + 4 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

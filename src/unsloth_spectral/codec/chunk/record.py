@@ -18,7 +18,7 @@ from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation
 
-_MAGIC = b"USC2"
+_MAGIC = b"USC2"  # the last letter counts versions
 _HEADER = struct.Struct("<4sIIB3x")
 HEADER_BYTES = _HEADER.size
 
@@ -162,7 +162,8 @@ def read_header(record: Tensor, agreement: bytes) -> int:
         raise LoadError(f"not a spectral record: {len(record)} bytes are less than its header")
     magic, agreed, body, value_nbits = _HEADER.unpack(record[:HEADER_BYTES].numpy().tobytes())
     if magic != _MAGIC:
-        raise LoadError(f"not a spectral record: it starts with {magic!r}, not {_MAGIC!r}")
+        what = "a spectral record of another version" if magic[:3] == _MAGIC[:3] else "not a spectral record"
+        raise LoadError(f"{what}: it starts with {magic!r}, not {_MAGIC!r}")
     if agreed != zlib.crc32(agreement):
         raise LoadError(f"a record made with other options than {agreement.decode()}")
     if body != _checksum(record):

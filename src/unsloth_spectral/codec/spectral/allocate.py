@@ -46,7 +46,7 @@ def _gains_per_bit(first_bit_cost: float) -> Tensor:
 
 def cost(widths: Tensor, first_bit_cost: float) -> float:
     """Bits per token that ``widths`` take, metadata included."""
-    return float(widths.sum() + (first_bit_cost - 1) * (widths > 0).sum())
+    return int(widths.sum()) + (first_bit_cost - 1) * int((widths > 0).sum())
 
 
 @dataclass(slots=True)
@@ -144,10 +144,7 @@ class Budget:
         Raises:
             LoadError: the state belongs to other layers.
         """
-        seen, levels, nbits = (fields.sub(name) for name in ("seen", "levels", "value_nbits"))
-        # The first snapshots of this format have only the sum of the balances.
-        balances = fields.sub("balances") if fields.has("balances") else None
-        evenly = 0.0 if balances is not None else fields.number("left") / max(1, len(levels.names()))
+        seen, levels, nbits, balances = (fields.sub(name) for name in ("seen", "levels", "value_nbits", "balances"))
         for layer in range(self.num_layers):
             self.forget(layer)
         for layer in range(self.num_layers):
@@ -156,7 +153,7 @@ class Budget:
                 self.seen[layer] = seen.tensor(name, torch.float32, (None, None))
             if levels.has(name):
                 self._levels[layer] = levels.number(name)
-                self._balances[layer] = evenly if balances is None else balances.number(name)
+                self._balances[layer] = balances.number(name)
             if nbits.has(name):
                 self._value_nbits[layer] = nbits.integer(name, 1)
 

@@ -177,7 +177,7 @@ class SpectralLayerCodec(LayerCodec):
         elif self._plan is None:
             budget, elements = self._budget(run), values.shape[1] * values.shape[-1]
             variances = run.over_tokens(basis.variances)
-            fixed_cost = self._fixed_cost(run)
+            fixed_cost = self._fixed_cost(run, values.shape[-1])
             widths = budget.allocate(self._number, variances, self._first_bit_cost(run), fixed_cost, elements)
             level = budget.level_of(self._number)
         else:
@@ -219,23 +219,26 @@ class SpectralLayerCodec(LayerCodec):
         return run.num_tokens < self._codec.config.block_size
 
     def _first_bit_cost(self, run: KeyStatistics) -> float:
-        """Bits per token of a component's first bit, which also pays for its scales, its row of the basis and, if the
-        plan is kept, two float32 numbers."""
-        sizes = self._key_sizes(run)
-        plan_bytes = 0 if self._is_short(run) else 2 * KeyPlan.bytes_of("row_scales", {**sizes, "components": 1})
+        """Bits per token of a component's first bit, which also pays for its scales, its carry, its row of the basis
+        and, if the plan is kept, two float32 numbers and the byte that the next block's stream goes on from."""
+        sizes, plan_bytes = self._key_sizes(run), 0
+        if not self._is_short(run):
+            one = {**sizes, "components": 1}
+            plan_bytes = 2 * KeyPlan.bytes_of("row_scales", one) + KeyCodes.bytes_of("carries", one)
         return 1 + 8 * (KeyCodes.bytes_per("components", sizes) + plan_bytes) / run.num_tokens
 
-    def _fixed_cost(self, run: KeyStatistics) -> float:
-        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, and the values'
-        scales.
+    def _fixed_cost(self, run: KeyStatistics, value_dim: int) -> float:
+        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, the values' scales
+        and carries and, if the plan is kept, the bytes that the next block's values go on from.
 
         Uneven positions take more bytes; the budget does not pay for those.
         """
-        _, heads, _, head_dim = run.x.shape
-        positions = 64 * head_dim / self._codec.budget.num_layers
-        keys = 8 * key_codec.fixed_bytes(self._key_sizes(run))
-        value_scales = 8 * heads  # a byte for each token
-        return (keys + positions) / run.num_tokens + value_scales
+        _, heads, num_tokens, head_dim = run.x.shape
+        positions = 8 * head_dim / self._codec.budget.num_layers
+        keys = key_codec.fixed_bytes(self._key_sizes(run))
+        sizes = value_codec.value_sizes(1, heads, value_dim, MAX_NBITS, num_tokens)
+        ends = 0 if self._is_short(run) else ValueCodes.bytes_of("carries", sizes)
+        return 8 * (positions + keys + value_codec.fixed_bytes(sizes) + ends) / num_tokens
 
     def _key_sizes(self, run: KeyStatistics) -> dict[str, int]:
         """The sizes of one row's codes, without components."""

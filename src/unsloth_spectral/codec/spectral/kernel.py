@@ -49,8 +49,8 @@ def encode_keys(
     carries: Tensor | None = None,
     variant: str | None = None,
 ) -> Encoded:
-    """Code ``coefficients [B, C, n]`` float32 with ``widths [C]`` bits, going on from ``carries [B, C]`` uint8, which are
-    free if not given.
+    """Code ``coefficients [B, C, n]`` float32 with ``widths [C]`` bits, going on from ``carries [B, C]`` uint8, which
+    are free if not given.
 
     Raises:
         InvalidArgumentError: the coefficients are not float32, or the widths or carries not theirs.

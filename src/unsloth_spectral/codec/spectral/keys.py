@@ -119,7 +119,7 @@ class KeyCodes(StoredTensors):
         return replace(self.map_tensors(function), rotation=rotation)
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
-        """These keys followed by ``other``'s, coded by the same plan and going on from these; these fill whole groups."""
+        """These keys followed by ``other``'s, of the same plan and going on from these; these fill whole groups."""
         rotation = self.rotation
         if rotation is not None and other.rotation is not None:
             rotation = join_rotations([rotation, other.rotation])

@@ -1,8 +1,8 @@
 """Codes of different widths as streams of bits, so that a width is exactly what it costs.
 
-Tokens come in tiles of 128; within a tile component follows component, a component of width ``b`` as ``16 b`` bytes: the
-bits of one token behind those of another, lowest first. So what attention reads at a time lies together, and grows at
-its end. A component's stream runs on from tile to tile. What it goes on from before the first tile, the last byte of
+Tokens come in tiles of 128; within a tile component follows component, a component of width ``b`` as ``16 b`` bytes:
+the bits of one token behind those of another, lowest first. So what attention reads at a time lies together, and grows
+at its end. A component's stream runs on from tile to tile. What it goes on from before the first tile, the last byte of
 what comes before, is kept apart: its carry.
 """
 

@@ -33,17 +33,17 @@ TABLES_FILE = "trellis.json"
 # Steps of the uniform quantizer of least squared error on a unit Gaussian, 5 to 8 bits (Max, 1960), and that error.
 _UNIFORM_STEPS = (0.1881, 0.1041, 0.0569, 0.0308)
 _UNIFORM_DISTORTIONS = (0.0035, 0.00104, 0.0003, 0.00009)
-# The largest entry; and the largest input, which is rounded to an integer in the entries' unit. With less room above the
-# entries, training draws the tables together: what is far out no longer pulls at them.
+# The largest entry; and the largest input, which is rounded to an integer in the entries' unit. With less room above
+# the entries, training draws the tables together: what is far out no longer pulls at them.
 LARGEST_ENTRY = 127
 LARGEST_INPUT = 255
 LARGEST_INVERSE = 1e30  # of a scale: times zero it is zero
-# How far from zero the largest coefficient of a group may lie in the entries' unit, at 1 to 4 bits: keys have groups with
-# a few large coefficients, which a table of fine steps does not reach at the scale of the standard deviation.
+# How far from zero the largest coefficient of a group may lie in the entries' unit, at 1 to 4 bits: keys have groups
+# with a few large coefficients, which a table of fine steps does not reach at the scale of the standard deviation.
 REACHES = (math.inf, 1.3 * LARGEST_ENTRY, 1.0 * LARGEST_ENTRY, 1.0 * LARGEST_ENTRY)
 # A squared distance is shifted to the right, by so many bits at 1 to 4 bits. From half of the largest distance on it
-# grows evenly up to that: the costs of any two states differ by less than 8 of the largest, so that 16 bits hold the costs
-# of 8 more steps.
+# grows evenly up to that: the costs of any two states differ by less than 8 of the largest, so that 16 bits hold the
+# costs of 8 more steps.
 _SHIFTS = (5, 3, 1, 0)
 _LARGEST_DISTANCE = 2047
 _UNREACHABLE = 8 * _LARGEST_DISTANCE
@@ -166,9 +166,9 @@ def inputs_of(x: Tensor, inverse: Tensor) -> Tensor:
 def search(inputs: Tensor, distances: Tensor, nbits: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The windows ``[N, n]`` uint8 of least cost for integers ``inputs [N, n]``, -255 to 255, at 1 to 4 bits.
 
-    The Viterbi algorithm (Viterbi 1967), plain and slow; the kernel gives the same windows. Streams go on from the bytes
-    ``before [N]`` uint8; the second result is the byte that each stream goes on from, which is free if none is given.
-    Of equal costs, the state of the lower number wins. ``distances`` are those of ``distances_to``.
+    The Viterbi algorithm (Viterbi 1967), plain and slow; the kernel gives the same windows. Streams go on from the
+    bytes ``before [N]`` uint8; the second result is the byte that each stream goes on from, which is free if none is
+    given. Of equal costs, the state of the lower number wins. ``distances`` are those of ``distances_to``.
     """
     count, length = inputs.shape
     device = inputs.device

@@ -19,11 +19,14 @@ from unsloth_spectral.codec.spectral.packing import (
     unpack,
 )
 from unsloth_spectral.codec.spectral.scales import ZERO, decode_scales, encode_scales, squared_errors, unbiased_scales
-from unsloth_spectral.codec.stored_tensors import Stored, StoredTensors
+from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
 
 STEPS_PER_OCTAVE = 20
+# For later tokens' scales, relative to the largest one. At 1 bit the first tokens of a run that goes on from another
+# have few paths to choose from, which raises their scales up to threefold.
+_ROOM = 4.0
 _SEED = 0
 
 
@@ -115,6 +118,11 @@ def value_sizes(batch: int, heads: int, head_dim: int, nbits: int, num_tokens: i
     }
 
 
+def fixed_bytes(sizes: Sizes) -> int:
+    """Bytes of the values' codes that do not depend on their width, without statistics."""
+    return ValueCodes.bytes_without(("rows",), sizes)
+
+
 def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: Tensor | None = None) -> ValueCodes:
     """Code ``values [B, H, n, D]`` (finite, any float dtype) with ``nbits`` bits each, 1 to 8.
 
@@ -127,7 +135,7 @@ def encode(values: Tensor, nbits: int, largest: Tensor | None = None, carries: T
     sums = encoded.energies, encoded.overlaps, encoded.squares
     scales = unbiased_scales(*sums)
     if largest is None or bool((scales.amax(-1, keepdim=True) > largest).any()):
-        largest = 2 * scales.amax(-1, keepdim=True)  # room for later tokens
+        largest = _ROOM * scales.amax(-1, keepdim=True)
     scale_codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE) * largest
     lost = squared_errors(*sums, stored).sum(-1).clamp_min(0)
@@ -159,8 +167,8 @@ def quantize(rotated: Tensor, nbits: int, carries: Tensor | None = None) -> kern
         before = rotated.new_zeros(batch, heads, head_dim, dtype=torch.uint8) if carries is None else carries
     else:
         inputs = trellis.inputs_of(rotated, inverse).flatten(0, 2)
-        before = None if carries is None else carries.flatten()
-        windows, before = trellis.search(inputs, trellis.distances(nbits), nbits, before)
+        given = None if carries is None else carries.flatten()
+        windows, before = trellis.search(inputs, trellis.distances(nbits), nbits, given)
         windows, before = windows.view(rotated.shape), before.view(batch, heads, head_dim)
     reconstructed = trellis.entries_on(rotated.device)[nbits - 1][windows.long()].double()
     streams = pack((windows >> (MAX_NBITS - nbits)).flatten(1, 2), (nbits,) * (heads * head_dim))

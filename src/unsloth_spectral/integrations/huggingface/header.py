@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from unsloth_spectral import __version__
 from unsloth_spectral.cache.token_hash import check_tokens, token_hashes
 from unsloth_spectral.codec.codec import CodecConfig
-from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.registry import config_type_of
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.fields import Field, Fields
@@ -62,8 +61,7 @@ def config_in(header: Fields) -> CodecConfig:
     Raises:
         LoadError: they are not options of this version.
     """
-    # The first snapshots of this format do not name the codec: it follows from their options.
-    kind = config_type_of(header.text("codec_name"), header) if header.has("codec_name") else SpectralConfig
+    kind = config_type_of(header.text("codec_name"), header)
     try:
         config: CodecConfig = kind(**header.data("codec"))
         return config
