@@ -120,14 +120,15 @@ UNCHECKED void add(double* to, const double* from, double factor, int64_t count)
 // Tables as Python hands them over, with entries at random.
 struct Tables {
     Exact<float> entries, units, reaches;
-    Exact<uint8_t> codes;
+    Exact<int8_t> parts;
     Exact<int16_t> distances;
 
     void draw() {
         entries = Exact<float>(8 * 256);
         units = Exact<float>(8, 40.0f);
         reaches = Exact<float>(4, 150.0f);
-        codes = Exact<uint8_t>(4 * 256);
+        parts = Exact<int8_t>(4 * 2 * 16);
+        for (int i = 0; i < 4 * 2 * 16; ++i) parts[i] = static_cast<int8_t>(rng.from(-63, 63));
         distances = Exact<int16_t>(4 * 511 * 256);
         for (int nbits = 1; nbits <= 8; ++nbits)
             for (int window = 0; window < 256; ++window) {
@@ -136,8 +137,9 @@ struct Tables {
                     entries[place] = static_cast<float>((window >> (8 - nbits)) - ((1 << nbits) - 1) / 2.0);
                     continue;
                 }
-                entries[place] = static_cast<float>(rng.from(-127, 127));
-                codes[place] = static_cast<uint8_t>(entries[place] + 128);
+                const int first = (nbits - 1) * 32, second = first + 16;
+                entries[place] = static_cast<float>(parts[first + (window >> 2 & 15)] +
+                                                    parts[second + ((window ^ window >> 4) & 15)]);
             }
         for (int nbits = 1; nbits <= 4; ++nbits)
             for (int input = -255; input <= 255; ++input)
@@ -596,7 +598,7 @@ double attention_case(int64_t number) {
     call.scaling = static_cast<float>(std::pow(static_cast<double>(shape.key_dim), -0.5));
     call.key_levels = key_levels.data();
     call.value_levels = value_levels.data();
-    call.codes = tables.codes.data();
+    call.parts = tables.parts.data();
     current += "; threads " + std::to_string(call.num_threads);
     spectral::spectral_attend(&call);
 

@@ -159,4 +159,3 @@ def test_the_encoders_refuse_carries_of_another_shape_or_dtype() -> None:
     for carries in (torch.zeros(1, 2, 63, dtype=torch.uint8), torch.zeros(1, 2, 64, dtype=torch.int8)):
         with pytest.raises(InvalidArgumentError, match="carries must be"):
             kernel.encode_values(heavy(1, 2, 64, 200), 3, carries)
-
