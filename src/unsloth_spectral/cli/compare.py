@@ -27,7 +27,7 @@ EXAMPLES = (
     "--rank-values 48",
 )
 _DEFAULT_RANKS = (16, 32)
-_PRESETS = ("quality", "balanced", "small")
+_PRESETS = ("quality", "balanced", "small", "tiny")
 
 
 def command(
@@ -38,7 +38,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each cache.")] = 64,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help="quality, balanced or small; repeat for several caches. Default without ranks: all three."),
+        typer.Option(help="quality, balanced, small or tiny; repeat for several caches. Default without ranks: all four."),
     ] = None,
     rank_keys: Annotated[
         list[int] | None, typer.Option(help="Rank codec: rank of the keys; repeat for several caches.")

@@ -41,7 +41,7 @@ DocumentOption = Annotated[
 ]
 ContextOption = Annotated[int, typer.Option("--context-length", min=1, help="Tokens to prefill.")]
 BlockOption = Annotated[int, typer.Option("--block-size", help="Tokens sealed together.")]
-PresetOption = Annotated[str, typer.Option("--preset", help="quality, balanced or small.")]
+PresetOption = Annotated[str, typer.Option("--preset", help="quality, balanced, small or tiny.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all results to this .json file.", **PATH)]
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", help="Draw the results to this .png, .svg or .pdf file.", **PATH)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from unsloth_spectral.errors import InvalidArgumentError
 
 # Bits per element of the sealed tokens, metadata included.
-PRESETS = {"quality": 3.05, "balanced": 2.12, "small": 1.38}
+PRESETS = {"quality": 3.05, "balanced": 2.12, "small": 1.38, "tiny": 1.12}
 KEY_FRAMES = ("rotated", "unrotated")  # the first is the default
 # Tokens that share a scale in the spectral codec; it seals whole groups.
 GROUP_SIZE = 128
-_MIN_BITS, _MAX_BITS = 1.2, 8.0
+_MIN_BITS, _MAX_BITS = 1.0, 8.0
 _DEFAULT_RANKS = (16, 32)
 
 
@@ -32,9 +32,9 @@ class SpectralConfig:
             ``num_sink_tokens + residual_length + 128`` tokens on.
         num_sink_tokens: first tokens of each sequence kept exact, since every later token attends to them strongly.
         residual_length: newest tokens never sealed; the exact tail holds up to ``residual_length + block_size``.
-        preset: ``"quality"``, ``"balanced"`` or ``"small"``: 3.05, 2.12 or 1.38 bits per element.
-        bits_per_element: stored bits per number of the sealed tokens, metadata included, 1.2 to 8.
-        compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 13.3.
+        preset: ``"quality"``, ``"balanced"``, ``"small"`` or ``"tiny"``: 3.05, 2.12, 1.38 or 1.12 bits per element.
+        bits_per_element: stored bits per number of the sealed tokens, metadata included, 1 to 8.
+        compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 16.
         key_frame: ``"rotated"`` keys are attended to as they are stored; ``"unrotated"`` ones keep the same fidelity in
             about half a bit less, but are rebuilt at every step, which makes decoding about as fast as a dense cache.
         error_limit: relative error that no sealed block may exceed, in the norm of the queries for keys; such a block

@@ -23,7 +23,7 @@ def spectral(
 
     Args:
         model: a decoder-only transformers model; also the value of the ``with`` statement.
-        preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
+        preset: ``"quality"``, ``"balanced"`` (the default), ``"small"`` or ``"tiny"``, in place of a ``config``.
         config: bits or ranks, block size and exact tiers.
 
     Raises:

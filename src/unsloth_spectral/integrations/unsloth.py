@@ -33,7 +33,7 @@ def patch_unsloth_attention(
             ``get_peft_model``.
         block_size: tokens sealed together, 512 if not given.
         k_rank_keys, k_rank_values: singular vectors kept per block and head; 16 and 32 if only the other is given.
-        preset: ``"quality"``, ``"balanced"`` or ``"small"``.
+        preset: ``"quality"``, ``"balanced"``, ``"small"`` or ``"tiny"``.
         config: all options, in place of the others.
 
     Raises:

@@ -45,7 +45,7 @@ class ChunkCodec:
     more; ``layout`` says where its keys and values lie.
 
     Attributes:
-        bits_per_element: bits of the record for each number of the chunk, 1.2 to 8.
+        bits_per_element: bits of the record for each number of the chunk, 1 to 8.
         layout: where the keys and values lie.
         rope_theta: base of the model's rotary embedding; None leaves keys rotated. A wrong value costs fidelity and
             nothing else: decoding rotates keys by the same angles.

@@ -65,7 +65,7 @@ class SpectralCache(Cache):
 
     Args:
         model: a decoder-only transformers model.
-        preset: ``"quality"``, ``"balanced"`` (the default) or ``"small"``, in place of a ``config``.
+        preset: ``"quality"``, ``"balanced"`` (the default), ``"small"`` or ``"tiny"``, in place of a ``config``.
         config: bits or ranks, block size and exact tiers.
         use_profile: whether to spend bits by the model's profile, if one was measured (``unsloth-spectral profile``).
 
