@@ -43,8 +43,7 @@ def windows_of(x: Tensor, parts: Tensor, unit: float, nbits: int) -> tuple[Tenso
     zeros = (0.0,) * trellis.MAX_TRELLIS_NBITS
     tables = trellis.tables_of(all_parts, (unit,) * trellis.MAX_TRELLIS_NBITS, zeros)
     widths = (nbits,) * len(x)
-    for cached in (trellis.distances, kernel._trellis):
-        cached.cache_clear()
+    kernel._trellis.cache_clear()
     # At the scale of the deviation, whatever the largest number.
     free = patch.object(trellis, "REACHES", (math.inf,) * trellis.MAX_TRELLIS_NBITS)
     with free, patch.object(trellis, "tables", lambda: tables):

@@ -38,7 +38,9 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode with each cache.")] = 64,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help="quality, balanced, small or tiny; repeat for several caches. Default without ranks: all four."),
+        typer.Option(
+            help="quality, balanced, small or tiny; repeat for several caches. Default without ranks: all four."
+        ),
     ] = None,
     rank_keys: Annotated[
         list[int] | None, typer.Option(help="Rank codec: rank of the keys; repeat for several caches.")

@@ -154,7 +154,10 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                     quantize_uniformly(from, count, nbits, call.clips, call.num_clips,
                                        coder.windows.data() + tile * TILE, coder.reconstructed.data() + tile * TILE);
                 } else {
-                    const float deviation = static_cast<float>(std::sqrt(energy / count));
+                    // Padding is zero.
+                    const auto zeros = std::count(from, from + count, 0.0f);
+                    const double numbers = static_cast<double>(std::max<int64_t>(count - zeros, 1));
+                    const float deviation = static_cast<float>(std::sqrt(energy / numbers));
                     const float inverse = std::min({call.trellis.units[nbits - 1] / std::max(deviation, TINY),
                                                     call.trellis.reaches[nbits - 1] / std::max(peak(from, count), TINY),
                                                     LARGEST_INVERSE});

@@ -149,7 +149,7 @@ def _trellis() -> _Trellis:
     units = torch.tensor(trellis.tables().units, dtype=torch.float32, device="cpu")
     widths = range(1, trellis.MAX_TRELLIS_NBITS + 1)
     reaches = torch.tensor(trellis.REACHES, dtype=torch.float32, device="cpu")
-    distances = torch.stack([trellis.distances(nbits) for nbits in widths])
+    distances = torch.stack([trellis.distances_to(entries[nbits - 1], nbits) for nbits in widths])
     structure = abi.Trellis(
         entries=address("entries", entries, torch.float32, (MAX_NBITS, trellis.STATES)),
         units=address("units", units, torch.float32, (MAX_NBITS,)),

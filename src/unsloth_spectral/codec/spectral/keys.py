@@ -284,7 +284,7 @@ def quantize(
 ) -> kernel.Encoded:
     """``kernel.encode_keys`` in torch, plain and slow.
 
-    A component's group is divided by its standard deviation for the trellis; from 5 bits on the clipping point of least
+    A component's group is divided by its standard deviation, without padding, for the trellis; from 5 bits on the clipping point of least
     squared error is tried out.
     """
     groups, num_tokens = _groups(coefficients), coefficients.shape[-1]
@@ -293,7 +293,7 @@ def quantize(
     is_free = carries is None
     carries = coefficients.new_zeros(coefficients.shape[:2], dtype=torch.uint8) if carries is None else carries.clone()
     energies = groups.double().square().sum(-1)
-    counts = _groups(torch.ones_like(coefficients[:1, :1])).sum(-1)
+    counts = (groups != 0).sum(-1).clamp_min(1)  # padding is zero
     deviations = (energies / counts).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
     for nbits in sorted(set(widths)):
         chosen = [component for component, width in enumerate(widths) if width == nbits]
