@@ -284,8 +284,8 @@ def quantize(
 ) -> kernel.Encoded:
     """``kernel.encode_keys`` in torch, plain and slow.
 
-    A component's group is divided by its standard deviation, without padding, for the trellis; from 5 bits on the clipping point of least
-    squared error is tried out.
+    A component's group is divided by its standard deviation, without padding, for the trellis; from 5 bits on the
+    clipping point of least squared error is tried out.
     """
     groups, num_tokens = _groups(coefficients), coefficients.shape[-1]
     reconstructed = torch.zeros_like(groups)
