@@ -16,7 +16,7 @@ constexpr int STATES = 256;
 constexpr int LARGEST_INPUT = 255;
 constexpr int UNREACHABLE = 8 * 2047;  // above the cost of any path to the same place
 constexpr int STEPS_BETWEEN = 8;       // after which costs are brought near zero again
-constexpr int64_t MOST_STEPS = 4096;   // of one search: as many decisions as a processor's cache holds
+constexpr int64_t MOST_STEPS = 1024;   // of one search: as many decisions as a processor's cache holds
 
 // LENGTH numbers of 16 bits: a register of them, or half of one where there are no more.
 template <int LENGTH>
