@@ -74,7 +74,7 @@ def test_every_option_of_compare_is_there() -> None:
         (["compare", "--rank-keys", "0"], "rank_keys must be at least 1, got 0"),
         (["compare", "--rank-keys", "16", "--block-size", "8"], "rank_keys must be at most block_size"),
         (["compare", "--block-size", "100"], "block_size must be a multiple of 128"),
-        (["compare", "--preset", "tiny"], "preset must be one of quality, balanced, small, got 'tiny'"),
+        (["compare", "--preset", "huge"], "preset must be one of quality, balanced, small, tiny, got 'huge'"),
         (["compare", "--rank-keys", "1", "--rank-keys", "2", "--rank-values", "1", "--rank-values", "2",
           "--rank-values", "3"], "must be given equally often"),
         (["compare", "--json", "a.txt"], "must end in .json"),

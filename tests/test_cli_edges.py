@@ -236,7 +236,7 @@ class TestChat:
         (["compare", "--document", ""], "must not be empty"),
         (["compare", "--document", "/dev/zero"], "is a device"),
         (["compare", "--json", ""], "must not be empty"),
-        (["compare", "--preset", ""], "preset must be one of quality, balanced, small, got ''"),
+        (["compare", "--preset", ""], "preset must be one of quality, balanced, small, tiny, got ''"),
         (["spectrum", "--context-length", "9000"], "needs 9,000 positions, but"),
         (["snapshot", "save", "a.safetensors", "--context-length", "9000"], "needs 9,000 positions, but"),
         (["snapshot", "save", ""], "must not be empty"),

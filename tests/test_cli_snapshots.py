@@ -109,7 +109,10 @@ def test_snapshot(
     ("arguments", "message"),
     [
         (["chat", "--document", "missing.txt"], "no document at 'missing.txt'"),
-        (["chat", "--document", "document.txt", "--preset", "tiny"], "preset must be one of quality, balanced, small"),
+        (
+            ["chat", "--document", "document.txt", "--preset", "huge"],
+            "preset must be one of quality, balanced, small, tiny",
+        ),
         (["chat", "--document", "document.txt", "--store", "document.txt"], "cannot make the folder 'document.txt'"),
         (["chat", "--document", "document.txt", "--max-new-tokens", "9000"], "and the model has 8192"),
         (["snapshot", "save", "a.bin"], "must end in .safetensors"),

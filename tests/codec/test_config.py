@@ -53,7 +53,7 @@ def test_amounts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "tiny"}, "preset must be one of quality, balanced, small, got 'tiny'"),
+        ({"preset": "huge"}, "preset must be one of quality, balanced, small, tiny, got 'huge'"),
         ({"bits_per_element": 0.9}, "bits_per_element must be 1 to 8, got 0.9"),
         ({"bits_per_element": 9}, "bits_per_element must be 1 to 8, got 9"),
         ({"bits_per_element": float("nan")}, "bits_per_element must be a number, got nan"),

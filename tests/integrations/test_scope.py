@@ -119,7 +119,7 @@ def test_unpatching_within_the_scope_does_no_harm(model: LlamaForCausalLM) -> No
 def test_what_cannot_be_switched_is_refused_at_the_start(model: LlamaForCausalLM) -> None:
     then = state(model)
     for options in (
-        {"preset": "tiny"},
+        {"preset": "huge"},
         {"preset": "small", "config": SpectralConfig()},
         {"config": {"preset": "small"}},
     ):

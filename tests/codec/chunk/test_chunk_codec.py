@@ -238,7 +238,7 @@ def test_too_few_bits_for_a_layout_are_refused() -> None:
 @pytest.mark.parametrize(
     ("bits", "theta", "message"),
     [
-        (1.0, THETA, "bits_per_element"),
+        (0.9, THETA, "bits_per_element"),
         (9, THETA, "bits_per_element"),
         ("2.5", THETA, "bits_per_element"),
         (2.5, 0.5, "rope_theta"),
