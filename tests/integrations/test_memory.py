@@ -212,7 +212,7 @@ def measure(kind: str, source: str) -> dict[str, int]:
     torch.manual_seed(0)
     config = SpectralConfig(**CONFIGS[kind])
     build, num_layers, num_tokens = {"layers": (by_layers, 25, 4164), "model": (by_model, 32, 1604)}[source]
-    build(config, 1, 700)  # loads the libraries' code and makes their tables
+    build(config, 1, num_tokens)  # loads the libraries' code and makes their tables
     before = anonymous_bytes()
     layers, stats = build(config, num_layers, num_tokens)
     after = anonymous_bytes()
