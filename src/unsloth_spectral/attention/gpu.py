@@ -283,7 +283,7 @@ def _entries(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _components(widths: Widths, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where streams lie, see ``codec.spectral.packing``, both int32.
+    """The places of the streams (``codec.spectral.packing``), two int32 tensors.
 
     For each head, ``[H, 2]``: its first component and the number of components. For each component, ``[C, 2]``: its
     bits and the first byte of its stream in a tile.

@@ -42,7 +42,7 @@ def _dot_codes(a, codes):
 
 @triton.jit
 def _entries(table, stream, carry, width, tokens, streams_tile, tile, is_real):
-    """What tokens' windows stand for in a ``table`` of 256 entries, in half precision, which holds them exactly; see
+    """The entries of a ``table`` of 256 that tokens' windows name, in half precision, which holds them exactly; see
     ``codec.spectral.packing``. A window begins in the byte before the stream's ``(token + 1) * width``-th bit. For a
     tile's first tokens this is the last one in the tile before or, in the first tile, the ``carry``."""
     end = (tokens + 1) * width

@@ -95,7 +95,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 #define TRELLIS(FIELD)                                                                                              \
     FIELD(const float*, entries)        /* [8, 256] by width and window */                                          \
     FIELD(const float*, units)          /* [8] how large a standard deviation is in the entries' unit */            \
-    FIELD(const float*, reaches)        /* [4] how far a group's largest coefficient may lie, in that unit */           \
+    FIELD(const float*, reaches)        /* [4] how far a group's largest coefficient may lie, in that unit */       \
     FIELD(const int16_t*, distances)    /* [4, 511, 256] by width, input and state */
 
 // A call of spectral_encode_keys. Carries are the bytes that streams go on from.

@@ -60,7 +60,7 @@ struct Coder {
     std::vector<float> reconstructed;
 
     explicit Coder(int64_t num_tokens)
-        : inputs(num_tokens), windows(num_tokens), reconstructed(std::max<int64_t>(num_tokens, TILE)) {}
+        : inputs(num_tokens), windows(num_tokens), reconstructed(num_tokens) {}
 };
 
 // x in the unit of the tables: the nearest integer to x times `inverse`, halves away from zero, bounded.
@@ -79,18 +79,24 @@ uint8_t search_all(Coder& coder, const Trellis& trellis, int nbits, int64_t coun
         const int64_t steps = std::min(MOST_STEPS, count - first);
         const int16_t* inputs = coder.inputs.data() + first;
         uint8_t before = 0;
-        switch (nbits) {
-            case 1: before = search<1>(coder.search, inputs, steps, distances, carry); break;
-            case 2: before = search<2>(coder.search, inputs, steps, distances, carry); break;
-            case 3: before = search<3>(coder.search, inputs, steps, distances, carry); break;
-            default: before = search<4>(coder.search, inputs, steps, distances, carry); break;
-        }
+        with_nbits(nbits, [&](auto constant) {
+            constexpr int NBITS = decltype(constant)::value;
+            if constexpr (NBITS <= MAX_TRELLIS_NBITS)
+                before = search<NBITS>(coder.search, inputs, steps, distances, carry);
+        });
         if (!first) first_carry = before;
         std::copy(coder.search.windows, coder.search.windows + steps, coder.windows.begin() + first);
         carry = coder.windows[first + steps - 1];
     }
     for (int64_t t = 0; t < count; ++t) coder.reconstructed[t] = entries[coder.windows[t]];
     return static_cast<uint8_t>(first_carry);
+}
+
+// The code of x under a uniform quantizer of 2 * half steps of 1 / inverse.
+INLINE int uniform_code(float x, float inverse, float half) {
+    const float scaled = std::min(std::max(x * inverse, -half), half);
+    // Rounded down by a conversion that rounds to zero, of a number that is not negative.
+    return std::min(static_cast<int>(scaled + half), static_cast<int>(2.0f * half) - 1);
 }
 
 // A tile of one component, `count` tokens: uniform codes at the clipping point of least error, as windows, and what they
@@ -103,12 +109,8 @@ void quantize_uniformly(const float* x, int count, int nbits, const float* clips
     float trials[TILE];
     for (int64_t i = 0; i < num_clips; ++i) {
         const float inverse = 1.0f / std::max(most * clips[i] / half, TINY);
-        for (int t = 0; t < count; ++t) {
-            const float scaled = std::min(std::max(x[t] * inverse, -half), half);
-            // Rounded down by a conversion that rounds to zero, of a number that is not negative.
-            const float whole = static_cast<float>(static_cast<int>(scaled + half)) - half;
-            trials[t] = std::min(whole, half - 1.0f) + 0.5f;
-        }
+        for (int t = 0; t < count; ++t)
+            trials[t] = static_cast<float>(uniform_code(x[t], inverse, half)) - half + 0.5f;
         // The error once the scale is the least-squares one for these codes.
         const double overlap = dot(x, trials, count), along = overlap * overlap / dot(trials, trials, count);
         if (along > best) best = along, std::copy(trials, trials + count, reconstructed);
@@ -234,8 +236,7 @@ extern "C" void spectral_encode_values(const ValueEncoding* given) {
                 carry = search_all(coder, call.trellis, nbits, n, call.is_free ? -1 : call.carries[row]);
             } else {
                 for (int64_t t = 0; t < n; ++t) {
-                    const float scaled = std::min(std::max(x[t] * scale[t], -half), half);
-                    const int code = std::min(static_cast<int>(scaled + half), (1 << nbits) - 1);
+                    const int code = uniform_code(x[t], scale[t], half);
                     coder.windows[t] = static_cast<uint8_t>(code << (8 - nbits));
                     coder.reconstructed[t] = static_cast<float>(code) - half + 0.5f;
                 }

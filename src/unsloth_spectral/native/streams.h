@@ -67,10 +67,10 @@ INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
     return bits<Bytes>(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, bytes)));
 }
 #else
-// How the codes of a tile are cut out of its stream: tokens two by two bytes in the order of `narrow`, eight of them in
-// 128 bits, whose bytes all lie in the 16 from `from` on; a multiplication that shifts a code's bits to the upper byte.
-// Of codes of the trellis the first window begins in the carry, which stands at the end of each
-// piece of the first part.
+// How the codes of a tile are cut out of its stream: two bytes for each token in the order of `upper_bytes`, eight
+// tokens in 128 bits, whose bytes all lie in the 16 from `from` on; a multiplication that shifts a code's bits to the
+// upper byte. Of codes of the trellis the first window begins in the carry, which stands at the end of each piece of the
+// first part.
 template <int NBITS, bool IN_QUADS>
 struct Cut {
     static constexpr int PIECES = BYTES / 16;

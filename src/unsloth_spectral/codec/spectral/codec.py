@@ -153,9 +153,8 @@ class SpectralLayerCodec(LayerCodec):
 
     def to_fields(self) -> dict[str, Field]:
         plan = None if self._plan is None else self._plan.to_fields()
-        ends: dict[str, Field] = (
-            {} if self._ends is None else dict(zip(("key_ends", "value_ends"), self._ends, strict=True))
-        )
+        key_ends, value_ends = self._ends or (None, None)
+        ends = {"key_ends": key_ends, "value_ends": value_ends}
         return {"plan": plan, "mean": self._mean, "largest": self._largest, **ends}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:

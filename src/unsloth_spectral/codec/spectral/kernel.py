@@ -93,16 +93,16 @@ def encode_keys(
     return Encoded(*(tensor.to(device) for tensor in (streams, carries, energies, overlaps, squares)))
 
 
-def encode_values(turned: Tensor, nbits: int, carries: Tensor | None = None, variant: str | None = None) -> Encoded:
-    """Code rotated values ``turned [B, H, D, n]`` float32, going on from ``carries [B, H, D]`` uint8, which are free if
-    not given.
+def encode_values(rotated: Tensor, nbits: int, carries: Tensor | None = None, variant: str | None = None) -> Encoded:
+    """Code Hadamard-rotated values ``rotated [B, H, D, n]`` float32, going on from ``carries [B, H, D]`` uint8, which
+    are free if not given.
 
     Raises:
-        InvalidArgumentError: ``turned`` is not float32, ``nbits`` not 1 to 8, or the carries not theirs.
+        InvalidArgumentError: ``rotated`` is not float32, ``nbits`` not 1 to 8, or the carries not theirs.
     """
-    batch, num_heads, head_dim, num_tokens = turned.shape
+    batch, num_heads, head_dim, num_tokens = rotated.shape
     require(1 <= nbits <= MAX_NBITS, "the values' width", f"1 to {MAX_NBITS} bits", nbits)
-    device, turned = turned.device, turned.cpu().contiguous()
+    device, rotated = rotated.device, rotated.cpu().contiguous()
     by_token = (batch, num_heads, num_tokens)
     by_row = (batch, num_tiles(num_tokens), num_heads * head_dim * nbits, ROW_BYTES)
     streams = torch.empty(by_row, dtype=torch.uint8, device="cpu")
@@ -110,7 +110,7 @@ def encode_values(turned: Tensor, nbits: int, carries: Tensor | None = None, var
     is_free = carries is None
     carries = _carries(carries, (batch, num_heads, head_dim))
     call = abi.ValueEncoding(
-        values=address("rotated values", turned, torch.float32, (batch, num_heads, head_dim, num_tokens)),
+        values=address("rotated values", rotated, torch.float32, (batch, num_heads, head_dim, num_tokens)),
         streams=address("streams", streams, torch.uint8, by_row),
         carries=address("carries", carries, torch.uint8, (batch, num_heads, head_dim)),
         energies=address("energies", energies, torch.float32, by_token),

@@ -24,9 +24,9 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS
 from unsloth_spectral.errors import LoadError
 
-MAX_NBITS = 8
 MAX_TRELLIS_NBITS = 4
 STATES = 256
 TABLES_FILE = "trellis.json"
@@ -119,7 +119,7 @@ def fields_of(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checksum(*contents: object) -> int:
-    """Of what the tables' file holds."""
+    """The checksum (CRC-32) of what the tables' file holds."""
     return zlib.crc32(json.dumps(contents).encode())
 
 

@@ -37,7 +37,7 @@ class ValueCodes(StoredTensors):
     Attributes:
         streams: ``[B, tiles, H * D * nbits, 16]`` uint8, see ``packing``; a component is a dimension of a head.
         carries: ``[B, H, D]`` uint8, the bytes that the streams go on from.
-        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``logscale``.
+        scales: ``[B, H, tiles * 128]`` uint8, one a token, see ``scales``.
         largest: ``[B, H, 1]`` float32, the scale of code 0.
         relative_error: ``[B, H]`` float16, in the Frobenius norm.
         head_dim, nbits, num_tokens: D, the width of every code, and the number of tokens.
