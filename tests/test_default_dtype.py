@@ -37,9 +37,7 @@ Build = Callable[..., LlamaForCausalLM]
 BLOCK, RESIDUAL = 128, 16
 CONFIGS = {
     "balanced": SpectralConfig(preset="balanced", block_size=BLOCK, residual_length=RESIDUAL),
-    "unrotated": SpectralConfig(
-        preset="balanced", key_frame="unrotated", error_limit=0.3, block_size=BLOCK, residual_length=RESIDUAL
-    ),
+    "an error limit": SpectralConfig(preset="balanced", error_limit=0.3, block_size=BLOCK, residual_length=RESIDUAL),
     "rank": SpectralConfig(rank_keys=6, rank_values=12, block_size=BLOCK, residual_length=RESIDUAL),
 }
 
@@ -151,8 +149,8 @@ def expected() -> dict[tuple[Any, ...], Any]:
         ("balanced", torch.float32, True),
         ("balanced", torch.float32, False),
         ("balanced", torch.bfloat16, True),
-        ("unrotated", torch.float32, True),
-        ("unrotated", torch.bfloat16, False),
+        ("an error limit", torch.float32, True),
+        ("an error limit", torch.bfloat16, False),
         ("rank", torch.float32, False),
     ],
     ids=str,

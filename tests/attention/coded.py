@@ -9,7 +9,7 @@ from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, own_anchors, spans_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,7 +44,7 @@ def coded_block(
     heads: int,
     head_dim: int,
     num_tokens: int,
-    frame: str = "rotated",
+    frame: str = "anchored",
     value_nbits: int = 2,
     seed: int = 0,
     widths: torch.Tensor | None = None,
@@ -53,7 +53,8 @@ def coded_block(
     dtype: torch.dtype = torch.float32,
     interleaved: bool = False,
 ) -> SpectralBlock:
-    """Keys with a falling spectrum and a large mean, ``frame`` "rotated", "unrotated" or "none" (no rotation)."""
+    """Keys with a falling spectrum and a large mean, ``frame`` "anchored", "rotated" (no pair has
+    anchors), "unrotated" (each token is its own) or "none" (no rotation)."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, head_dim + 1) ** -0.7
     mixing = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=generator)).Q
@@ -64,8 +65,10 @@ def coded_block(
     rotation = None
     if frame != "none":
         rotation = rotation_of(num_tokens, pairs or head_dim // 2, seed, rows, interleaved=interleaved)
-    is_rotated = frame == "rotated"
-    run = KeyStatistics.of(keys, torch.eye(head_dim).expand(1, heads, -1, -1), rotation, is_rotated)
+    spans = own_anchors(rotation) if frame == "unrotated" else spans_of(rotation)
+    if frame == "rotated":
+        spans = (0,) * len(spans)
+    run = KeyStatistics.of(keys, torch.eye(head_dim).expand(1, heads, -1, -1), rotation, spans)
     if widths is None:
         widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
     coded, _ = key_codec.encode(run, key_codec.plan(run.basis(), widths, math.nan))

@@ -21,7 +21,7 @@ from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.native import library
 
 VARIANTS = [name for name in library.VARIANTS if library.load(name) is not None]
-FRAMES = ("rotated", "unrotated", "none")
+FRAMES = ("anchored", "rotated", "none")
 pytestmark = pytest.mark.skipif(not VARIANTS, reason=f"no kernel here: {library.obstacle()}")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 # Weights have 15 bits. Components of random widths have steps of all sizes, and the largest sets the weights' unit for
@@ -120,7 +120,7 @@ def test_error_under_the_widths_that_the_codec_gives(assert_close, variant: str,
 def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: str, sharpness: float) -> None:
     keys = random(1, 2, 1024, 64, seed=1) * torch.arange(1, 65) ** -0.7 + 0.5
     values, query = random(1, 2, 1024, 64, seed=2), sharpness * random(1, 6, 1, 64, seed=3)
-    config, options = SpectralConfig(preset=preset, key_frame="rotated"), ScoreOptions(0.125)
+    config, options = SpectralConfig(preset=preset), ScoreOptions(0.125)
     block = make_codec(config, 1).layer(0).seal(ExactBlock(keys, values), None, Observed())
     dense = naive.attend(query, [ExactBlock(keys, values)], None, options)
     coded = naive.attend(query, [block], None, options)
@@ -140,7 +140,7 @@ def test_heads_without_any_component(assert_close, variant: str, frame: str) -> 
 
 
 @every_variant
-@pytest.mark.parametrize("frame", ["rotated", "unrotated"])
+@pytest.mark.parametrize("frame", ["anchored", "rotated"])
 def test_partial_and_interleaved_rotation(assert_close, variant: str, frame: str) -> None:
     blocks = [
         coded_block(1, 2, 64, 400, frame, pairs=12),
@@ -193,7 +193,7 @@ def test_what_is_not_finite_shows(variant: str) -> None:
 
 
 @every_variant
-@pytest.mark.parametrize("frame", ["rotated", "unrotated"])
+@pytest.mark.parametrize("frame", ["anchored", "rotated"])
 def test_sharp_attention_finds_its_token(assert_close, variant: str, frame: str) -> None:
     """One token takes nearly all weight: the others' weights round to nothing, its own value stays exact."""
     block = coded_block(1, 1, 64, 1500, frame, 4, widths=torch.full((1, 64), 8))

@@ -65,7 +65,7 @@ def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
     head_dim, tokens = draw.choice([40, 64, 80, 128]), draw.choice([1, 63, 128, 300 if IS_INTERPRETED else 1100])
     query_length = draw.choice([1, 1, 2, 5] if group < 8 else [1])
     mask_kind = draw.choice(["none", "none", "bool", "additive", "shared"])
-    rows, frame = draw.choice([1, batch]), draw.choice(["rotated", "rotated", "none"])
+    rows, frame = draw.choice([1, batch]), draw.choice(["anchored", "anchored", "rotated", "none"])
     interleaved, pairs = draw.random() < 0.3, draw.choice([None, 16])
     options = {"rows": rows, "interleaved": interleaved, "pairs": pairs}
     blocks = [
@@ -89,7 +89,7 @@ def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
 def test_every_width_alone(assert_close, nbits: int) -> None:
     widths = torch.full((2, 64), nbits)
     widths[1, 5:] = 0  # an odd number of components
-    blocks = [coded(2, 2, 64, 300, "rotated", nbits, widths=widths)]
+    blocks = [coded(2, 2, 64, 300, "anchored", nbits, widths=widths)]
     check(random(2, 6, 1, 64), blocks, None, ScoreOptions(0.125), assert_close)
 
 
@@ -97,12 +97,12 @@ def test_heads_without_any_component(assert_close) -> None:
     widths = torch.zeros(3, 64, dtype=torch.int64)
     widths[1, 7] = 3
     for widths_kept in (widths, torch.zeros_like(widths)):
-        blocks = [coded(1, 3, 64, 200, "rotated", widths=widths_kept)]
+        blocks = [coded(1, 3, 64, 200, "anchored", widths=widths_kept)]
         check(random(1, 6, 1, 64), blocks, None, ScoreOptions(0.125), assert_close)
 
 
 def test_slices_are_read_where_they_lie(assert_close) -> None:
-    block = coded(2, 1, 64, 300, "rotated")
+    block = coded(2, 1, 64, 300, "anchored")
     pieces = [*block.tiles(128), exact(2, 1, 9, 64)]
     assert len(pieces) == 4
     check(random(2, 4, 1, 64), pieces, None, ScoreOptions(0.125), assert_close)
@@ -126,7 +126,7 @@ def test_half_precision_is_computed_in_single(assert_close, dtype: torch.dtype) 
 def test_what_it_leaves_to_others() -> None:
     query, sealed = random(1, 4, 1, 64), coded(1, 2, 64, 300)
     assert gpu.obstacle(query, [exact(1, 2, 9, 64)]) == "nothing sealed"
-    assert "un-rotated" in gpu.obstacle(query, [coded(1, 2, 64, 300, "unrotated")])
+    assert "one by one" in gpu.obstacle(query, [coded(1, 2, 64, 300, "unrotated")])
     ranks = seal(*random(2, 1, 2, 64, 64), SpectralConfig(rank_keys=8, rank_values=8, block_size=64))
     assert isinstance(ranks, RankBlock)
     assert "RankBlock" in gpu.obstacle(query, [ranks, sealed])

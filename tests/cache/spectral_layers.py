@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 from unsloth_spectral.cache.layer import SpectralLayer
@@ -44,13 +43,8 @@ def feed(layer: SpectralLayer, start: int, count: int, batch: int = 2, seed: int
     return [keys, values]
 
 
-def config_of(frame: str = "unrotated", **options: Any) -> SpectralConfig:
-    return SpectralConfig(
-        **{"block_size": BLOCK, "residual_length": 16, "bits_per_element": 8, "key_frame": frame, **options}
-    )
-
-
-frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
+def config_of(**options: Any) -> SpectralConfig:
+    return SpectralConfig(**{"block_size": BLOCK, "residual_length": 16, "bits_per_element": 8, **options})
 
 
 def check(layer: SpectralLayer, dense: list[torch.Tensor]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from spectral_layers import BLOCK, check, check_bytes, config_of, feed, frames
+from spectral_layers import BLOCK, check, check_bytes, config_of, feed
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.config import SpectralConfig
@@ -16,8 +16,8 @@ KEPT = SINKS + RESIDUAL
 assert BLOCK == UNIT, "the other tests' block; here blocks are longer"
 
 
-def layer_of(frame: str = "unrotated", **options: Any) -> SpectralLayer:
-    return SpectralLayer(config_of(frame, **{"block_size": 4 * UNIT, **options}))
+def layer_of(**options: Any) -> SpectralLayer:
+    return SpectralLayer(config_of(**{"block_size": 4 * UNIT, **options}))
 
 
 def sealed_tokens(layer: SpectralLayer) -> list[int]:
@@ -36,11 +36,10 @@ def fill(layer: SpectralLayer, dense: list[torch.Tensor] | None, count: int) -> 
     ("count", "sealed"),
     [(KEPT + UNIT - 1, []), (KEPT + UNIT, [UNIT]), (KEPT + 3 * UNIT - 1, [2 * UNIT]), (KEPT + 4 * UNIT, [4 * UNIT])],
 )
-@frames
 def test_a_prefill_is_sealed_from_one_group_on(
-    frame: str, count: int, sealed: list[int], allocated_bytes: Callable[[Any], int]
+    count: int, sealed: list[int], allocated_bytes: Callable[[Any], int]
 ) -> None:
-    layer = layer_of(frame)
+    layer = layer_of()
     dense = fill(layer, None, count)
     assert sealed_tokens(layer) == sealed
     assert layer.is_sealed == bool(sealed)
@@ -73,10 +72,9 @@ def test_the_rank_codec_waits_for_a_block() -> None:
     assert not layer.is_sealed
 
 
-@frames
-def test_the_basis_of_a_short_prefill_serves_it_alone(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
+def test_the_basis_of_a_short_prefill_serves_it_alone(allocated_bytes: Callable[[Any], int]) -> None:
     """It pays for few components, so a long answer would be coded badly in it."""
-    layer = layer_of(frame, bits_per_element=3)
+    layer = layer_of(bits_per_element=3)
     dense = fill(layer, None, KEPT + UNIT)
     few = layer.blocks[1]
     dense = fill(layer, dense, 4 * UNIT)
@@ -88,10 +86,9 @@ def test_the_basis_of_a_short_prefill_serves_it_alone(frame: str, allocated_byte
     check_bytes(layer, allocated_bytes)
 
 
-@frames
 @pytest.mark.parametrize("chunk", [100, UNIT, KEPT + UNIT, 300, 4 * UNIT])
-def test_a_prefill_in_chunks(frame: str, chunk: int, allocated_bytes: Callable[[Any], int]) -> None:
-    layer, dense = layer_of(frame), None
+def test_a_prefill_in_chunks(chunk: int, allocated_bytes: Callable[[Any], int]) -> None:
+    layer, dense = layer_of(), None
     for start in range(0, 1600, chunk):
         dense = fill(layer, dense, min(chunk, 1600 - start))
         assert dense[0].shape[-2] - sum(sealed_tokens(layer)) < KEPT + 4 * UNIT

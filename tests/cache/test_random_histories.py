@@ -39,10 +39,8 @@ UNIT_ROTATION = torch.ones(1, 1, len(FIRST), dtype=torch.complex64)
 NEVER = torch.iinfo(torch.int64).max
 
 CONFIGS = {
-    "rotated": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
-    "unrotated": SpectralConfig(
-        block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8, num_sink_tokens=0, key_frame="unrotated"
-    ),
+    "sinks": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
+    "no sinks": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8, num_sink_tokens=0),
     "rank": SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, 3, RESIDUAL),
 }
 
@@ -175,7 +173,7 @@ class Pair:
             torch.stack([pool[self.place + row : self.place + row + count] for row in range(rows)])[:, None]
             for pool in POOL
         )
-        rotation = rotation_of(places, self.dense.config.key_frame == "rotated")
+        rotation = rotation_of(places, self.dense.config.num_sink_tokens > 0)
         keys = rotate(x + 2 * POOL[0, 0], TABLE[:, None, places], rotation)
         self.layer.update(keys, values.clone())
         dense = self.dense

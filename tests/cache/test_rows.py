@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from spectral_layers import BLOCK, GROUPS, HEAD_DIM, HEADS, NEAR, check_bytes, config_of, frames, new_tokens, random
+from spectral_layers import BLOCK, GROUPS, HEAD_DIM, HEADS, NEAR, check_bytes, config_of, new_tokens, random
 
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.queries import QuerySampler
@@ -14,6 +14,7 @@ from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.metric import metric_of
+from unsloth_spectral.rope import spans_of
 
 LONG, SINKS, RESIDUAL = 700, 4, 16
 NEVER = torch.iinfo(torch.int64).max
@@ -95,21 +96,18 @@ def test_while_decoding_a_row_that_sees_nothing_is_not_asked() -> None:
     assert not distances[1].any()
 
 
-@frames
 @pytest.mark.parametrize("length", [9, 100, 500])
-def test_the_metric_of_a_row_is_the_one_it_has_alone(
-    frame: str, length: int, assert_close: Callable[..., None]
-) -> None:
-    is_rotated, hidden = frame == "rotated", 512 - length
-    rotation, queries = new_tokens(0, 512, 1, 0)[2], queries_of(2, 256)
+def test_the_metric_of_a_row_is_the_one_it_has_alone(length: int, assert_close: Callable[..., None]) -> None:
+    hidden, rotation, queries = 512 - length, new_tokens(0, 512, 1, 0)[2], queries_of(2, 256)
+    spans = spans_of(rotation)
     queries[1, :, length:] = 0
     distances = torch.stack([2 * torch.arange(256) + 1, torch.where(torch.arange(256) < length, 512, 0)])
-    together = metric_of(Observed(rotation, queries, distances, torch.tensor([0, hidden])), HEADS, HEAD_DIM, is_rotated)
-    first = metric_of(Observed(rotation, queries[:1], distances[:1]), HEADS, HEAD_DIM, is_rotated)
+    together = metric_of(Observed(rotation, queries, distances, torch.tensor([0, hidden])), HEADS, HEAD_DIM, spans)
+    first = metric_of(Observed(rotation, queries[:1], distances[:1]), HEADS, HEAD_DIM, spans)
     count = min(length, 256)
     row_observed = Observed(rotation.slice(hidden, 512), queries[1:, :, :count], torch.full((1, count), length))
     assert_close(together[:1], first, 1e-5)
-    assert_close(together[1:], metric_of(row_observed, HEADS, HEAD_DIM, is_rotated), 1e-5)
+    assert_close(together[1:], metric_of(row_observed, HEADS, HEAD_DIM, spans), 1e-5)
 
 
 def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -> None:
@@ -120,14 +118,13 @@ def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -
     assert torch.allclose(metric[1], metric[1, :, 0, 0][:, None, None] * torch.eye(HEAD_DIM))
 
 
-@frames
 @pytest.mark.parametrize("others", [[9], [0], [0, 9, 30]], ids=["short", "blank", "several"])
-def test_a_long_row_gets_the_codes_it_gets_alone(frame: str, others: list[int]) -> None:
+def test_a_long_row_gets_the_codes_it_gets_alone(others: list[int]) -> None:
     padding = torch.tensor([0, *(LONG - length for length in others)])
     chunk = Chunk(0, LONG, padding, queries_of(len(padding), LONG))
     layers = []
     for rows in (list(range(len(padding))), [0]):
-        layer = SpectralLayer(config_of(frame, bits_per_element=2.5, num_sink_tokens=0, residual_length=60))
+        layer = SpectralLayer(config_of(bits_per_element=2.5, num_sink_tokens=0, residual_length=60))
         chunk.pick(rows).feed(layer)
         layers.append(coded(layer)[0])
     together, alone = layers
@@ -137,15 +134,14 @@ def test_a_long_row_gets_the_codes_it_gets_alone(frame: str, others: list[int]) 
     assert torch.equal(together.values.streams[:1], alone.values.streams)
 
 
-@frames
-def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
+def test_rows_of_all_lengths_are_read_as_well_as_alone() -> None:
     lengths = [LONG, 500, 300, 9, 0]
     padding = LONG - torch.tensor(lengths)
     chunk = Chunk(0, LONG, padding, queries_of(len(lengths), LONG))
 
     def errors(rows: list[int]) -> list[float]:
         """Error of the scores of each row's own queries over its own tokens."""
-        layer = SpectralLayer(config_of(frame, bits_per_element=3))
+        layer = SpectralLayer(config_of(bits_per_element=3))
         picked = chunk.pick(rows)
         picked.feed(layer)
         queries = picked.queries.unflatten(1, (HEADS, GROUPS)).flatten(2, 3)
@@ -158,7 +154,7 @@ def test_rows_of_all_lengths_are_read_as_well_as_alone(frame: str) -> None:
         assert together[row] < 1.3 * errors([row])[0], row
 
 
-@pytest.mark.parametrize("config", [config_of("rotated"), config_of("unrotated"), RANK], ids=["rotated", "un", "rank"])
+@pytest.mark.parametrize("config", [config_of(), RANK], ids=["spectral", "rank"])
 @pytest.mark.parametrize("late", [300, 340, 395, 400, 401, 650, 1100, 2000])
 def test_a_row_that_begins_in_a_later_chunk(
     config: SpectralConfig, late: int, allocated_bytes: Callable[[Any], int]
@@ -180,10 +176,9 @@ def test_a_row_that_begins_in_a_later_chunk(
     assert layer.stats().exact_blocks == 0
 
 
-@frames
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rows_of_padding_alone(frame: str, rows: int) -> None:
-    layer, padding = SpectralLayer(config_of(frame)), torch.full((rows,), 300)
+def test_rows_of_padding_alone(rows: int) -> None:
+    layer, padding = SpectralLayer(config_of()), torch.full((rows,), 300)
     chunks = [Chunk(0, 300, padding, queries_of(rows, 300))]
     chunks[0].feed(layer)
     assert layer.stats().sealed_tokens > 0
@@ -243,11 +238,10 @@ def test_exact_blocks_keep_their_padding_zeroed_in_later_chunks() -> None:
     assert not any(isinstance(block, ExactBlock) for block in layer.blocks[1:-1])
 
 
-@frames
-def test_queries_of_padding_do_not_shape_the_codes(frame: str) -> None:
+def test_queries_of_padding_do_not_shape_the_codes() -> None:
     rebuilt = []
     for size in (0.0, 100.0):
-        layer, queries = SpectralLayer(config_of(frame, bits_per_element=2)), queries_of(2, LONG)
+        layer, queries = SpectralLayer(config_of(bits_per_element=2)), queries_of(2, LONG)
         queries[1, :, :200] = size * random(HEADS * GROUPS, 200, HEAD_DIM, seed=5)
         Chunk(0, LONG, torch.tensor([0, 200]), queries).feed(layer)
         assert layer.stats().sealed_tokens

@@ -14,7 +14,6 @@ from spectral_layers import (
     check_bytes,
     config_of,
     feed,
-    frames,
     new_tokens,
     random,
 )
@@ -35,8 +34,8 @@ MAPS: dict[str, TensorFunction] = {
 maps = pytest.mark.parametrize("function", MAPS.values(), ids=MAPS)
 
 
-def prefilled(frame: str, num_tokens: int = PREFILL) -> tuple[SpectralLayer, list[torch.Tensor]]:
-    layer = SpectralLayer(config_of(frame))
+def prefilled(num_tokens: int = PREFILL) -> tuple[SpectralLayer, list[torch.Tensor]]:
+    layer = SpectralLayer(config_of())
     dense = feed(layer, 0, num_tokens)
     layer.seal()
     assert len(coded(layer)) == 1
@@ -52,12 +51,11 @@ def extend(layer: SpectralLayer, dense: list[torch.Tensor], count: int, seed: in
     return [torch.cat(pair, -2) for pair in zip(dense, new, strict=True)]
 
 
-@frames
 @maps
 def test_a_block_sealed_after_a_change_of_the_batch_joins(
-    frame: str, function: TensorFunction, allocated_bytes: Callable[[Any], int]
+    function: TensorFunction, allocated_bytes: Callable[[Any], int]
 ) -> None:
-    layer, dense = prefilled(frame)
+    layer, dense = prefilled()
     layer.map_batch(function)
     dense = [function(tensor) for tensor in dense]
     (before,) = coded(layer)
@@ -73,10 +71,9 @@ def test_a_block_sealed_after_a_change_of_the_batch_joins(
     check_bytes(layer, allocated_bytes)
 
 
-@frames
-def test_beam_search_costs_no_basis_and_no_queries(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
+def test_beam_search_costs_no_basis_and_no_queries(allocated_bytes: Callable[[Any], int]) -> None:
     """The batch is reordered every step, as beam search does, while several blocks are sealed."""
-    (layer, dense), (still, _) = prefilled(frame), prefilled(frame)
+    (layer, dense), (still, _) = prefilled(), prefilled()
     most_queries = 0
     for position in range(PREFILL, PREFILL + 3 * BLOCK):
         feed(still, position, 1, seed=position)
@@ -92,13 +89,12 @@ def test_beam_search_costs_no_basis_and_no_queries(frame: str, allocated_bytes: 
     check_bytes(layer, allocated_bytes)
 
 
-@frames
-def test_queries_follow_their_rows(frame: str) -> None:
+def test_queries_follow_their_rows() -> None:
     """After a reordering just before its sealing a block gets the codes of one whose rows always stood there."""
     swap, blocks = MAPS["reorder"], []
     short_of_one = 4 + 4 * BLOCK + config_of().residual_length - 1 - PREFILL
     for is_swapped_late in (False, True):
-        layer = SpectralLayer(config_of(frame, bits_per_element=2.5))
+        layer = SpectralLayer(config_of(bits_per_element=2.5))
         rows = torch.clone if is_swapped_late else swap
         for start, count in ((0, PREFILL), (PREFILL, short_of_one)):
             keys, values, rotation = new_tokens(start, count, 2, start)
@@ -121,10 +117,9 @@ def test_queries_follow_their_rows(frame: str) -> None:
     assert torch.equal(first.values.streams, second.values.streams)
 
 
-@frames
 @pytest.mark.parametrize("removed", [1, 7, 20])
-def test_a_crop_of_the_tail_keeps_the_basis(frame: str, removed: int, allocated_bytes: Callable[[Any], int]) -> None:
-    layer, dense = prefilled(frame)
+def test_a_crop_of_the_tail_keeps_the_basis(removed: int, allocated_bytes: Callable[[Any], int]) -> None:
+    layer, dense = prefilled()
     layer.crop(PREFILL - removed)
     dense = [tensor[..., :-removed, :] for tensor in dense]
     # Assisted decoding: a few tokens come, some of them are taken back.
@@ -144,9 +139,8 @@ def test_a_crop_of_the_tail_keeps_the_basis(frame: str, removed: int, allocated_
     check_bytes(layer, allocated_bytes)
 
 
-@frames
-def test_a_crop_into_sealed_tokens_forgets_the_basis(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
-    layer, dense = prefilled(frame)
+def test_a_crop_into_sealed_tokens_forgets_the_basis(allocated_bytes: Callable[[Any], int]) -> None:
+    layer, dense = prefilled()
     num_kept = 4 + 2 * BLOCK
     layer.crop(num_kept)
     assert layer._codec.nbytes == 0

@@ -17,7 +17,6 @@ from spectral_layers import (
     check_bytes,
     config_of,
     feed,
-    frames,
     new_tokens,
     random,
     rotation_of,
@@ -43,14 +42,13 @@ operations = st.one_of(
 
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
-    frame=st.sampled_from(["unrotated", "rotated"]),
     num_sink_tokens=st.sampled_from([0, 4]),
     history=st.lists(operations, min_size=4, max_size=12),
 )
 def test_random_histories_match_a_dense_cache(
-    frame: str, num_sink_tokens: int, history: list[Operation], allocated_bytes: Callable[[Any], int]
+    num_sink_tokens: int, history: list[Operation], allocated_bytes: Callable[[Any], int]
 ) -> None:
-    layer, rows = SpectralLayer(config_of(frame, num_sink_tokens=num_sink_tokens)), 2
+    layer, rows = SpectralLayer(config_of(num_sink_tokens=num_sink_tokens)), 2
     dense = feed(layer, 0, 200)
     for step, (kind, amount) in enumerate(history):
         if kind == "append":
@@ -74,9 +72,8 @@ def test_random_histories_match_a_dense_cache(
         check_bytes(layer, allocated_bytes)
 
 
-@frames
-def test_a_long_decode_keeps_one_basis_and_one_block(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_a_long_decode_keeps_one_basis_and_one_block(allocated_bytes: Callable[[Any], int]) -> None:
+    layer = SpectralLayer(config_of())
     dense = feed(layer, 0, 600)
     layer.seal()
     for position in range(600, 1000):
@@ -107,10 +104,9 @@ def positions_are_right(layer: SpectralLayer, may_be_unknown: bool = False) -> b
     return all(near)
 
 
-@frames
 @pytest.mark.parametrize("kept", [2, 3, 4, 50, 300, 590])
-def test_positions_stay_right_after_a_crop(frame: str, kept: int) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_positions_stay_right_after_a_crop(kept: int) -> None:
+    layer = SpectralLayer(config_of())
     dense = feed(layer, 0, 600)
     layer.seal()
     assert positions_are_right(layer)
@@ -125,9 +121,8 @@ def test_positions_stay_right_after_a_crop(frame: str, kept: int) -> None:
     assert positions_are_right(layer)
 
 
-@frames
-def test_positions_stay_right_where_the_first_tokens_were_not_observed(frame: str) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_positions_stay_right_where_the_first_tokens_were_not_observed() -> None:
+    layer = SpectralLayer(config_of())
     keys, values, _ = new_tokens(0, 10, 2, 0)
     layer.append(keys, values)
     dense = [torch.cat(pair, -2) for pair in zip([keys, values], feed(layer, 10, 500), strict=True)]
@@ -143,9 +138,8 @@ def test_positions_stay_right_where_the_first_tokens_were_not_observed(frame: st
     assert positions_are_right(layer, may_be_unknown=True)
 
 
-@frames
-def test_a_layer_without_rotations_or_queries(frame: str, allocated_bytes: Callable[[Any], int]) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_a_layer_without_rotations_or_queries(allocated_bytes: Callable[[Any], int]) -> None:
+    layer = SpectralLayer(config_of())
     keys, values, _ = new_tokens(0, 500, 2, 0)
     layer.append(keys, values)
     layer.seal()
@@ -154,10 +148,9 @@ def test_a_layer_without_rotations_or_queries(frame: str, allocated_bytes: Calla
     assert layer.stats().sealed_tokens == 384
 
 
-@frames
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_exact(frame: str, bad: float, assert_close: Callable[..., None]) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_what_is_not_finite_stays_exact(bad: float, assert_close: Callable[..., None]) -> None:
+    layer = SpectralLayer(config_of())
     keys, values, rotation = new_tokens(0, 4 + 5 * BLOCK + 16, 2, 0)
     keys[1, 0, 4 + 2 * BLOCK + 5, 3] = bad
     layer.append(keys, values)
@@ -191,9 +184,8 @@ def test_keys_too_large_for_the_stored_mean_stay_exact() -> None:
     assert torch.equal(layer.reconstruct()[0], 1e6 * keys)
 
 
-@frames
-def test_attention_over_the_blocks_is_near_the_dense_one(frame: str) -> None:
-    layer = SpectralLayer(config_of(frame))
+def test_attention_over_the_blocks_is_near_the_dense_one() -> None:
+    layer = SpectralLayer(config_of())
     dense = feed(layer, 0, 700)
     layer.seal()
     query = random(2, HEADS * GROUPS, 3, HEAD_DIM, seed=9)
@@ -204,9 +196,8 @@ def test_attention_over_the_blocks_is_near_the_dense_one(frame: str) -> None:
         assert float((output - exact).norm() / exact.norm()) < NEAR
 
 
-@frames
-def test_left_padding(frame: str) -> None:
-    layer, padding = SpectralLayer(config_of(frame)), torch.tensor([0, 150])
+def test_left_padding() -> None:
+    layer, padding = SpectralLayer(config_of()), torch.tensor([0, 150])
     dense = feed(layer, 0, 600)
     layer.seal(padding)
     assert layer.stats().sealed_tokens > 0
@@ -216,11 +207,10 @@ def test_left_padding(frame: str) -> None:
         assert torch.equal(part[1, :, 150:154], expected[1, :, 150:154]), "sinks"
 
 
-@frames
 @pytest.mark.parametrize("since", ["a short tail", "a reordering of beams"])
-def test_few_queries_do_not_decide_alone(frame: str, since: str) -> None:
+def test_few_queries_do_not_decide_alone(since: str) -> None:
     """Tokens sealed after hardly any queries must serve the queries that come later, too."""
-    layer = SpectralLayer(config_of(frame))
+    layer = SpectralLayer(config_of())
     keys, values, rotation = new_tokens(0, 260, 2, 0)
     dense = [keys * torch.logspace(0, -1.5, HEAD_DIM), values]  # later tokens need a basis of their own
     layer.append(*dense)

@@ -29,7 +29,6 @@ def test_defaults_are_the_documented_ones() -> None:
         "preset": None,
         "bits_per_element": None,
         "compression_factor": None,
-        "key_frame": "rotated",
         "error_limit": None,
     }
     assert SpectralConfig().codec == "spectral"
@@ -62,8 +61,6 @@ def test_amounts() -> None:
         ({"preset": "small", "bits_per_element": 2}, "preset and bits_per_element say the same thing"),
         ({"rank_keys": 4, "preset": "small"}, "ranks choose the rank codec, preset belongs to the spectral one"),
         ({"rank_keys": 4, "error_limit": 0.1}, "ranks choose the rank codec, error_limit belongs"),
-        ({"rank_keys": 4, "key_frame": "unrotated"}, "ranks choose the rank codec, key_frame belongs"),
-        ({"key_frame": "other"}, "key_frame must be one of rotated, unrotated, got 'other'"),
         ({"error_limit": 0}, None),
         ({"error_limit": 1.5}, "error_limit must be 0 to 1, got 1.5"),
         ({"block_size": 200}, "block_size must be a multiple of 128 for the spectral codec, got 200: take 256"),

@@ -25,5 +25,4 @@ WAYS = (
     "bfloat16",
     "float16",
     "balanced",
-    "balanced, unrotated keys",
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from transformers import LlamaForCausalLM
 
@@ -13,12 +12,11 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 PROMPT, NEW, BLOCK, RESIDUAL = 400, 320, 128, 16
 
 
-@pytest.mark.parametrize("frame", ["unrotated", "rotated"])
-def test_beam_search_over_several_sealings(frame: str, tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_beam_search_over_several_sealings(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
     model = tiny_llama(initializer_range=0.1, head_dim=32)
     model.generation_config.eos_token_id = None
     ids = torch.randint(3, 128, (1, PROMPT), generator=torch.Generator().manual_seed(1))
-    config = SpectralConfig(preset="balanced", block_size=BLOCK, residual_length=RESIDUAL, key_frame=frame)
+    config = SpectralConfig(preset="balanced", block_size=BLOCK, residual_length=RESIDUAL)
     cache = SpectralCache(model, config=config)
     prefill_only = SpectralCache(model, config=config)
     with torch.no_grad():

@@ -35,8 +35,7 @@ from unsloth_spectral.integrations.huggingface.roundtrip import RoundTripCache
 Build = Callable[..., LlamaForCausalLM]
 PROMPT = 300
 CONFIGS = {
-    "rotated": SpectralConfig(preset="balanced", block_size=128, residual_length=16),
-    "unrotated": SpectralConfig(preset="balanced", key_frame="unrotated", block_size=128, residual_length=16),
+    "spectral": SpectralConfig(preset="balanced", block_size=128, residual_length=16),
     "rank": SpectralConfig(rank_keys=6, rank_values=12, block_size=128, residual_length=16),
 }
 every_codec = pytest.mark.parametrize("codec", CONFIGS)
@@ -189,7 +188,7 @@ def test_errors(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.Mon
     def sealing_fails() -> None:
         with monkeypatch.context() as patched:
             patched.setattr(spectral_codec.value_codec, "encode", lambda *_: torch.zeros(2) @ torch.zeros(3))
-            cache = filled(model, "rotated")
+            cache = filled(model, "spectral")
             assert cache.stats().exact_blocks
 
     def loading_fails() -> None:
@@ -211,7 +210,7 @@ def test_errors(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.Mon
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        cache = filled(model, "rotated")
+        cache = filled(model, "spectral")
         hook = model.model.layers[1].register_forward_pre_hook(interrupt)
         with contextlib.suppress(KeyboardInterrupt), torch.no_grad():
             model(token_ids(count=3), **cache_argument(cache))

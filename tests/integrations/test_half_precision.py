@@ -51,12 +51,11 @@ def generate(model: LlamaForCausalLM, padding: int = 0, **options: Any) -> Spect
 
 @HALVES
 @pytest.mark.parametrize("padding", [0, 150])
-@pytest.mark.parametrize("frame", ["rotated", "unrotated"])
 def test_a_model_in_half_precision_takes_no_more_bits(
-    model: LlamaForCausalLM, dtype: torch.dtype, padding: int, frame: str, paths: list[str | None]
+    model: LlamaForCausalLM, dtype: torch.dtype, padding: int, paths: list[str | None]
 ) -> None:
     model = model.to(dtype)
-    config = SpectralConfig(preset="balanced", key_frame=frame)
+    config = SpectralConfig(preset="balanced")
     cache = generate(model, padding, **cache_argument(SpectralCache(model, config=config)))
     stats = cache.stats()
     assert {layer.sealed_tokens for layer in stats.layers} == {512}

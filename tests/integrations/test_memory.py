@@ -44,8 +44,7 @@ COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
 SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_tiers.padding")
 
 CONFIGS = {
-    "unrotated": {"preset": "balanced"},
-    "rotated": {"preset": "balanced", "key_frame": "rotated"},
+    "spectral": {"preset": "balanced"},
     "rank": {"rank_keys": 8, "rank_values": 16},
 }
 kinds = pytest.mark.parametrize("kind", CONFIGS)
@@ -244,7 +243,7 @@ def check_process(kind: str, source: str) -> None:
 
 @linux
 def test_the_process_grows_by_what_is_stored() -> None:
-    check_process("unrotated", "layers")
+    check_process("spectral", "layers")
 
 
 @linux

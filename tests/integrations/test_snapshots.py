@@ -27,8 +27,7 @@ from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 Build = Callable[..., LlamaForCausalLM]
 SMALL = {"block_size": 128, "residual_length": 16}
 CONFIGS = {
-    "rotated": SpectralConfig(**SMALL, preset="small"),
-    "unrotated": SpectralConfig(**SMALL, bits_per_element=3, key_frame="unrotated"),
+    "small": SpectralConfig(**SMALL, preset="small"),
     "few bits, an error limit": SpectralConfig(**SMALL, bits_per_element=2, error_limit=0.2),
     "no sinks, no residual": SpectralConfig(block_size=128, residual_length=0, num_sink_tokens=0),
     "rank": SpectralConfig(8, 8, 64, 4, 16),
@@ -110,7 +109,7 @@ def test_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(("family"), served())
-@pytest.mark.parametrize("config", [CONFIGS["rotated"], CONFIGS["rank"]], ids=["rotated", "rank"])
+@pytest.mark.parametrize("config", [CONFIGS["small"], CONFIGS["rank"]], ids=["small", "rank"])
 def test_every_family(family: str, config: SpectralConfig, tmp_path: Path) -> None:
     """Windows, states, shared keys and latents are saved too."""
     model, ids = build(family), token_ids(length=400)
@@ -150,12 +149,12 @@ def test_with_a_profile(tiny_llama: Build, tmp_path: Path, monkeypatch: pytest.M
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=800)
     with monkeypatch.context() as patched:
         patched.setattr(cache_module, "profile_of", lambda *_: profile)
-        cache = SpectralCache(model, config=CONFIGS["rotated"])
+        cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], cache)
     widths = {layer.bits_values for layer in cache.stats().layers}
     assert len(widths) == 2, "the profile has no say"
     check_goes_on(model, cache, tmp_path / "a.safetensors", ids[:, 300:600])
-    plain = SpectralCache(model, config=CONFIGS["rotated"])
+    plain = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], plain)
     assert plain.stats().layers[0].bits_values != cache.stats().layers[0].bits_values
 
@@ -163,7 +162,7 @@ def test_with_a_profile(tiny_llama: Build, tmp_path: Path, monkeypatch: pytest.M
 def test_exact_blocks_and_counts(tiny_llama: Build, tmp_path: Path) -> None:
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=500)
     model.model.layers[1].self_attn.v_proj.weight.data[0] = torch.inf  # no value of the second layer is finite
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], cache)
     assert cache.stats().layers[1].exact_blocks > 0
     cache.save(tmp_path / "a.safetensors")
@@ -178,7 +177,7 @@ def test_exact_blocks_and_counts(tiny_llama: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, tiny_llama: Build, tmp_path: Path) -> None:
     model, ids = tiny_llama(initializer_range=0.1).to(dtype), token_ids(length=700)
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], cache)
     check_goes_on(model, cache, tmp_path / "a.safetensors", ids[:, 300:450])
 
@@ -186,7 +185,7 @@ def test_half_precision(dtype: torch.dtype, tiny_llama: Build, tmp_path: Path) -
 def test_what_was_one_tensor_is_one_again(tiny_llama: Build, tmp_path: Path) -> None:
     """The plan and the blocks share their basis, so that later blocks join; layers share what is known of positions."""
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=300)
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids, cache)
     cache.save(tmp_path / "a.safetensors")
     loaded = SpectralCache.load(tmp_path / "a.safetensors", model)
@@ -204,7 +203,7 @@ def test_what_was_one_tensor_is_one_again(tiny_llama: Build, tmp_path: Path) -> 
 def test_two_caches_of_one_file_share_nothing_that_changes(tiny_llama: Build, tmp_path: Path) -> None:
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=300)
     path = tmp_path / "a.safetensors"
-    for config in (CONFIGS["rotated"], SpectralConfig(residual_length=400)):
+    for config in (CONFIGS["small"], SpectralConfig(residual_length=400)):
         cache = SpectralCache(model, config=config)
         feed(model, ids, cache)
         cache.save(path)
@@ -218,11 +217,11 @@ def test_two_caches_of_one_file_share_nothing_that_changes(tiny_llama: Build, tm
 
 def test_the_file_may_be_replaced_or_deleted_while_it_is_in_use(tiny_llama: Build, tmp_path: Path) -> None:
     model, ids, path = tiny_llama(initializer_range=0.1), token_ids(length=300), tmp_path / "a.safetensors"
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids, cache)
     cache.save(path)
     loaded = SpectralCache.load(path, model)
-    other = SpectralCache(model, config=CONFIGS["rotated"])
+    other = SpectralCache(model, config=CONFIGS["small"])
     feed(model, token_ids(length=310, seed=5), other)
     other.save(path)
     then = token_ids(length=150, seed=1)
@@ -237,7 +236,7 @@ def test_generate_goes_on_from_a_loaded_cache(tiny_llama: Build, tmp_path: Path)
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=340)
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 160, "do_sample": False}
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], cache)
     cache.save(tmp_path / "a.safetensors", ids)
     written = model.generate(ids, **cache_argument(cache), **options)
@@ -251,7 +250,7 @@ def test_generate_goes_on_from_a_loaded_cache(tiny_llama: Build, tmp_path: Path)
 def test_in_inference_mode(tiny_llama: Build, tmp_path: Path) -> None:
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=600)
     with torch.inference_mode():
-        cache = SpectralCache(model, config=CONFIGS["rotated"])
+        cache = SpectralCache(model, config=CONFIGS["small"])
         feed(model, ids[:, :300], cache)
         check_goes_on(model, cache, tmp_path / "a.safetensors", ids[:, 300:450])
 
@@ -272,7 +271,7 @@ def test_stored_bytes_are_the_file(tiny_llama: Build, tmp_path: Path) -> None:
 @pytest.fixture
 def saved(tiny_llama: Build, tmp_path: Path) -> Path:
     model = tiny_llama(initializer_range=0.1)
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, token_ids(), cache)
     cache.save(tmp_path / "a.safetensors", token_ids())
     return tmp_path / "a.safetensors"
@@ -397,7 +396,7 @@ def test_saving_is_refused(tiny_llama: Build, tmp_path: Path) -> None:
 
 def test_pickling_names_what_does_it(tiny_llama: Build) -> None:
     model = tiny_llama(initializer_range=0.1)
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, token_ids(), cache)
     for write in (pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())):
         for wanted in (cache, [copy.copy(cache)], {"cache": copy.deepcopy(cache)}):
@@ -413,7 +412,7 @@ def test_pickling_names_what_does_it(tiny_llama: Build) -> None:
 
 def test_what_has_no_stored_form_is_refused(tmp_path: Path) -> None:
     model = build("Gemma 3")
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, token_ids(), cache)
     windowed = next(layer for layer in cache.layers if not isinstance(layer, SpectralCacheLayer))
     windowed.extra = DynamicCache()
@@ -425,7 +424,7 @@ def test_what_has_no_stored_form_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupted_pass_is_taken_back_before_saving(tiny_llama: Build, tmp_path: Path) -> None:
     model, ids, path = tiny_llama(initializer_range=0.1), token_ids(length=301), tmp_path / "a.safetensors"
-    cache = SpectralCache(model, config=CONFIGS["rotated"])
+    cache = SpectralCache(model, config=CONFIGS["small"])
     feed(model, ids[:, :300], cache)
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

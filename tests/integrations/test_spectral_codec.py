@@ -11,15 +11,12 @@ from unsloth_spectral import SpectralCache, SpectralConfig, unpatch_unsloth_atte
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 
 Build = Callable[..., LlamaForCausalLM]
-frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 # A random model's logits differ by about 1.6 between tokens; a lost or wrongly rotated key costs KL of .01 and more.
 NEAR = 1e-3
 
 
-def config_of(frame: str, **options: Any) -> SpectralConfig:
-    return SpectralConfig(
-        **{"bits_per_element": 8, "block_size": 128, "residual_length": 16, "key_frame": frame, **options}
-    )
+def config_of(**options: Any) -> SpectralConfig:
+    return SpectralConfig(**{"bits_per_element": 8, "block_size": 128, "residual_length": 16, **options})
 
 
 def model_of(tiny_llama: Build, **options: Any) -> LlamaForCausalLM:
@@ -59,12 +56,11 @@ def divergence(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@frames
-def test_near_the_dense_cache_with_padded_prompts(frame: str, tiny_llama: Build) -> None:
+def test_near_the_dense_cache_with_padded_prompts(tiny_llama: Build) -> None:
     model, batch = model_of(tiny_llama), padded_batch()
     tokens = torch.randint(3, 128, (3, 150), generator=torch.Generator().manual_seed(1))
     exact = forced_logits(model, batch, tokens, DynamicCache(config=model.config))
-    cache = SpectralCache(model, config=config_of(frame))
+    cache = SpectralCache(model, config=config_of())
     spectral_logits = forced_logits(model, batch, tokens, cache)
     stats = cache.stats()
     assert [layer.sealed_tokens for layer in stats.layers] == [384, 384]
@@ -73,17 +69,16 @@ def test_near_the_dense_cache_with_padded_prompts(frame: str, tiny_llama: Build)
     assert float(kl[:, 1:].mean()) < NEAR
     assert float(kl.max()) < 20 * NEAR
     # Fewer bits are worse: something really goes through the codes.
-    small = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of(frame, bits_per_element=1.38)))
+    small = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of(bits_per_element=1.38)))
     assert float(divergence(small, exact)[:, 1:].mean()) > 3 * float(kl[:, 1:].mean())
 
 
-@frames
-def test_sealing_while_decoding(frame: str, tiny_llama: Build) -> None:
+def test_sealing_while_decoding(tiny_llama: Build) -> None:
     model = model_of(tiny_llama)
     prompt = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     options = {"max_new_tokens": 300, "do_sample": False, "use_cache": True}
-    cache = SpectralCache(model, config=config_of(frame))
+    cache = SpectralCache(model, config=config_of())
     written = model.generate(**batch, **options, **cache_argument(cache))
     assert written.shape[1] == 320
     layers = cache.stats().layers
@@ -94,7 +89,7 @@ def test_sealing_while_decoding(frame: str, tiny_llama: Build) -> None:
     assert all(rotation is not None and rotation.step is not None for rotation in rotations)
     tokens = written[:, 20:-1]
     exact = forced_logits(model, batch, tokens, DynamicCache(config=model.config))
-    again = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of(frame)))
+    again = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of()))
     assert torch.equal(again[:, :-1].argmax(-1), tokens), "what generate chose"
     assert float(divergence(again, exact).mean()) < NEAR
     assert float(divergence(again, exact)[:, :100].max()) < 1e-6, "nothing is sealed yet"
@@ -112,20 +107,17 @@ def test_left_padding_takes_no_more_bits(tiny_llama: Build) -> None:
     assert bits == pytest.approx([3.0, 3.0], rel=0.02)
 
 
-@frames
-def test_beam_search_and_batches(frame: str, tiny_llama: Build) -> None:
+def test_beam_search_and_batches(tiny_llama: Build) -> None:
     model, batch = model_of(tiny_llama), padded_batch()
     options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
-    cache = SpectralCache(model, config=config_of(frame))
+    cache = SpectralCache(model, config=config_of())
     written = model.generate(**batch, **options, **cache_argument(cache))
     assert written.shape == (3, 266)
     assert cache.stats().layers[0].sealed_tokens > 0
     with torch.no_grad():
         tokens = torch.full((1, 1), 5)
         exact = forced_logits(model, batch, tokens.expand(3, 1), DynamicCache(config=model.config))
-        spectral_logits = forced_logits(
-            model, batch, tokens.expand(3, 1), SpectralCache(model, config=config_of(frame))
-        )
+        spectral_logits = forced_logits(model, batch, tokens.expand(3, 1), SpectralCache(model, config=config_of()))
     assert float(divergence(spectral_logits, exact).max()) < 20 * NEAR
 
 
@@ -150,8 +142,8 @@ def test_unpatching_removes_all_hooks(tiny_llama: Build) -> None:
 def test_two_caches_of_one_model_share_nothing(tiny_llama: Build) -> None:
     model, batch = model_of(tiny_llama), padded_batch()
     tokens = torch.randint(3, 128, (3, 3), generator=torch.Generator().manual_seed(1))
-    alone = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of("unrotated")))
-    first, second = (SpectralCache(model, config=config_of("unrotated")) for _ in range(2))
+    alone = forced_logits(model, batch, tokens, SpectralCache(model, config=config_of()))
+    first, second = (SpectralCache(model, config=config_of()) for _ in range(2))
     forced_logits(model, {key: value.flip(0) for key, value in batch.items()}, tokens, first)
     assert torch.equal(forced_logits(model, batch, tokens, second), alone)
 
@@ -161,9 +153,8 @@ def test_half_precision(dtype: torch.dtype, tiny_llama: Build) -> None:
     model, batch = model_of(tiny_llama).to(dtype), padded_batch()
     tokens = torch.randint(3, 128, (3, 5), generator=torch.Generator().manual_seed(1))
     exact = forced_logits(model, batch, tokens, DynamicCache(config=model.config))
-    for frame in ("unrotated", "rotated"):
-        cache = SpectralCache(model, config=config_of(frame))
-        spectral_logits = forced_logits(model, batch, tokens, cache)
-        assert spectral_logits.dtype == dtype
-        assert float(divergence(spectral_logits, exact).mean()) < 10 * NEAR
-        assert cache.layers[0].spectral.reconstruct()[0].dtype == dtype
+    cache = SpectralCache(model, config=config_of())
+    spectral_logits = forced_logits(model, batch, tokens, cache)
+    assert spectral_logits.dtype == dtype
+    assert float(divergence(spectral_logits, exact).mean()) < 10 * NEAR
+    assert cache.layers[0].spectral.reconstruct()[0].dtype == dtype

@@ -18,7 +18,6 @@ from unsloth_spectral.rope import Rotation
 
 HEAD_DIM, LAYERS, IMAGE, START, END = 128, 4, 120, 121, 122
 ASKED = SpectralConfig(preset="balanced").target_bits
-frames = pytest.mark.parametrize("frame", ["rotated", "unrotated"])
 
 
 def qwen2_vl(seed: int = 0) -> Qwen2VLForConditionalGeneration:
@@ -70,9 +69,8 @@ def rotations(cache: SpectralCache) -> list[list[Rotation]]:
     return by_layer
 
 
-@frames
-def test_an_image_costs_no_bits(frame: str) -> None:
-    config = SpectralConfig(preset="balanced", key_frame=frame)
+def test_an_image_costs_no_bits() -> None:
+    config = SpectralConfig(preset="balanced")
     cache = filled(qwen2_vl(), config, with_an_image(300, 736))
     assert cache.stats().cold_bits_per_element < 1.03 * ASKED
     layers = rotations(cache)
@@ -113,11 +111,10 @@ def test_an_image_costs_no_bits_in_what_follows_either() -> None:
     assert sum(table.nbytes for table in tables.values() if table is not None) < 0.03 * cache.stats().stored_bytes
 
 
-@frames
-def test_positions_of_three_axes_are_those_of_the_model(frame: str, assert_close: Callable[..., None]) -> None:
+def test_positions_of_three_axes_are_those_of_the_model(assert_close: Callable[..., None]) -> None:
     """In eight bits, which leave little to hide an image in a wrong place."""
     model, inputs = qwen2_vl(), with_an_image(300, 300)
-    cache, dense = SpectralCache(model, config=SpectralConfig(bits_per_element=8, key_frame=frame)), None
+    cache, dense = SpectralCache(model, config=SpectralConfig(bits_per_element=8)), None
     with torch.no_grad():
         model(**inputs, **cache_argument(cache))
         spectral_logits = model(input_ids=words(20, 5), **cache_argument(cache)).logits
@@ -127,12 +124,11 @@ def test_positions_of_three_axes_are_those_of_the_model(frame: str, assert_close
     assert_close(spectral_logits, expected, 0.03)
 
 
-@frames
-def test_two_texts_side_by_side_cost_no_bits(frame: str) -> None:
+def test_two_texts_side_by_side_cost_no_bits() -> None:
     """Positions begin anew, in each row elsewhere."""
     model = make("Llama", num_hidden_layers=2, hidden_size=256, head_dim=HEAD_DIM, initializer_range=0.05).eval()
     position_ids = torch.stack([torch.cat([torch.arange(cut), torch.arange(1100 - cut)]) for cut in (400, 700)])
-    config = SpectralConfig(preset="balanced", key_frame=frame)
+    config = SpectralConfig(preset="balanced")
     inputs = {"input_ids": token_ids(2, 1100), "position_ids": position_ids}
     cache = filled(model, config, inputs)
     assert cache.stats().cold_bits_per_element < 1.03 * ASKED

@@ -22,6 +22,7 @@ namespace {
 
 using spectral::Block;
 using spectral::Call;
+using spectral::LEAST_SPAN;
 
 constexpr int64_t TILE = 128;
 constexpr int64_t ROW = 16;
@@ -186,7 +187,7 @@ struct Tokens {
     Exact<float> vector_scales, start, cosines, sines, mixing, reach, largest;
     Exact<int16_t> waves;
     Exact<uint16_t> mean;
-    Exact<int32_t> counts, first, second;
+    Exact<int32_t> counts, first, second, spans;
     Exact<double> step, tile_step;
 };
 
@@ -255,7 +256,7 @@ std::unique_ptr<Tokens> exact_tokens(const Shape& shape, int64_t count, const in
     return made;
 }
 
-void add_rotation(Tokens& made, const Shape& shape) {
+void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
     Block& block = made.block;
     const int64_t pairs = rng.chance(0.5) ? shape.key_dim / 2 : rng.from(1, shape.key_dim / 2);
     const bool interleaved = rng.chance(0.3);
@@ -266,8 +267,9 @@ void add_rotation(Tokens& made, const Shape& shape) {
     made.start = Exact<float>(starts * pairs * 2);
     made.step = Exact<double>(pairs);
     made.tile_step = Exact<double>(pairs * 2);
-    made.cosines = Exact<float>(pairs * TILE);
-    made.sines = Exact<float>(pairs * TILE);
+    made.cosines = Exact<float>(pairs * (TILE / LEAST_SPAN));
+    made.sines = Exact<float>(pairs * (TILE / LEAST_SPAN));
+    made.spans = Exact<int32_t>(pairs);
     // Slow pairs made up of waves that are just their own.
     const int64_t slow = rng.from(0, std::min<int64_t>(8, pairs));
     made.waves = Exact<int16_t>(pairs * TILE * 2);
@@ -287,10 +289,12 @@ void add_rotation(Tokens& made, const Shape& shape) {
         made.tile_step[p] = std::cos(TILE * step);
         made.tile_step[pairs + p] = std::sin(TILE * step);
         for (int64_t t = 0; t < TILE; ++t) {
-            made.cosines[p * TILE + t] = static_cast<float>(std::cos(static_cast<double>(t) * step));
-            made.sines[p * TILE + t] = static_cast<float>(std::sin(static_cast<double>(t) * step));
-            made.waves[(p * TILE + t) * 2] = static_cast<int16_t>(std::lround(32767 * made.cosines[p * TILE + t]));
-            made.waves[(p * TILE + t) * 2 + 1] = static_cast<int16_t>(std::lround(32767 * made.sines[p * TILE + t]));
+            const double cosine = std::cos(static_cast<double>(t) * step), sine = std::sin(static_cast<double>(t) * step);
+            made.waves[(p * TILE + t) * 2] = static_cast<int16_t>(std::lround(32767 * cosine));
+            made.waves[(p * TILE + t) * 2 + 1] = static_cast<int16_t>(std::lround(32767 * sine));
+            if (t % LEAST_SPAN) continue;
+            made.cosines[t / LEAST_SPAN * pairs + p] = static_cast<float>(cosine);
+            made.sines[t / LEAST_SPAN * pairs + p] = static_cast<float>(sine);
         }
         for (int64_t b = 0; b < starts; ++b) {
             const double angle = 6.2831853 * rng.uniform();
@@ -305,6 +309,10 @@ void add_rotation(Tokens& made, const Shape& shape) {
     block.rotation.start_stride = starts == 1 ? 0 : 2 * pairs;
     block.rotation.step = made.step.data();
     block.rotation.tile_step = made.tile_step.data();
+    // Rising spans, some of which no pair may have.
+    for (int64_t p = 0; p < pairs && has_anchors; ++p) made.spans[p] = static_cast<int32_t>(rng.any({0, 32, 64, 128}));
+    std::sort(made.spans.data(), made.spans.data() + pairs);
+    block.rotation.spans = made.spans.data();
     block.rotation.cosines = made.cosines.data();
     block.rotation.sines = made.sines.data();
     block.rotation.num_fast = pairs - slow;
@@ -314,13 +322,17 @@ void add_rotation(Tokens& made, const Shape& shape) {
     block.rotation.reach = made.reach.data();
 }
 
-void rotate(const Tokens& made, int64_t b, int64_t token, double* x) {
+// Rotates x as `token` is or, without scaling, as its anchors are.
+void rotate(const Tokens& made, int64_t b, int64_t token, bool by_anchors, double* x) {
     const spectral::Rotation& rotation = made.block.rotation;
     for (int64_t p = 0; p < rotation.num_pairs; ++p) {
-        const double angle = rotation.step[p] * static_cast<double>(token);
+        const int64_t span = rotation.spans[p];
+        if (by_anchors && !span) continue;
+        const double angle = rotation.step[p] * static_cast<double>(by_anchors ? token / span * span : token);
         const double c = std::cos(angle), s = std::sin(angle);
         const float* start = rotation.start + b * rotation.start_stride + 2 * p;
-        const double cosine = start[0] * c - start[1] * s, sine = start[0] * s + start[1] * c;
+        const double length = by_anchors ? std::hypot(start[0], start[1]) : 1.0;
+        const double cosine = (start[0] * c - start[1] * s) / length, sine = (start[0] * s + start[1] * c) / length;
         double &real = x[rotation.first[p]], &imaginary = x[rotation.second[p]];
         const double before = real;
         real = before * cosine - imaginary * sine;
@@ -345,15 +357,14 @@ std::vector<int> random_widths(int64_t most) {
 
 std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int frame, int64_t value_nbits,
                                      int64_t most_components, const float* key_levels, const float* value_levels) {
-    static const char* const names[] = {"rotated ", "unrotated ", "plain "};
+    static const char* const names[] = {"rotated ", "anchored ", "plain "};
     auto made = std::make_unique<Tokens>();
     Block& block = made->block;
     const int64_t tiles = (count + TILE - 1) / TILE, dim = shape.key_dim;
     block.num_tokens = count;
     block.is_coded = 1;
     made->name = names[frame] + std::to_string(count) + " tokens";
-    if (frame < 2) add_rotation(*made, shape);
-    block.keys.is_rotated = frame == 0 || (frame == 2 && rng.chance(0.5));
+    if (frame < 2) add_rotation(*made, shape, frame == 1);
 
     std::vector<std::vector<int>> widths;
     made->counts = Exact<int32_t>(shape.heads * 9);
@@ -424,8 +435,8 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
             for (int64_t t = 0; t < count; ++t) {
                 const int64_t tile = b * tiles + t / TILE;
                 for (int64_t d = 0; d < dim; ++d) centre[d] = from_half(made->mean[head * dim + d]);
-                if (frame == 0) rotate(*made, b, t, centre.data());
-                key = centre;
+                rotate(*made, b, t, false, centre.data());
+                std::fill(key.begin(), key.end(), 0.0);
                 const int64_t tile_bytes = block.keys.num_rows * ROW;
                 const uint8_t* stream = made->key_streams.data() + tile * tile_bytes + first_row * ROW;
                 for (size_t k = 0; k < own.size(); stream += own[k++] * ROW) {
@@ -437,7 +448,8 @@ std::unique_ptr<Tokens> coded_tokens(const Shape& shape, int64_t count, int fram
                             key_levels[made->key_scales[tile * components + component]],
                         dim);
                 }
-                if (frame == 1) rotate(*made, b, t, key.data());
+                rotate(*made, b, t, true, key.data());
+                for (int64_t d = 0; d < dim; ++d) key[d] += centre[d];
                 made->keys.insert(made->keys.end(), key.begin(), key.end());
                 const double scale =
                     made->largest[head] * value_levels[made->value_scales[head * tiles * TILE + t]];

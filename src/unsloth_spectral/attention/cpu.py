@@ -17,7 +17,7 @@ from unsloth_spectral.codec.spectral.packing import MAX_NBITS, TILE_TOKENS
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.native import abi, library
 from unsloth_spectral.native.pointers import address, refusal, require
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import SPANS
 
 _DTYPES = {torch.float32: abi.FLOAT32, torch.bfloat16: abi.BFLOAT16, torch.float16: abi.FLOAT16}
 _NAME = "native kernel"
@@ -41,6 +41,8 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
             rotation = block.keys.rotation
             if rotation is not None and not rotation.is_even:
                 return "positions that do not run on evenly"
+            if not {0, *SPANS}.issuperset(block.keys.spans):
+                return "keys un-rotated one by one"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
         elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
@@ -197,7 +199,7 @@ def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Pre
         num_tokens=num_tokens,
         is_coded=True,
         keys=_coded_keys(block.keys, (batch, num_heads, key_dim), pointed),
-        rotation=_rotation(block.keys.rotation, (batch, key_dim), pointed),
+        rotation=_rotation(block.keys, (batch, key_dim), pointed),
         values=_coded_values(block.values, (batch, num_heads, value_dim), pointed),
     )
     return _Prepared(shape, structure, pointed)
@@ -225,7 +227,6 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], pointed: _Poi
         counts=pointed.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),
         num_components=sizes["components"],
         num_rows=sizes["rows"],
-        is_rotated=codes.is_rotated,
     )
 
 
@@ -244,7 +245,8 @@ def _coded_values(codes: values.ValueCodes, shape: tuple[int, int, int], pointed
     )
 
 
-def _rotation(rotation: Rotation | None, shape: tuple[int, int], pointed: _PointedTensors) -> abi.Rotation:
+def _rotation(codes: keys.KeyCodes, shape: tuple[int, int], pointed: _PointedTensors) -> abi.Rotation:
+    rotation = codes.rotation
     if rotation is None:
         return abi.Rotation()
     assert rotation.step is not None
@@ -258,6 +260,10 @@ def _rotation(rotation: Rotation | None, shape: tuple[int, int], pointed: _Point
     require(fits, "the first rotation", f"a tensor of shape {first_shape}", tuple(start.shape))
     tables = wave_tables(rotation.step)
     start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
+    spans = torch.tensor(codes.spans, dtype=torch.int32, device="cpu")
+    require(len(spans) == count, "spans", f"one for each of {count} rotary pairs", codes.spans)
+    spans = spans[tables.order]
+    require(bool((spans.diff() >= 0).all()), "spans", "longer ones for slower pairs", codes.spans)
     slow_shape = (count - tables.num_fast, abi.MAX_SMOOTH)
     return abi.Rotation(
         num_pairs=count,
@@ -269,8 +275,9 @@ def _rotation(rotation: Rotation | None, shape: tuple[int, int], pointed: _Point
         start_stride=0 if rows == 1 else 2 * count,
         step=pointed.address("step", tables.step, torch.float64, (count,)),
         tile_step=pointed.address("tile step", tables.tile_step, torch.float64, (2, count)),
-        cosines=pointed.address("cosines", tables.cosines, torch.float32, (count, TILE_TOKENS)),
-        sines=pointed.address("sines", tables.sines, torch.float32, (count, TILE_TOKENS)),
+        spans=pointed.address("spans", spans, torch.int32, (count,)),
+        cosines=pointed.address("cosines", tables.cosines, torch.float32, (TILE_TOKENS // abi.LEAST_SPAN, count)),
+        sines=pointed.address("sines", tables.sines, torch.float32, (TILE_TOKENS // abi.LEAST_SPAN, count)),
         waves=pointed.address("waves", tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
         mixing=pointed.address("mixing", tables.mixing, torch.float32, (2, *slow_shape)),
         reach=pointed.address("reach", tables.reach, torch.float32, slow_shape),

@@ -18,12 +18,14 @@ from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, flat_widths
 from unsloth_spectral.codec.spectral.packing import ROW_BYTES
 from unsloth_spectral.log import logger
+from unsloth_spectral.rope import SPANS
 
 _NAME = "triton kernel"
 _MOST_DIMS = 256
 _ROWS, _CHUNK = 16, 32  # as in the kernels: query rows, and components or dimensions of the output, of a program
-# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory.
-_PIECE, _WARPS = 32, 2
+# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory; the
+# tokens of a piece share their anchors.
+_PIECE, _WARPS = min(SPANS), 2
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _EXACT_TOKENS = 256  # of a split
 
@@ -68,8 +70,10 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     for block in blocks:
         if isinstance(block, SpectralBlock):
             rotation = block.keys.rotation
-            if rotation is not None and not (rotation.is_even and block.keys.is_rotated):
-                return "un-rotated keys, or positions that do not run on evenly"
+            if rotation is not None and not rotation.is_even:
+                return "positions that do not run on evenly"
+            if not {0, *SPANS}.issuperset(block.keys.spans):
+                return "keys un-rotated one by one"
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
         elif not all(part.stride(-1) == 1 for part in (block.keys, block.values)):
@@ -113,15 +117,26 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         if isinstance(block, SpectralBlock):
             prepared = _coded(block)
             components = prepared.constants["COMPONENTS"]
-            projected = query.new_empty(batch, num_heads, num_rows, components, dtype=torch.float32)
+            pieces = -(-block.num_tokens // _PIECE) if prepared.has_anchors else 1
+            projected = query.new_empty(batch, num_heads, pieces, num_rows, components, dtype=torch.float32)
             fixed = query.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
-            gpu_kernels.project[(row_blocks, batch * num_heads, components // _CHUNK)](
-                query, *prepared.basis, projected, fixed, num_heads, num_rows, key_dim, COMPONENTS=components
+            gpu_kernels.project[(pieces * row_blocks, batch * num_heads, components // _CHUNK)](
+                query,
+                *prepared.basis,
+                projected,
+                fixed,
+                num_heads,
+                num_rows,
+                key_dim,
+                pieces,
+                COMPONENTS=components,
+                PIECE=_PIECE,
             )
             gpu_kernels.attend_coded[grid](
                 query,
                 *prepared.arguments,
                 projected,
+                pieces,
                 fixed,
                 *covering,
                 *common,
@@ -224,6 +239,7 @@ class _Coded:
     basis: tuple[Any, ...]
     arguments: tuple[Any, ...]
     num_pairs: int
+    has_anchors: bool
     constants: dict[str, int]
 
 
@@ -243,6 +259,7 @@ def _prepare(block: SpectralBlock) -> _Coded:
     mean = _strided(codes.mean, 1)
     # Slices of a block are views: batches, tiles and heads come with their strides.
     basis = (*_strided(codes.vectors, 1), *_strided(codes.vector_scales, 1), *mean, heads, fixed)
+    basis = (*basis, *_anchors(codes, key_dim))
     arguments = (
         *_strided(codes.streams, 2),
         *_strided(codes.carries, 1),
@@ -265,7 +282,7 @@ def _prepare(block: SpectralBlock) -> _Coded:
         "KEY_STEPS": keys.STEPS_PER_OCTAVE,
         "VALUE_STEPS": values.STEPS_PER_OCTAVE,
     }
-    return _Coded(basis, arguments, num_pairs, constants)
+    return _Coded(basis, arguments, num_pairs, any(codes.spans), constants)
 
 
 def _strided(tensor: Tensor, leading: int) -> tuple[Any, ...]:
@@ -312,3 +329,25 @@ def _rotation(codes: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
     start_batch = 0 if len(start) == 1 else start.stride(0)
     step = rotation.step.double()
     return fixed, (first, second, start, start_batch, step, *cosines_and_sines(step))
+
+
+def _anchors(codes: KeyCodes, key_dim: int) -> tuple[Any, ...]:
+    """How the kernel un-rotates queries by anchors, its arguments from ``partners`` to ``starts_batch``: for each
+    dimension the other one of its pair, the sign of that one's share, the span, the step, and the first rotation."""
+    device, rotation = codes.streams.device, codes.rotation
+    partners = torch.arange(key_dim, dtype=torch.int32, device=device)
+    signs = torch.zeros(key_dim, dtype=torch.float32, device=device)
+    spans, steps = torch.ones_like(partners), signs.double()
+    starts = torch.ones(1, key_dim, dtype=torch.complex64, device=device)
+    if rotation is not None and rotation.step is not None and any(codes.spans):
+        every = torch.tensor(codes.spans, dtype=torch.int32, device=device)
+        first, second = (dims[every > 0] for dims in rotation.indices(key_dim))
+        start = rotation.start[:, 0, every > 0]
+        starts = starts.repeat(len(start), 1)
+        for sign, dims, others in ((1.0, first, second), (-1.0, second, first)):
+            dims = dims.long()
+            partners[dims], signs[dims] = others, sign
+            spans[dims], steps[dims] = every[every > 0], rotation.step.double()[every > 0]
+            starts[:, dims] = start / start.abs()
+    by_dim = torch.view_as_real(starts).contiguous()
+    return partners, signs, spans, steps, by_dim, 0 if len(starts) == 1 else by_dim.stride(0)

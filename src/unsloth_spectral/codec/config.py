@@ -7,7 +7,6 @@ from unsloth_spectral.errors import InvalidArgumentError
 
 # Bits per element of the sealed tokens, metadata included.
 PRESETS = {"quality": 3.05, "balanced": 2.12, "small": 1.38, "tiny": 1.12}
-KEY_FRAMES = ("rotated", "unrotated")  # the first is the default
 # Tokens that share a scale in the spectral codec; it seals whole groups.
 GROUP_SIZE = 128
 _MIN_BITS, _MAX_BITS = 1.0, 8.0
@@ -35,8 +34,6 @@ class SpectralConfig:
         preset: ``"quality"``, ``"balanced"``, ``"small"`` or ``"tiny"``: 3.05, 2.12, 1.38 or 1.12 bits per element.
         bits_per_element: stored bits per number of the sealed tokens, metadata included, 1 to 8.
         compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 16.
-        key_frame: ``"rotated"`` keys are attended to as they are stored; ``"unrotated"`` ones keep the same fidelity in
-            about half a bit less, but are rebuilt at every step, which makes decoding about as fast as a dense cache.
         error_limit: relative error that no sealed block may exceed, in the norm of the queries for keys; such a block
             gets more bits, and stays exact where eight do not help. None for no limit.
 
@@ -52,7 +49,6 @@ class SpectralConfig:
     preset: str | None = None
     bits_per_element: float | None = None
     compression_factor: float | None = None
-    key_frame: str = KEY_FRAMES[0]
     error_limit: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +57,8 @@ class SpectralConfig:
             name for name in ("preset", "bits_per_element", "compression_factor") if getattr(self, name) is not None
         ]
         if self.rank_keys is not None or self.rank_values is not None:
-            if amounts or self.error_limit is not None or self.key_frame != KEY_FRAMES[0]:
-                others = [*amounts, *["error_limit"] * (self.error_limit is not None)] or ["key_frame"]
+            others = [*amounts, *["error_limit"] * (self.error_limit is not None)]
+            if others:
                 raise InvalidArgumentError(
                     f"ranks choose the rank codec, {others[0]} belongs to the spectral one: give either, not both"
                 )
@@ -74,8 +70,6 @@ class SpectralConfig:
         if len(amounts) > 1:
             raise InvalidArgumentError(f"{' and '.join(amounts)} say the same thing: give one of them")
         self._check_amount()
-        if self.key_frame not in KEY_FRAMES:
-            raise InvalidArgumentError(f"key_frame must be one of {', '.join(KEY_FRAMES)}, got {self.key_frame!r}")
         if self.error_limit is not None:
             _check_number("error_limit", self.error_limit, 0.0, 1.0)
         if self.block_size % GROUP_SIZE:
@@ -91,12 +85,12 @@ class SpectralConfig:
 
     @property
     def title(self) -> str:
-        """The name in tables: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits unrotated``."""
+        """The name in tables: ``rank 16/32``, ``spectral balanced``, ``spectral 2.5 bits``."""
         if self.codec == "rank":
             return f"rank {self.rank_keys}/{self.rank_values}"
         has_amount = self.bits_per_element is not None or self.compression_factor is not None
         amount = f"{self.target_bits:.3g} bits" if has_amount else self.preset or "balanced"
-        return f"spectral {amount}" + ("" if self.key_frame == KEY_FRAMES[0] else f" {self.key_frame}")
+        return f"spectral {amount}"
 
     @property
     def target_bits(self) -> float:

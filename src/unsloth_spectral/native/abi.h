@@ -7,6 +7,7 @@
 
 namespace spectral {
 
+constexpr int LEAST_SPAN = 32;         // the fewest tokens that share an anchor
 constexpr int MAX_SMOOTH = 16;         // smooth functions that `Rotation.mixing` has room for
 constexpr float FULL_WAVE = 32767.0f;  // stands for 1 in `Rotation.waves`
 
@@ -29,8 +30,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(const uint16_t*, mean)        /* [batch, head, dim] half precision */                                     \
     FIELD(const int32_t*, counts)       /* [head, 9]: components of each width */                                   \
     FIELD(int64_t, num_components)                                                                                  \
-    FIELD(int64_t, num_rows)                                                                                        \
-    FIELD(int64_t, is_rotated)          /* whether the codes are of rotated keys */
+    FIELD(int64_t, num_rows)
 
 // The rotation of keys: pairs of dimensions, the fast ones first; num_pairs is 0 without rotation. Slow pairs rotate
 // little within a tile, so a few smooth functions represent all their cosines and sines (attention/rotary_tables.py).
@@ -44,8 +44,9 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, start_stride)        /* between batches; 0 if they share it */                                   \
     FIELD(const double*, step)          /* [pair] angle from a token to the next */                                 \
     FIELD(const double*, tile_step)     /* [2, pair] cosine and sine of the angle from a tile to the next */        \
-    FIELD(const float*, cosines)        /* [pair, 128] of a tile's angles, relative to its first token */           \
-    FIELD(const float*, sines)          /* [pair, 128] */                                                           \
+    FIELD(const int32_t*, spans)        /* [pair] tokens that share an anchor: 0 for none, 32, 64 or 128; rising */ \
+    FIELD(const float*, cosines)        /* [4, pair] of the angles of a tile's anchors, relative to its first token */ \
+    FIELD(const float*, sines)          /* [4, pair] */                                                             \
     FIELD(const int16_t*, waves)        /* [num_waves, 128, 2] cosine and sine of fast pairs, then smooth functions */ \
     FIELD(const float*, mixing)         /* [2, pair - num_fast, MAX_SMOOTH] slow pairs in smooth functions */       \
     FIELD(const float*, reach)          /* [pair - num_fast, MAX_SMOOTH] the largest weights in a pair of length 1 */

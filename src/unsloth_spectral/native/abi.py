@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from itertools import count
 
+LEAST_SPAN = 32  # the fewest tokens that share an anchor
 MAX_SMOOTH = 16  # smooth functions that Rotation.mixing has room for
 FULL_WAVE = 32767  # stands for 1 in Rotation.waves
 # Values of ExactTokens.dtype.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 _CONSTANTS = {
+    "LEAST_SPAN": LEAST_SPAN,
     "MAX_SMOOTH": MAX_SMOOTH,
     "FULL_WAVE": FULL_WAVE,
     "FLOAT32": FLOAT32,
@@ -55,7 +57,6 @@ class CodedKeys(_Structure):
         ("counts", c_void_p),
         ("num_components", c_int64),
         ("num_rows", c_int64),
-        ("is_rotated", c_int64),
     ]
 
 
@@ -71,6 +72,7 @@ class Rotation(_Structure):
         ("start_stride", c_int64),
         ("step", c_void_p),
         ("tile_step", c_void_p),
+        ("spans", c_void_p),
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("waves", c_void_p),

@@ -17,7 +17,6 @@ template <int ROWS>
 void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
                   int64_t column, Partial* partials) {
     const Call& call = w.call;
-    const bool rebuilds = !block.keys.is_rotated && block.rotation.num_pairs > 0;
     const int64_t tiles = (block.num_tokens + TILE - 1) / TILE;
     const int64_t first_tile = token / TILE;
     const int64_t value_bytes = call.value_dim * block.values.nbits * ROW;
@@ -41,12 +40,7 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         w.next_values.expect(value_rows + done / TILE * value_stride, value_bytes);
         start_tile(w, block, b, tile);
         read_components(w, rows, tile ? rows - tile_bytes : nullptr, carries);
-        if (rebuilds) {
-            scale_basis(w);
-            score_rebuilt<ROWS>(w, row, std::min(TILE, length - done), w.scores.data() + done);
-        } else {
-            score_tile<ROWS>(w, block, row, std::min(TILE, length - done), w.scores.data() + done);
-        }
+        score_tile<ROWS>(w, block, row, std::min(TILE, length - done), w.scores.data() + done);
         w.next_values.fetch_rest();
         if (done + TILE < length) w.next_keys.fetch_rest();
     }
@@ -67,7 +61,7 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         if (block.values.nbits <= ROUGH_NBITS)
             weighed[r] = to_byte_weights(scores, most, first, padded);
         else
-            weighed[r] = to_weights<false>(scores, most, nullptr, first, second, padded);
+            weighed[r] = to_weights(scores, most, first, second, padded);
     }
     if (!any) return;
     const uint8_t* carries = first_tile ? nullptr : block.values.carries + (b * call.num_heads + h) * call.value_dim;

@@ -45,22 +45,6 @@ void start_components(Components& c, const CodedKeys& keys, int64_t h) {
     c.codes.resize(static_cast<size_t>(c.num_quads) * VECTORS);
 }
 
-// The queries in the basis of the head's components.
-void project(Worker& w, const int8_t* vectors, const float* vector_scales) {
-    const int count = w.components.count, width = w.components.width;
-    w.projection.projected.assign(w.call.num_rows * width, 0.0f);
-    std::vector<float> axis(w.key_dim, 0.0f);
-    for (int i = 0; i < count; ++i) {
-        for (int64_t d = 0; d < w.call.key_dim; ++d) axis[d] = vectors[i * w.call.key_dim + d];
-        for (int64_t row = 0; row < w.call.num_rows; ++row) {
-            Floats total = {};
-            for (int d = 0; d < w.key_dim; d += LANES)
-                total += load<Floats>(axis.data() + d) * load<Floats>(w.query.data() + row * w.key_dim + d);
-            w.projection.projected[row * width + i] = vector_scales[i] * sum(total);
-        }
-    }
-}
-
 // The codes of a head in one tile, whose streams begin at `rows` and go on from those of the tile before, at
 // `rows_before`, or from `carries` where that is null.
 void read_components(Worker& w, const uint8_t* rows, const uint8_t* rows_before, const uint8_t* carries) {
@@ -83,9 +67,9 @@ struct Worth {
     float fine, rough, constant;
 };
 
-// Integer weights of the components under the tile's scales for ROWS rows.
+// Integer weights of the components for ROWS rows: their projections [ROWS, component] under the tile's scales.
 template <int ROWS>
-INLINE void weigh_components(Worker& w, int64_t row, Worth* worths) {
+INLINE void weigh_components(Worker& w, const float* projected, int64_t row, Worth* worths) {
     const int lanes = w.components.width / 4;
     Floats peaks[2][ROWS] = {}, sums[2][ROWS] = {};
     float factors[2][ROWS];
@@ -93,7 +77,7 @@ INLINE void weigh_components(Worker& w, int64_t row, Worth* worths) {
         const Floats scale = load<Floats>(&w.components.scales[i]);
         const Ints is_fine = load<Ints>(&w.components.is_fine[i]);
         for (int r = 0; r < ROWS; ++r) {
-            const Floats value = load<Floats>(&w.projection.projected[(row + r) * w.components.width + i]) * scale;
+            const Floats value = load<Floats>(projected + r * w.components.width + i) * scale;
             const Floats size = magnitude(value);
             peaks[0][r] = larger(peaks[0][r], choose(is_fine, size, Floats{}));
             if (ROUGH_NBITS) peaks[1][r] = larger(peaks[1][r], choose(is_fine, Floats{}, size));
@@ -122,32 +106,9 @@ INLINE void weigh_components(Worker& w, int64_t row, Worth* worths) {
         }
     }
     for (int r = 0; r < ROWS; ++r)
-        worths[r].constant = w.projection.fixed[row + r] - worths[r].fine * sum(sums[0][r]) -
+        worths[r].constant = w.angles.fixed[row + r] - worths[r].fine * sum(sums[0][r]) -
                              (ROUGH_NBITS ? worths[r].rough * sum(sums[1][r]) : 0.0f);
 }
-
-#if defined(__AVX512VNNI__)
-// Adds the products of the quads behind the fine ones with their weights' high bytes.
-template <int ROWS>
-INLINE void add_rough(Worker& w, const Worth* worths, Floats (&products)[ROWS][VECTORS]) {
-    constexpr int TOGETHER = ROWS == 4 ? VECTORS / 2 : VECTORS;  // limited by the registers for sums
-    const int lanes = w.components.width / 4;
-    for (int v0 = 0; v0 < VECTORS; v0 += TOGETHER) {
-        Ints sums[ROWS][TOGETHER] = {};
-        for (int quad = w.components.num_fine; quad < w.components.num_quads; ++quad) {
-            Ints weights[ROWS];
-            for (int r = 0; r < ROWS; ++r) weights[r] = broadcast(w.projection.weights[0][r * lanes + quad]);
-            w.next_values.fetch(1);
-            for (int v = 0; v < TOGETHER; ++v) {
-                const Bytes codes = w.components.codes[quad * VECTORS + v0 + v];
-                for (int r = 0; r < ROWS; ++r) sums[r][v] = add_byte_products(sums[r][v], weights[r], codes);
-            }
-        }
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < TOGETHER; ++v) products[r][v0 + v] += worths[r].rough * to_floats(sums[r][v]);
-    }
-}
-#endif
 
 }  // namespace
 }  // namespace spectral

@@ -14,21 +14,16 @@ INLINE float factor_to(float full, float most) {
 
 struct Weighed {
     float worth;  // the value of one unit of the integers
-    float sum;    // the sum of the integers, each times its offset
+    float sum;    // the sum of the integers
 };
 
-// Converts n floats of magnitude up to `most` to weights up to FULL; n is a multiple of LANES. Without OFFSETS each
-// offset is 1.
-template <bool OFFSETS>
-INLINE Weighed to_weights(const float* from, float most, const float* offsets, int32_t* first, int32_t* second, int n) {
+// Converts n floats of magnitude up to `most` to weights up to FULL; n is a multiple of LANES.
+INLINE Weighed to_weights(const float* from, float most, int32_t* first, int32_t* second, int n) {
     Floats sums = {};
     const float factor = factor_to(FULL, most);
     for (int i = 0; i < n; i += LANES) {
         const Ints whole = rounded(load<Floats>(from + i) * factor);
-        if constexpr (OFFSETS)
-            sums += to_floats(whole) * load<Floats>(offsets + i);
-        else
-            sums += to_floats(whole);
+        sums += to_floats(whole);
         store_weights(whole, first + i / 4, second + i / 4);
     }
     return {most / FULL, sum(sums)};
@@ -50,17 +45,6 @@ INLINE Weighed to_byte_weights(const float* from, float most, int32_t* to, int n
             store_byte_weights(whole, to + (t + k * LANES) / 4);
         }
     return {most / FULL_BYTE, sum(sums)};
-}
-
-// to = a * b, and the largest magnitude.
-INLINE float multiply(const float* a, const float* b, float* to, int n) {
-    Floats peak = {};
-    for (int i = 0; i < n; i += LANES) {
-        const Floats value = load<Floats>(a + i) * load<Floats>(b + i);
-        peak = larger(peak, magnitude(value));
-        store(to + i, value);
-    }
-    return largest(peak);
 }
 
 }  // namespace

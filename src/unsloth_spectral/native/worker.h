@@ -54,35 +54,35 @@ struct Components {
     std::vector<Bytes> codes;        // [quad, VECTORS] of the current tile, four components per lane
 };
 
+constexpr int NUM_SPANS = 3;  // of tokens that share an anchor: LEAST_SPAN, twice and four times as many
+
 // The queries in the space of the components.
 struct Projection {
-    std::vector<float> projected;     // [row, component]
-    std::vector<float> scaled;        // [row of a chunk, component] under the tile's scales
-    std::vector<int32_t> weights[2];  // [row of a chunk, component / 4]
-    std::vector<float> fixed;         // [row]: the mean's term of dimensions that do not rotate
+    std::vector<float> columns;           // [key dim, component] the basis
+    std::vector<float> fixed;             // [row, component] of dimensions that no anchor un-rotates
+    int borders[NUM_SPANS + 1];           // the first rotary pairs with each span or a longer one; their number
+    int piece;                            // tokens for which the projection is the same: the shortest span
+    std::vector<float> real, imaginary;   // [row, anchored pair] the queries, for anchors of length 1
+    std::vector<float> angle;             // [2, anchored pair] of an anchor
+    std::vector<float> turned;            // [2, row of a chunk, anchored pair] the queries un-rotated by it
+    std::vector<float> levels[NUM_SPANS]; // [row of a chunk, component] with the pairs of that span and longer ones
+    std::vector<float> scaled;            // [row of a chunk, component] under the tile's scales
+    std::vector<int32_t> weights[2];      // [row of a chunk, component / 4]
 };
 
-// The rotation of the current tile's first token, and the rows relative to it.
+// The rotation of the current tile's first token, and the mean's term relative to it.
 struct Angles {
     std::vector<double> tile;                   // [2, rotary pair] cosine and sine
     std::vector<float> tile_float;              // the same as floats
-    std::vector<float> cosine, sine;            // [row, rotary pair]: the mean's term or the queries, from place 0
+    std::vector<float> cosine, sine;            // [row, rotary pair]: the mean's term, from place 0
     std::vector<float> tile_cosine, tile_sine;  // [row, rotary pair]: the same from the tile's first token
+    std::vector<float> fixed;                   // [row]: the mean's term of dimensions that do not rotate
 };
 
-// The mean's term of keys in the rotated frame, as integers.
+// The mean's term as integers.
 struct Waves {
     std::vector<float> unit;       // [row] the value of one unit of the integers; `cosine` and `sine` are divided by it
     std::vector<int32_t> heights;  // [row of a chunk, wave] heights in the mean's term, two integers of 16 bits each
-};
-
-// The tables that rebuild un-rotated keys. Dimensions that do not rotate are paired too; key_dim stands for no partner.
-struct Rebuilding {
-    std::vector<int> first, second;
-    std::vector<float> cosines, sines;     // [pair, 128]
-    std::vector<float> columns;            // [key dim + 1, component] the basis
-    std::vector<int32_t> rows[2];          // [key dim + 1, component / 4] the basis under the tile's scales
-    std::vector<float> worths, constants;  // [key dim + 1]
 };
 
 // The state of one thread.
@@ -98,7 +98,6 @@ struct Worker {
     Projection projection;
     Angles angles;
     Waves waves;
-    Rebuilding rebuilt;
     int64_t next_tile = -1;           // the tile after the current one
     Ahead next_keys, next_values;     // the next tile's keys, and the values of the current run
 

@@ -91,6 +91,10 @@ class Rotation:
         return tuple(tensor for tensor in (self.unit, self.step, self.places.table, self.rows) if tensor is not None)
 
     @property
+    def num_pairs(self) -> int:
+        return self.unit.shape[-1]
+
+    @property
     def is_even(self) -> bool:
         """True if the rotation grows by the same ``step`` from every token to the next."""
         return self.step is not None and self.places.table is None

@@ -14,10 +14,11 @@ from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
 from unsloth_spectral.codec.spectral.metric import query_metric
 from unsloth_spectral.codec.spectral.packing import unpack
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics, centre, covariance, principal_basis
-from unsloth_spectral.rope import Rotation, rotate, unrotate
+from unsloth_spectral.rope import Rotation, Spans, anchors_of, own_anchors, rotate, spans_of, unrotate
 
 BATCH, HEADS = 2, 3
-FRAMES = ["rotated", "unrotated", "none"]
+# Keys un-rotated by anchors, by their own rotation (as in records of chunks), not at all, and those without rotation.
+FRAMES = ["anchored", "unrotated", "rotated", "none"]
 frames = pytest.mark.parametrize("frame", FRAMES)
 # 8 bits: relative error of a component about 1 %, of a scale 1.1 %, and the rounding of the basis.
 NEAR = 0.025
@@ -33,6 +34,13 @@ def rotation_of(tokens: int, head_dim: int, start: int = 0) -> Rotation:
     angle = torch.arange(start, start + tokens)[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)
     first = torch.arange(pairs)
     return Rotation.of(torch.polar(torch.ones_like(angle), angle)[None], first, first + pairs)
+
+
+def spans_in(frame: str, rotation: Rotation | None) -> Spans:
+    """The spans of a block in ``frame``."""
+    return {"anchored": spans_of, "unrotated": own_anchors}.get(frame, lambda _: ())(rotation) or (
+        (0,) * (0 if rotation is None else rotation.num_pairs)
+    )
 
 
 def dense_keys(tokens: int, head_dim: int, heads: int, frame: str, start: int = 0, seed: int = 0) -> Any:
@@ -57,14 +65,14 @@ def encoded(
 ) -> tuple[KeyCodes, KeyPlan, torch.Tensor, torch.Tensor]:
     """The codes, their plan, what was coded, and the metric."""
     heads, head_dim = keys.shape[1], keys.shape[-1]
-    is_rotated = frame == "rotated"
-    x, mean = centre(keys, mean, rotation, is_rotated, real)
+    spans = spans_in(frame, rotation)
+    x, mean = centre(keys, mean, rotation, spans, real)
     metric = query_metric(random(1, heads, 4 * head_dim, head_dim, seed=9) * torch.logspace(-0.3, 0.3, head_dim))
     if isinstance(widths, int):
         widths = torch.full((heads, head_dim), widths)
     if plan is None:
         plan = codec.plan(principal_basis(covariance(x), metric), widths, 0.1)
-    statistics = KeyStatistics(x, mean, covariance(x), metric, rotation, is_rotated, torch.ones(len(x)))
+    statistics = KeyStatistics(x, mean, covariance(x), metric, rotation, spans, torch.ones(len(x)))
     codes, plan = codec.encode(statistics, plan, carries)
     return codes, plan, x, metric
 
@@ -94,8 +102,8 @@ def test_eight_bits_are_near_lossless(frame: str, head_dim: int, heads: int, tok
     assert (codes.num_tokens, codes.num_key_value_heads, codes.num_bits) == (tokens, heads, 8 * heads * head_dim)
     assert ((rebuilt - keys).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1)) < NEAR).all()
     error = rebuilt - keys
-    if frame == "unrotated" and rotation is not None:
-        error = unrotate(error, rotation.table()[:, None], rotation)
+    if rotation is not None:
+        error = unrotate(error, anchors_of(rotation, codes.spans)[:, None], rotation)
     lost = ((error @ metric) * error).sum((-2, -1)) / ((x @ metric) * x).sum((-2, -1))
     assert torch.allclose(codes.relative_error.float(), lost.sqrt(), rtol=0.02)
 
@@ -184,7 +192,7 @@ def test_scores_with_a_table_that_scales_and_has_rows(assert_close: Callable[...
     x = random(BATCH, HEADS, tokens, head_dim) + 3 * random(BATCH, HEADS, 1, head_dim, seed=1)
     keys = rotate(x, rotation.table()[:, None], rotation)
     query = random(BATCH, HEADS, 3, head_dim, seed=5)
-    for frame in ("rotated", "unrotated"):
+    for frame in ("anchored", "unrotated", "rotated"):
         codes = encoded(keys, rotation, frame)[0]
         assert relative(codes.reconstruct(), keys) < NEAR
         assert_close(codes.scores(query), query @ codes.reconstruct().mT, 1e-4)
@@ -267,15 +275,15 @@ def test_padding_changes_nothing_for_others(frame: str, assert_close: Callable[.
 def test_padding_takes_no_mean(frame: str) -> None:
     keys, rotation = dense_keys(256, 16, HEADS, frame)
     real = torch.zeros(BATCH, 256, dtype=torch.bool)
-    x, mean = centre(keys, None, rotation, frame == "rotated", real)
+    x, mean = centre(keys, None, rotation, spans_in(frame, rotation), real)
     assert not x.any()
     assert not mean.any()
     real[:, 56:] = True
-    x, mean = centre(keys, None, rotation, frame == "rotated", real)
+    x, mean = centre(keys, None, rotation, spans_in(frame, rotation), real)
     assert not x[:, :, :56].any()
-    if frame != "rotated":
+    if frame in ("unrotated", "none"):  # the others rotate the rest
         assert x[:, :, 56:].mean(-2).abs().max() < 0.01
-    centred, same = centre(keys, mean, rotation, frame == "rotated", None)
+    centred, same = centre(keys, mean, rotation, spans_in(frame, rotation), None)
     assert same is mean
     assert torch.equal(centred[:, :, 56:], x[:, :, 56:])
 
@@ -287,7 +295,7 @@ def test_no_components_leave_the_mean(frame: str, assert_close: Callable[..., No
     assert codes.num_bits == 0
     assert codes.streams.numel() == 0
     # The contribution of the coefficients is missing.
-    back = x if frame != "unrotated" or rotation is None else rotate(x, rotation.table()[:, None], rotation)
+    back = x if rotation is None else rotate(x, anchors_of(rotation, codes.spans)[:, None], rotation)
     assert_close(codes.reconstruct() + back, keys, 1e-3)
     query = random(BATCH, HEADS, 2, 16)
     assert_close(codes.scores(query), query @ codes.reconstruct().mT, 1e-4)

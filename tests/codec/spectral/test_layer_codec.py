@@ -1,6 +1,5 @@
 """One state a layer: what a later block shares with the first, the error limit, and bits within the budget."""
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import CacheStats
 from unsloth_spectral.codec.block import ExactBlock
-from unsloth_spectral.codec.config import KEY_FRAMES, PRESETS, SpectralConfig
+from unsloth_spectral.codec.config import PRESETS, SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.rank.block import RankBlock
@@ -46,12 +45,9 @@ def rotation_of(count: int, start: int = 0, head_dim: int = HEAD_DIM) -> Rotatio
     return Rotation.of(torch.polar(torch.ones_like(angle), angle)[None], first, first + pairs)
 
 
-def codec_layer(frame: str = "unrotated", bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
-    config = SpectralConfig(block_size=BLOCK, bits_per_element=bits, key_frame=frame, error_limit=limit)
+def codec_layer(bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
+    config = SpectralConfig(block_size=BLOCK, bits_per_element=bits, error_limit=limit)
     return make_codec(config, layers).layer(0)
-
-
-frames = pytest.mark.parametrize("frame", ["unrotated", "rotated"])
 
 
 def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
@@ -60,10 +56,9 @@ def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> S
     return coded
 
 
-@frames
 @pytest.mark.parametrize("bits", [1.6, 3.0])  # values of 1 and of 3 bits
-def test_later_blocks_of_the_same_kind_share_the_basis_and_join(frame: str, bits: float) -> None:
-    codec = codec_layer(frame, bits)
+def test_later_blocks_of_the_same_kind_share_the_basis_and_join(bits: float) -> None:
+    codec = codec_layer(bits)
     first = sealed(codec, tokens(512), Observed(rotation_of(512)))
     second = sealed(codec, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
     assert second.keys.vectors is first.keys.vectors
@@ -114,10 +109,9 @@ def test_after_forgetting_everything_is_planned_anew() -> None:
     assert torch.equal(sealed(codec, tokens(512)).keys.streams, first.keys.streams)
 
 
-@frames
-def test_the_plan_follows_the_batch(frame: str) -> None:
+def test_the_plan_follows_the_batch() -> None:
     """With one result for one tensor, blocks sealed later still join."""
-    plain, repeated = codec_layer(frame), codec_layer(frame)
+    plain, repeated = codec_layer(), codec_layer()
     first = sealed(plain, tokens(512))
     before, nbytes, results = sealed(repeated, tokens(512)), repeated.nbytes, {}
 
@@ -235,19 +229,17 @@ def layers_of(
     return CacheStats.of(stats)
 
 
-@frames
 @pytest.mark.parametrize(("preset", "head_dim"), [("quality", 64), ("balanced", 64), ("small", 64)])
-def test_the_cold_tier_takes_the_bits_asked_for(frame: str, preset: str, head_dim: int) -> None:
-    config = SpectralConfig(preset=preset, key_frame=frame)
+def test_the_cold_tier_takes_the_bits_asked_for(preset: str, head_dim: int) -> None:
+    config = SpectralConfig(preset=preset)
     stats = layers_of(config, 6, 2200, head_dim)
     check_bits(stats, config)
 
 
-@frames
 @pytest.mark.parametrize("preset", ["quality", "balanced", "small"])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_a_short_prefill_takes_the_bits_asked_for(frame: str, preset: str, groups: int) -> None:
-    config = SpectralConfig(preset=preset, key_frame=frame)
+def test_a_short_prefill_takes_the_bits_asked_for(preset: str, groups: int) -> None:
+    config = SpectralConfig(preset=preset)
     count = 4 + 64 + 128 * groups
     check_bits(layers_of(config, 6, count, 64, seen=count), config)
 
@@ -286,9 +278,8 @@ def test_the_query_metric_buys_what_queries_look_at() -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
-@frames
 @pytest.mark.parametrize("count", [1, 8, 33, 256])
-def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
+def test_few_queries_do_not_decide_alone(count: int) -> None:
     """While decoding at most 33 queries a head are sampled: they span a part of the directions later queries use."""
     queries = random(BATCH, HEADS, count, 64)
     block, rotation = tokens(BLOCK, head_dim=64), rotation_of(BLOCK, head_dim=64)
@@ -296,7 +287,7 @@ def test_few_queries_do_not_decide_alone(frame: str, count: int) -> None:
     exact = later @ block.keys.mT
     errors = []
     for observed in (Observed(rotation, queries, torch.full((BATCH, count), BLOCK)), Observed(rotation)):
-        sealed_block = sealed(codec_layer(frame, bits=4.0), block, observed)
+        sealed_block = sealed(codec_layer(bits=4.0), block, observed)
         errors.append(float((sealed_block.scores(later) - exact).norm() / exact.norm()))
     assert errors[0] < 1.5 * errors[1]
 
@@ -314,20 +305,21 @@ def test_few_queries_buy_neither_a_basis_nor_bits(count: int) -> None:
     assert 0.6 * first.keys.num_bits < limited.keys.num_bits < 1.05 * first.keys.num_bits
 
 
-@pytest.mark.parametrize("is_rotated", [True, False])
-def test_the_metric_is_that_of_the_unrotated_queries(is_rotated: bool) -> None:
+@pytest.mark.parametrize("span", [0, 1, 32])
+def test_the_metric_is_that_of_the_unrotated_queries(span: int) -> None:
+    spans = (span,) * (HEAD_DIM // 2)
     queries = random(BATCH, 2 * HEADS, 600, HEAD_DIM)
-    fixed = metric_of(Observed(None, queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
-    seen = metric_of(Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, is_rotated)
+    fixed = metric_of(Observed(None, queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, spans)
+    seen = metric_of(Observed(rotation_of(64), queries, torch.full((BATCH, 600), 64)), HEADS, HEAD_DIM, spans)
     assert seen.shape == (BATCH, HEADS, HEAD_DIM, HEAD_DIM)
     # Rotation keeps lengths; the floor depends on the number of queries.
     assert torch.allclose(*(m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (seen, fixed)), rtol=5e-3)
-    assert torch.equal(seen, fixed) == is_rotated
+    assert torch.equal(seen, fixed) == (span == 0)
     first = metric_of(
-        Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)), HEADS, HEAD_DIM, False
+        Observed(rotation_of(64), queries, torch.ones(BATCH, 600, dtype=torch.int64)), HEADS, HEAD_DIM, spans
     )
     assert torch.allclose(first, fixed, atol=5e-3), "a query that saw a single token saw it at position 0, unrotated"
-    nothing = metric_of(Observed(rotation_of(64)), HEADS, HEAD_DIM, is_rotated)
+    nothing = metric_of(Observed(rotation_of(64)), HEADS, HEAD_DIM, spans)
     assert torch.equal(nothing[0, 0], torch.eye(HEAD_DIM))
 
 
@@ -348,35 +340,30 @@ def test_units_and_kinds() -> None:
 
 
 def test_coded_blocks_answer_like_dense_ones() -> None:
-    for frame in ("rotated", "unrotated"):
-        block = sealed(codec_layer(frame), tokens(1280), Observed(rotation_of(1280)))
-        keys, values = block.reconstruct()
-        query, weights = random(BATCH, HEADS, 3, HEAD_DIM), torch.rand(BATCH, HEADS, 3, 1280)
-        assert torch.allclose(block.scores(query), query @ keys.mT, atol=2e-2)
-        assert torch.allclose(block.combine(weights), weights @ values, rtol=1e-3, atol=1e-2)
-        tiles = list(block.tiles(300))
-        assert [tile.num_tokens for tile in tiles] == [256] * 5
-        assert torch.allclose(torch.cat([tile.reconstruct()[0] for tile in tiles], -2), keys, atol=1e-2)
-        (cut,) = block.first_tokens(333)
-        assert cut.num_tokens == 333
-        assert torch.allclose(cut.reconstruct()[0], keys[..., :333, :], atol=1e-2)
-        assert torch.allclose(cut.reconstruct()[1], values[..., :333, :], atol=1e-4)
-        assert cut.nbytes < 0.4 * block.nbytes
-        assert block.num_key_value_heads == HEADS
-        assert block.is_finite
+    block = sealed(codec_layer(), tokens(1280), Observed(rotation_of(1280)))
+    keys, values = block.reconstruct()
+    query, weights = random(BATCH, HEADS, 3, HEAD_DIM), torch.rand(BATCH, HEADS, 3, 1280)
+    assert torch.allclose(block.scores(query), query @ keys.mT, atol=2e-2)
+    assert torch.allclose(block.combine(weights), weights @ values, rtol=1e-3, atol=1e-2)
+    tiles = list(block.tiles(300))
+    assert [tile.num_tokens for tile in tiles] == [256] * 5
+    assert torch.allclose(torch.cat([tile.reconstruct()[0] for tile in tiles], -2), keys, atol=1e-2)
+    (cut,) = block.first_tokens(333)
+    assert cut.num_tokens == 333
+    assert torch.allclose(cut.reconstruct()[0], keys[..., :333, :], atol=1e-2)
+    assert torch.allclose(cut.reconstruct()[1], values[..., :333, :], atol=1e-4)
+    assert cut.nbytes < 0.4 * block.nbytes
+    assert block.num_key_value_heads == HEADS
+    assert block.is_finite
 
 
-def test_the_evaluation_compares_every_preset_in_the_family_of_its_frame() -> None:
-    configs = [config for family in SpectralCodec.compared.values() for config in family]
-    assert {(config.preset, config.key_frame) for config in configs} == set(product(PRESETS, KEY_FRAMES))
-    for family, members in SpectralCodec.compared.items():
-        assert {config.title.replace(f" {config.preset}", "") for config in members} == {family}
+def test_the_evaluation_compares_every_preset() -> None:
+    assert SpectralCodec.compared == {"spectral": tuple(SpectralConfig(preset=preset) for preset in PRESETS)}
 
 
-@frames
 @pytest.mark.parametrize(("count", "budget"), [(BLOCK // 2, "short_budget"), (2 * BLOCK, "budget")])
-def test_the_budget_is_charged_what_components_and_their_bits_take(frame: str, count: int, budget: str) -> None:
-    codec = make_codec(SpectralConfig(block_size=BLOCK, bits_per_element=3.0, key_frame=frame), 1)
+def test_the_budget_is_charged_what_components_and_their_bits_take(count: int, budget: str) -> None:
+    codec = make_codec(SpectralConfig(block_size=BLOCK, bits_per_element=3.0), 1)
     layer = codec.layer(0)
     block = sealed(layer, tokens(count, batch=1), Observed(rotation_of(count)))
     statistics = storage_bytes(block.keys.relative_error, block.values.relative_error)
@@ -386,9 +373,8 @@ def test_the_budget_is_charged_what_components_and_their_bits_take(frame: str, c
     assert (2 * 3.0 * HEADS * HEAD_DIM - left) * count / 8 == pytest.approx(stored)
 
 
-@frames
-def test_a_stored_layer_seals_on_in_the_basis_that_it_had(frame: str) -> None:
-    first, second = codec_layer(frame), codec_layer(frame)
+def test_a_stored_layer_seals_on_in_the_basis_that_it_had() -> None:
+    first, second = codec_layer(), codec_layer()
     before = sealed(first, tokens(2 * BLOCK), Observed(rotation_of(2 * BLOCK)))
     tree, tensors = flatten(first.to_fields())
     shape = TokenShape(BATCH, HEADS, HEAD_DIM, HEAD_DIM, torch.float32, torch.float32)

@@ -16,16 +16,16 @@ from unsloth_spectral.rope import Rotation
 HEADS, HEAD_DIM = 2, 32
 
 
-def test_scores_over_unrotated_keys_never_rebuild_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_many_rows_never_rebuild_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_module, "_REBUILT_TOKENS", 256)
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 1, HEADS, 640, HEAD_DIM, generator=generator)
     angles = torch.arange(640)[:, None] * 100.0 ** -torch.linspace(0, 1, HEAD_DIM // 2)
     halves = slice(0, HEAD_DIM // 2), slice(HEAD_DIM // 2, HEAD_DIM)
     observed = Observed(Rotation.of(torch.polar(torch.ones_like(angles), angles)[None], *halves))
-    codec = make_codec(SpectralConfig(bits_per_element=4, key_frame="unrotated"), 1).layer(0)
+    codec = make_codec(SpectralConfig(bits_per_element=4), 1).layer(0)
     block = codec.seal(ExactBlock(keys, values), None, observed)
-    query = torch.randn(1, HEADS, 3, HEAD_DIM, generator=generator)
+    query = torch.randn(1, HEADS, 32, HEAD_DIM, generator=generator)
     expected = query @ block.keys.reconstruct().mT
     with patch.object(KeyCodes, "reconstruct", autospec=True, side_effect=KeyCodes.reconstruct) as rebuilt:
         scores = block.scores(query)

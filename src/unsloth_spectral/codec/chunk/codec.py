@@ -29,7 +29,7 @@ from unsloth_spectral.codec.spectral.allocate import uniform_value_width, widths
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, own_anchors
 
 MIN_TOKENS = 256
 _NUM_EXACT = 1
@@ -105,7 +105,7 @@ class ChunkCodec:
         rotation = self._rotation(keys.shape[-2] - _NUM_EXACT)
         metric = torch.eye(self.layout.key_dim, dtype=torch.float32, device="cpu").expand(1, keys.shape[1], -1, -1)
         runs = [
-            KeyStatistics.of(layer_keys[None, :, _NUM_EXACT:], metric, rotation, is_rotated=rotation is None)
+            KeyStatistics.of(layer_keys[None, :, _NUM_EXACT:], metric, rotation, own_anchors(rotation))
             for layer_keys in keys
         ]
         bases = [run.basis() for run in runs]

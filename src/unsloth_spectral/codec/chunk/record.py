@@ -16,7 +16,7 @@ from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.errors import LoadError
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, own_anchors
 
 _MAGIC = b"USC2"  # the last letter counts versions
 _HEADER = struct.Struct("<4sIIB3x")
@@ -105,7 +105,7 @@ class Reader:
             widths=widths,
             num_tokens=shape.num_tokens,
             rotation=rotation,
-            is_rotated=rotation is None,
+            spans=own_anchors(rotation),
         )
         values = ValueCodes(
             **self._tensors(ValueCodes, shape.value_sizes(value_nbits)),

@@ -14,7 +14,7 @@ from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape
 from unsloth_spectral.fields import Field, Fields
 
-_REBUILT_TOKENS = 2048  # tokens rebuilt at a time, for scores over un-rotated keys
+_REBUILT_TOKENS = 2048  # tokens rebuilt at a time, for scores of many rows
 
 
 class Memo(dict[str, Any]):
@@ -83,7 +83,7 @@ class SpectralBlock:
         return () if self.keys.rotation is None else self.keys.rotation.tensors
 
     def scores(self, query: Tensor) -> Tensor:
-        if self.keys.is_rotated or self.num_tokens <= _REBUILT_TOKENS:
+        if self.num_tokens <= _REBUILT_TOKENS or not self.keys.rebuilds(query.shape[2]):
             return self.keys.scores(query)
         return torch.cat([tile.keys.scores(query) for tile in self._split(_REBUILT_TOKENS)], dim=-1)
 

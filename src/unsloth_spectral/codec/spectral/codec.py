@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.block import Block, ExactBlock, SealedBlock
 from unsloth_spectral.codec.codec import Codec, LayerCodec
-from unsloth_spectral.codec.config import GROUP_SIZE, KEY_FRAMES, PRESETS, SpectralConfig
+from unsloth_spectral.codec.config import GROUP_SIZE, PRESETS, SpectralConfig
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral import keys as key_codec
@@ -22,7 +22,7 @@ from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
 from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import join_in_kind
+from unsloth_spectral.rope import join_in_kind, spans_of
 
 # Tokens sealed while decoding get their own basis if that lowers their error by this factor: for a block of 512 tokens
 # a basis costs as much as 0.7 bits per element, and these would lower the error 2.6 times.
@@ -43,10 +43,7 @@ class SpectralCodec(Codec):
     config_type = SpectralConfig
     block_types = (SpectralBlock,)
     compared: ClassVar[dict[str, tuple[SpectralConfig, ...]]] = {
-        "spectral" if frame == KEY_FRAMES[0] else f"spectral {frame}": tuple(
-            SpectralConfig(preset=preset, key_frame=frame) for preset in PRESETS
-        )
-        for frame in KEY_FRAMES
+        "spectral": tuple(SpectralConfig(preset=preset) for preset in PRESETS)
     }
     uses_queries = True
     uses_profile = True
@@ -96,9 +93,9 @@ class SpectralLayerCodec(LayerCodec):
 
     def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         config = self._codec.config
-        is_rotated = config.key_frame == "rotated"
-        metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], is_rotated)
-        run = KeyStatistics.of(tokens.keys, metric, observed.rotation, is_rotated, self._mean, real)
+        spans = spans_of(observed.rotation)
+        metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], spans)
+        run = KeyStatistics.of(tokens.keys, metric, observed.rotation, spans, self._mean, real)
         basis = run.basis()
         keys, plan = self._encode_keys(run, basis, tokens.values)
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
@@ -122,7 +119,8 @@ class SpectralLayerCodec(LayerCodec):
     def join(self, last: Block, new: Block) -> Block | None:
         if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
             return None
-        same = last.keys.vectors is new.keys.vectors and last.values.nbits == new.values.nbits
+        same = last.keys.vectors is new.keys.vectors and last.keys.spans == new.keys.spans
+        same = same and last.values.nbits == new.values.nbits
         fills_groups = last.num_tokens % GROUP_SIZE == 0
         if not same or not fills_groups or last.values.largest is not new.values.largest:
             return None

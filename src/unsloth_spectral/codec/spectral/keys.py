@@ -18,7 +18,7 @@ from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, pro
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import Rotation, join_rotations, rotate
+from unsloth_spectral.rope import SPANS, Rotation, Spans, anchors_of, join_rotations, rotate
 
 STEPS_PER_OCTAVE = 32
 # Clipping points, as shares of a group's largest coefficient. Without clipping, rare huge coefficients set the step.
@@ -45,7 +45,7 @@ class KeyCodes(StoredTensors):
         widths: bits of each component.
         num_tokens: the number of tokens.
         rotation: the tokens' positions; None for a model without rotary embeddings.
-        is_rotated: whether the components are those of rotated keys (less the rotated mean) or of un-rotated ones.
+        spans: of the anchors that the components are un-rotated by, see ``rope.anchors``.
     """
 
     streams: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "rows", ROW_BYTES))]
@@ -58,7 +58,7 @@ class KeyCodes(StoredTensors):
     widths: Widths
     num_tokens: int
     rotation: Rotation | None
-    is_rotated: bool
+    spans: Spans
 
     @property
     def num_key_value_heads(self) -> int:
@@ -87,21 +87,38 @@ class KeyCodes(StoredTensors):
         mean = self.mean.float()[:, :, None]
         if self.rotation is None:
             return x + mean
-        table = self.rotation.table()[:, None]
-        if self.is_rotated:
-            return x + rotate(mean.expand_as(x), table, self.rotation)
-        return rotate(x + mean, table, self.rotation)
+        x = rotate(x, anchors_of(self.rotation, self.spans)[:, None], self.rotation)
+        return x + rotate(mean.expand_as(x), self.rotation.table()[:, None], self.rotation)
 
     def scores(self, query: Tensor) -> Tensor:
         """Dot products of ``query [B, H, rows, D]`` with every key, ``[B, H, rows, num_tokens]``."""
-        if not self.is_rotated and self.rotation is not None:
+        if self.rebuilds(query.shape[2]):
             return query @ self.reconstruct().to(query.dtype).mT
-        coefficients, basis = self.components()
-        scores = (query @ basis.to(query.dtype).mT) @ coefficients.to(query.dtype)
+        coefficients, basis = (tensor.to(query.dtype) for tensor in self.components())
         mean = self.mean.to(query.dtype)[:, :, None]
         if self.rotation is None:
-            return scores + query @ mean.mT
-        return scores + _rotated_mean_scores(query, mean, self.rotation)
+            return (query @ basis.mT) @ coefficients + query @ mean.mT
+        return self._anchored_scores(query, coefficients, basis) + _rotated_mean_scores(query, mean, self.rotation)
+
+    def rebuilds(self, num_rows: int) -> bool:
+        """Whether ``scores`` of so many rows rebuild the keys: un-rotating each row by every anchor takes longer."""
+        return self.rotation is not None and num_rows >= self._tokens_per_anchor
+
+    @property
+    def _tokens_per_anchor(self) -> int:
+        return min((span for span in self.spans if span), default=max(self.num_tokens, *SPANS))
+
+    def _anchored_scores(self, query: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+        """The part of the scores that the coefficients give: the query is un-rotated once per anchor."""
+        assert self.rotation is not None
+        shared = self._tokens_per_anchor
+        tables = anchors_of(self.rotation, self.spans)[:, None, ::shared, None].conj()
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))[:, :, None]
+        unrotated = rotate(wide.expand(-1, -1, tables.shape[2], -1, -1), tables, self.rotation).to(query.dtype)
+        missing = -self.num_tokens % shared
+        by_anchor = torch.nn.functional.pad(coefficients, (0, missing)).unflatten(-1, (-1, shared)).movedim(3, 2)
+        scores = (unrotated @ basis.mT[:, :, None]) @ by_anchor
+        return scores.movedim(2, 3).flatten(3)[..., : self.num_tokens]
 
     def slice(self, start: int, stop: int) -> "KeyCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of the group size."""
@@ -132,7 +149,7 @@ class KeyCodes(StoredTensors):
 
     def to_fields(self) -> dict[str, Field]:
         rotation = None if self.rotation is None else self.rotation.to_fields()
-        more: dict[str, Field] = {"widths": self.widths, "num_tokens": self.num_tokens, "is_rotated": self.is_rotated}
+        more: dict[str, Field] = {"widths": self.widths, "num_tokens": self.num_tokens, "spans": self.spans}
         return {**self.tensors_to_fields(), **more, "rotation": rotation}
 
     @classmethod
@@ -141,8 +158,10 @@ class KeyCodes(StoredTensors):
         if fields.has("rotation"):
             rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, shape.batch, num_tokens)
         tensors = cls.tensors_from_fields(fields, key_sizes(shape.batch, shape.key_dim, widths, num_tokens))
-        is_rotated = fields.flag("is_rotated")
-        return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, is_rotated=is_rotated)
+        spans = fields.integers("spans")
+        fields.require(len(spans) == (0 if rotation is None else rotation.num_pairs), "a span for each rotary pair")
+        fields.require({0, 1, *SPANS}.issuperset(spans), f"spans among 0, 1 and {SPANS}")
+        return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, spans=spans)
 
 
 def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> dict[str, int]:
@@ -274,7 +293,7 @@ def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = No
         widths=plan.widths,
         num_tokens=num_tokens,
         rotation=statistics.rotation,
-        is_rotated=statistics.is_rotated,
+        spans=statistics.spans,
     )
     return codes, replace(plan, tops=tops)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.rope import Rotation, rotate
+from unsloth_spectral.rope import Spans, rotate
 
 # Directions without a sampled query still get this share of the mean weight, for later queries.
 _FLOOR = 1e-2
@@ -15,10 +15,10 @@ _KEYS_PER_QUERY = 4
 _SEED = 0
 
 
-def metric_of(observed: Observed, num_key_value_heads: int, head_dim: int, is_rotated: bool) -> Tensor:
-    """``W = E[R(n)^T q q^T R(n)]`` over sampled queries and key positions ``n`` before them; ``E[q q^T]`` for rotated
-    keys. ``[B or 1, H, D, D]`` float32, with the trace of the queries. Without queries it is the identity; a row
-    without queries among others gets the identity times their mean."""
+def metric_of(observed: Observed, num_key_value_heads: int, head_dim: int, spans: Spans) -> Tensor:
+    """``W = E[R(n)^T q q^T R(n)]`` over sampled queries and key positions ``n`` before them, where ``R(n)`` does not
+    rotate pairs without anchors. ``[B or 1, H, D, D]`` float32, with the trace of the queries. Without queries it is
+    the identity; a row without queries among others gets the identity times their mean."""
     eye = torch.eye(head_dim, dtype=torch.float32, device="cpu")
     if observed.queries is None or observed.distances is None:
         return eye.expand(1, num_key_value_heads, -1, -1)
@@ -26,7 +26,7 @@ def metric_of(observed: Observed, num_key_value_heads: int, head_dim: int, is_ro
     # Queries of each row, in all heads of a group.
     counts = ((observed.distances > 0).sum(1) * grouped.shape[2]).to(grouped.device)
     has_any = (counts > 0)[:, None, None, None]
-    unrotated = grouped if is_rotated or observed.rotation is None else _unrotated(observed, grouped, observed.rotation)
+    unrotated = grouped if not any(spans) or observed.rotation is None else _unrotated(observed, grouped, spans)
     counts = counts.clamp_min(1)
     repeats = unrotated.shape[3] // grouped.shape[3]
     metric = query_metric(unrotated.flatten(2, 3), counts[:, None], repeats)
@@ -39,20 +39,23 @@ def metric_of(observed: Observed, num_key_value_heads: int, head_dim: int, is_ro
     return torch.where(has_any, metric, typical[:, None, None] * eye.to(metric.device))
 
 
-def _unrotated(observed: Observed, grouped: Tensor, rotation: Rotation) -> Tensor:
+def _unrotated(observed: Observed, grouped: Tensor, spans: Spans) -> Tensor:
     """``grouped [B, H, G, n, D]``, un-rotated by the positions of several keys per query; the results are
     concatenated."""
+    rotation = observed.rotation
     assert observed.distances is not None
+    assert rotation is not None
     is_query = observed.distances > 0
     shares = torch.zeros(_KEYS_PER_QUERY, *is_query.shape, dtype=torch.float32, device="cpu")
     for row, is_row_query in enumerate(is_query):
         shares[:, row, is_row_query] = _drawn(int(is_row_query.sum()))
     table, unrotated = rotation.table(), []
+    has_no_anchors = torch.tensor([span == 0 for span in spans], dtype=torch.bool, device=table.device)
     first = 0 if observed.padding is None else observed.padding[:, None]
     for share in shares:
         keys = (first + share * (observed.distances - first).clamp_min(0)).long().clamp(max=table.shape[1] - 1)
         rows = torch.arange(len(table), dtype=torch.int64, device="cpu")[:, None]
-        picked = table[rows.to(table.device), keys.to(table.device)]
+        picked = table[rows.to(table.device), keys.to(table.device)].masked_fill(has_no_anchors, 1)
         unrotated.append(rotate(grouped, picked[:, None, None].conj(), rotation))
     return torch.cat(unrotated, dim=3)
 

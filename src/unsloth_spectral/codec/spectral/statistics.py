@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unsloth_spectral.rope import Rotation, minus_rotated, unrotate, unrotated_sum
+from unsloth_spectral.rope import Rotation, Spans, anchors_of, minus_rotated, rotate, unrotated_sum
 
 
 class Basis(NamedTuple):
@@ -31,7 +31,7 @@ class KeyStatistics:
         covariance: ``[B, H, D, D]``, of ``x``.
         metric: ``[B or 1, H, D, D]``, of the queries.
         rotation: the tokens' positions; None for a model without rotary embeddings.
-        is_rotated: whether ``x`` is in the frame of rotated keys or of un-rotated ones.
+        spans: of the anchors by which ``x`` is un-rotated, for each rotary pair.
         shares: ``[B]``, the share of each row's tokens that are not padding.
     """
 
@@ -40,7 +40,7 @@ class KeyStatistics:
     covariance: Tensor
     metric: Tensor
     rotation: Rotation | None
-    is_rotated: bool
+    spans: Spans
     shares: Tensor
 
     @classmethod
@@ -49,7 +49,7 @@ class KeyStatistics:
         keys: Tensor,
         metric: Tensor,
         rotation: Rotation | None,
-        is_rotated: bool,
+        spans: Spans,
         mean: Tensor | None = None,
         real: Tensor | None = None,
     ) -> "KeyStatistics":
@@ -57,9 +57,9 @@ class KeyStatistics:
 
         ``real [B, n]`` bool is False for padding.
         """
-        x, mean = centre(keys, mean, rotation, is_rotated, real)
+        x, mean = centre(keys, mean, rotation, spans, real)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
-        return cls(x, mean, covariance(x), metric.to(x.device), rotation, is_rotated, shares)
+        return cls(x, mean, covariance(x), metric.to(x.device), rotation, spans, shares)
 
     @property
     def num_tokens(self) -> int:
@@ -80,22 +80,23 @@ class KeyStatistics:
 
 
 def centre(
-    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, is_rotated: bool, real: Tensor | None
+    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, spans: Spans, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``keys [B, H, n, D]`` minus their mean, and that mean, ``[B, H, D]`` float16 (or the given one).
+    """``keys [B, H, n, D]`` minus their mean, un-rotated by their anchors, and that mean, ``[B, H, D]`` float16 (or the
+    given one), un-rotated.
 
     ``real [B, n]`` bool is False for padding, which becomes zero.
     """
     x = keys.float()
     weight = None if real is None else real[:, None, :, None].to(x.dtype)
-    if rotation is not None and is_rotated:
+    if rotation is None:
+        mean = _mean(x, weight).half() if mean is None else mean
+        x = x - mean.float()[:, :, None]
+    else:
         table = rotation.table()[:, None]
         mean = _mean(x, weight, table, rotation).half() if mean is None else mean
         x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
-    else:
-        x = x if rotation is None else unrotate(x, rotation.table()[:, None], rotation)
-        mean = _mean(x, weight).half() if mean is None else mean
-        x = x - mean.float()[:, :, None]
+        x = rotate(x, anchors_of(rotation, spans)[:, None].conj(), rotation)
     return (x if weight is None else x * weight), mean
 
 
