@@ -22,7 +22,6 @@ from unsloth_spectral.attention import cpu, direct
 from unsloth_spectral.attention.scores import ScoreOptions
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block
-from unsloth_spectral.codec.config import KEY_FRAMES
 from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.eval.methods.peers import peers
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
@@ -39,10 +38,10 @@ PEER, PEER_TOKENS = "quanto 4", 8192
 BATCHES = ((1, 1024), (1, 8064), (8, 8064))  # 8,064 leaves room within the model's 8,192 positions
 
 
-def sealed_layers(shape: tuple[int, int, int], length: int, count: int, frame: str) -> list[list[Block]]:
+def sealed_layers(shape: tuple[int, int, int], length: int, count: int) -> list[list[Block]]:
     """``count`` layers' blocks: keys with a falling spectrum and a mean, sealed by the codec at preset balanced."""
     heads, query_heads, head_dim = shape
-    config = SpectralConfig(preset="balanced", key_frame=frame)
+    config = SpectralConfig(preset="balanced")
     generator = torch.Generator().manual_seed(0)
     steps = 1e5 ** -(torch.arange(head_dim // 2, dtype=torch.float64) * 2 / head_dim)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * steps
@@ -124,22 +123,19 @@ def attention_steps(repeats: int) -> list[dict[str, Any]]:
             peer = peer_contender(shape, length, min(count, 4), query)
             if peer is not None:
                 contenders[PEER] = peer
-            sealed_bytes = {}
-            for frame in KEY_FRAMES:
-                layers = sealed_layers(shape, length, min(count, 12), frame)
-                sealed_bytes[frame] = sum(block.nbytes for block in layers[0] if hasattr(block, "nbytes"))
-                contenders[f"spectral {frame}"] = stepper(cpu.attend, query, layers, options)
-                if length <= PEER_TOKENS:
-                    contenders[f"spectral {frame}, torch"] = stepper(direct.attend, query, layers, options)
+            layers = sealed_layers(shape, length, min(count, 12))
+            sealed_bytes = sum(block.nbytes for block in layers[0] if hasattr(block, "nbytes"))
+            contenders["spectral"] = stepper(cpu.attend, query, layers, options)
+            if length <= PEER_TOKENS:
+                contenders["spectral, torch"] = stepper(direct.attend, query, layers, options)
             timings = alternate(contenders, repeats)
             dense = min(timings[contender].median for contender in DENSE)
             for contender, timing in timings.items():
                 row = {"shape": name, "context": length, "contender": contender, **milliseconds(timing)}
                 row["times_faster_than_dense"] = dense / timing.median
-                for frame in KEY_FRAMES:
-                    if contender.startswith(f"spectral {frame}"):
-                        row["bytes_read"] = sealed_bytes[frame]
-                        row["gigabytes_per_s"] = sealed_bytes[frame] / timing.median / 1e6
+                if contender.startswith("spectral"):
+                    row["bytes_read"] = sealed_bytes
+                    row["gigabytes_per_s"] = sealed_bytes / timing.median / 1e6
                 rows.append(row)
                 print(f"{name:<13}{length:>7} {contender:<26}{timing.median:9.3f} ms {dense / timing.median:7.2f}x")
     return rows
@@ -171,10 +167,7 @@ def end_to_end(repeats: int) -> list[dict[str, Any]]:
     for batch, length in BATCHES:
         caches: dict[str, Any] = {
             "dense (DynamicCache)": DynamicCache(config=config),
-            **{
-                f"spectral {frame}": SpectralCache(subject.model, config=SpectralConfig(key_frame=frame))
-                for frame in KEY_FRAMES
-            },
+            "spectral": SpectralCache(subject.model, config=SpectralConfig()),
         }
         for cache in caches.values():
             subject.prefill(subject.ids(0, length), cache)
@@ -207,7 +200,7 @@ def end_to_end(repeats: int) -> list[dict[str, Any]]:
 def targets_of(steps: list[dict[str, Any]], decoding: list[dict[str, Any]], bandwidth: float) -> list[Target]:
     targets = []
     for row in steps:
-        if row["contender"] not in [f"spectral {frame}" for frame in KEY_FRAMES]:
+        if row["contender"] != "spectral":
             continue
         target = {1024: 1.0, 8192: 5.0, 32768: 5.0}.get(row["context"])
         place = f"{row['contender']}, {row['shape']} at {row['context']}"
@@ -231,7 +224,7 @@ def draw(steps: list[dict[str, Any]]) -> None:
     figure = blank_figure(11, 4.5)
     for place, name in enumerate(SHAPES):
         axes = figure.add_subplot(1, len(SHAPES), place + 1)
-        for contender in ("products fp32", "sdpa fp32", *(f"spectral {frame}" for frame in KEY_FRAMES)):
+        for contender in ("products fp32", "sdpa fp32", "spectral"):
             points = [(r["context"], r["ms"]) for r in steps if (r["shape"], r["contender"]) == (name, contender)]
             x, y = zip(*points, strict=True)
             slope = 1e6 * (y[-1] - y[0]) / (x[-1] - x[0])

@@ -15,11 +15,6 @@ FAMILIES: dict[str, dict[str, tuple[float, float]]] = {
         "spectral balanced": (2.13, 0.0067),
         "spectral small": (1.38, 0.025),
     },
-    "spectral rotated": {
-        "spectral quality rotated": (3.31, 0.0049),
-        "spectral balanced rotated": (2.38, 0.0080),
-        "spectral small rotated": (1.66, 0.041),
-    },
     "kivi": {"kivi 2": (3.0, 0.162), "kivi 3": (4.0, 0.016), "kivi 4": (5.0, 0.0028)},
     "turboquant": {"turboquant 2": (2.25, 0.112), "turboquant 3": (3.26, 0.018), "turboquant 4": (4.21, 0.0045)},
     "quarot": {"quarot 2": (2.5, 0.19), "quarot 4": (4.5, 0.004)},

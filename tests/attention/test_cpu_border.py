@@ -89,6 +89,16 @@ def test_rotary_dimensions_that_do_not_exist(block: SpectralBlock) -> None:
     refuses(part_replaced(block, "keys", rotation=beyond))
 
 
+@pytest.mark.parametrize("change", [lambda spans: spans[1:], lambda spans: (64, *spans[1:-1], 0)])
+def test_spans_that_are_not_one_for_each_pair_and_longer_for_slower_ones(block: SpectralBlock, change: Any) -> None:
+    refuses(part_replaced(block, "keys", spans=change(block.keys.spans)))
+
+
+def test_keys_that_are_their_own_anchors_are_left_to_others(block: SpectralBlock) -> None:
+    codes = dataclasses.replace(block.keys, spans=(1,) * len(block.keys.spans))
+    assert cpu.obstacle(random(2, 4, 1, 64), [dataclasses.replace(block, keys=codes)]) == "keys un-rotated one by one"
+
+
 @every_wrong
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_angles(block: SpectralBlock, name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ from unsloth_spectral.codec.spectral.keys import KeyCodes, KeyPlan
 from unsloth_spectral.codec.spectral.metric import query_metric
 from unsloth_spectral.codec.spectral.packing import unpack
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics, centre, covariance, principal_basis
+from unsloth_spectral.codec.tensors import TokenShape
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.fields import Fields, flatten
 from unsloth_spectral.rope import Rotation, Spans, anchors_of, own_anchors, rotate, spans_of, unrotate
 
 BATCH, HEADS = 2, 3
@@ -333,3 +336,21 @@ def test_helpers() -> None:
     expected = codec.expected_error(torch.tensor([[4.0, 2.0, 1.0]]), torch.tensor([[2, 1, 0]]))
     of_one_bit, of_two_bits = trellis.tables().distortions[:2]
     assert float(expected) == pytest.approx(4 * of_two_bits + 2 * of_one_bit + 1)
+
+
+@frames
+def test_stored_keys_come_back(frame: str) -> None:
+    keys, rotation = dense_keys(200, 16, HEADS, frame)
+    codes = encoded(keys, rotation, frame, uneven_widths(HEADS, 16))[0]
+    tree, tensors = flatten(codes.to_fields())
+    shape = TokenShape(BATCH, HEADS, 16, 16, torch.float32, torch.float32)
+
+    def read(**changed: Any) -> KeyCodes:
+        return KeyCodes.from_fields(Fields({**tree, **changed}, lambda number, _: tensors[number]), shape)
+
+    assert torch.equal(read().reconstruct(), codes.reconstruct())
+    with pytest.raises(LoadError, match="a span for each rotary pair"):
+        read(spans=[*codes.spans, 0])
+    if rotation is not None:
+        with pytest.raises(LoadError, match="spans among 0, 1"):
+            read(spans=[33, *codes.spans[1:]])

@@ -55,7 +55,8 @@ def _unrotated(observed: Observed, grouped: Tensor, spans: Spans) -> Tensor:
     for share in shares:
         keys = (first + share * (observed.distances - first).clamp_min(0)).long().clamp(max=table.shape[1] - 1)
         rows = torch.arange(len(table), dtype=torch.int64, device="cpu")[:, None]
-        picked = table[rows.to(table.device), keys.to(table.device)].masked_fill(has_no_anchors, 1)
+        picked = table[rows.to(table.device), keys.to(table.device)]
+        picked = (picked / picked.abs()).masked_fill(has_no_anchors, 1)
         unrotated.append(rotate(grouped, picked[:, None, None].conj(), rotation))
     return torch.cat(unrotated, dim=3)
 

@@ -14,7 +14,7 @@ from unsloth_spectral.integrations.huggingface.cache import dense_cache
 
 
 def spectral_methods() -> dict[str, Method]:
-    """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..., with ``unrotated`` for un-rotated keys."""
+    """By name: ``dense``; ``rank 16/32`` ...; ``spectral balanced`` ..."""
     methods = [Method(DENSE, DENSE, dense_cache, _dense_footprint)]
     for codec in codecs():
         for family, configs in codec.compared.items():
