@@ -9,7 +9,7 @@ from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.statistics import KeyStatistics
-from unsloth_spectral.rope import Rotation, own_anchors, spans_of
+from unsloth_spectral.rope import Rotation, own_anchors, rotate, spans_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def coded_block(
     dtype: torch.dtype = torch.float32,
     interleaved: bool = False,
 ) -> SpectralBlock:
-    """Keys with a falling spectrum and a large mean, ``frame`` "anchored", "rotated" (no pair has
+    """Keys with a falling spectrum and, before rotation, a large mean, ``frame`` "anchored", "rotated" (no pair has
     anchors), "unrotated" (each token is its own) or "none" (no rotation)."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, head_dim + 1) ** -0.7
@@ -65,6 +65,7 @@ def coded_block(
     rotation = None
     if frame != "none":
         rotation = rotation_of(num_tokens, pairs or head_dim // 2, seed, rows, interleaved=interleaved)
+        keys = rotate(keys, rotation.table()[:, None], rotation)
     spans = own_anchors(rotation) if frame == "unrotated" else spans_of(rotation)
     if frame == "rotated":
         spans = (0,) * len(spans)
