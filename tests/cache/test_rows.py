@@ -113,7 +113,7 @@ def test_the_metric_of_a_row_is_the_one_it_has_alone(length: int, assert_close: 
 def test_a_row_without_queries_gets_an_even_metric_in_the_unit_of_the_others() -> None:
     queries, distances = queries_of(2, 64), torch.full((2, 64), 64)
     queries[1], distances[1] = 0, 0
-    metric = metric_of(Observed(None, queries, distances), HEADS, HEAD_DIM, True)
+    metric = metric_of(Observed(None, queries, distances), HEADS, HEAD_DIM, ())
     assert torch.allclose(*metric.diagonal(dim1=-2, dim2=-1).sum(-1), rtol=1e-4)
     assert torch.allclose(metric[1], metric[1, :, 0, 0][:, None, None] * torch.eye(HEAD_DIM))
 
