@@ -122,7 +122,7 @@ def _store(output, maxima, totals, result, maximum, total, place, rows, num_rows
     tl.store(into, result, mask=is_row[:, None] & (dims < value_dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pieces"])
 def project(
     query,
     vectors,
@@ -196,7 +196,7 @@ def project(
     tl.store(constants + at, constant, mask=is_row)  # every piece's and chunk's program computes the same
 
 
-@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split"])
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split", "projected_pieces"])
 def attend_coded(
     query,
     streams,
