@@ -1,5 +1,6 @@
 """Documents: the default one, files of the user's, and what is refused."""
 
+import logging
 import os
 import sys
 import threading
@@ -175,8 +176,13 @@ class TestTokens:
         assert tokens_of("abcd", second, 1).shape == (1, 4)
         assert calls == ["abc", "abc", "abcd"]
 
-    def test_no_warning_beyond_the_models_context(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_no_warning_beyond_the_models_context(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         tokenizer = byte_tokenizer(model_max_length=8)
+        # Whatever other tests and the environment have made of transformers' logger.
+        caplog.set_level(logging.WARNING, logger="transformers")
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
         assert tokens_of("a" * 100, tokenizer, needed=100).shape == (1, 100)
         assert caplog.messages == []
         tokenizer("a" * 100)  # the same call without the option does warn, so the check above can fail
