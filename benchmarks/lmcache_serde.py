@@ -34,11 +34,9 @@ from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
 
 THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
+CACHE_BITS = 2.5
 # From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk and the bytes of its record.
 Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int]]
-
-
-CACHE_BITS = 2.5
 
 
 def fp8(chunk: Tensor) -> tuple[Tensor, int]:
@@ -141,9 +139,9 @@ class Row:
         }
 
 
-def as_a_cache(subject: Subject, text_slice: Slice, bits: float) -> Agreement:
+def as_a_cache(subject: Subject, text_slice: Slice) -> Agreement:
     """The codec as a cache uses it, with queries, positions and one basis, on the same prefix."""
-    config = SpectralConfig(bits_per_element=bits, num_sink_tokens=1, residual_length=0)
+    config = SpectralConfig(bits_per_element=CACHE_BITS, num_sink_tokens=1, residual_length=0)
     cache = SpectralCache(subject.model, config=config)
     subject.prefill(text_slice.input_ids[:, :PREFIX], cache)
     return subject.fidelity(text_slice, cache)
@@ -167,7 +165,7 @@ def main() -> None:
                 if row.name == "lmcache cachegen" and number == 1:
                     # At its bytes exactly: a record is a little smaller, never larger.
                     rows.append(Row("spectral, cachegen's bytes", spectral(8 * row.nbytes / row.numbers)))
-            caches.append(as_a_cache(subject, text_slice, CACHE_BITS))
+            caches.append(as_a_cache(subject, text_slice))
     results = [row.to_dict() for row in rows]
     by_name = {(row["serde"], row["chunk_tokens"]): row for row in results}
     at_fp8, small, theirs = by_name["spectral 8", 256], by_name["spectral 2.5", 256], by_name["lmcache fp8", 256]

@@ -322,7 +322,7 @@ void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
     block.rotation.reach = made.reach.data();
 }
 
-// Rotates x as `token` is or, without scaling, as its anchors are.
+// Rotates x by the rotation of `token` or, `by_anchors`, by those of its anchors, which do not scale.
 void rotate(const Tokens& made, int64_t b, int64_t token, bool by_anchors, double* x) {
     const spectral::Rotation& rotation = made.block.rotation;
     for (int64_t p = 0; p < rotation.num_pairs; ++p) {

@@ -17,7 +17,6 @@ from unsloth_spectral.codec.spectral.packing import MAX_NBITS, TILE_TOKENS
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.native import abi, library
 from unsloth_spectral.native.pointers import address, refusal, require
-from unsloth_spectral.rope import SPANS
 
 _DTYPES = {torch.float32: abi.FLOAT32, torch.bfloat16: abi.BFLOAT16, torch.float16: abi.FLOAT16}
 _NAME = "native kernel"
@@ -38,11 +37,9 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
         return "no tokens at all"
     for block in blocks:
         if isinstance(block, SpectralBlock):
-            rotation = block.keys.rotation
-            if rotation is not None and not rotation.is_even:
-                return "positions that do not run on evenly"
-            if not {0, *SPANS}.issuperset(block.keys.spans):
-                return "keys un-rotated one by one"
+            unreadable = block.keys.kernel_obstacle
+            if unreadable is not None:
+                return unreadable
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
         elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):

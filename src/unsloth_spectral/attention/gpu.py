@@ -69,11 +69,9 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
         return "nothing sealed"
     for block in blocks:
         if isinstance(block, SpectralBlock):
-            rotation = block.keys.rotation
-            if rotation is not None and not rotation.is_even:
-                return "positions that do not run on evenly"
-            if not {0, *SPANS}.issuperset(block.keys.spans):
-                return "keys un-rotated one by one"
+            unreadable = block.keys.kernel_obstacle
+            if unreadable is not None:
+                return unreadable
         elif not isinstance(block, ExactBlock):
             return f"a block of another codec ({type(block).__name__})"
         elif not all(part.stride(-1) == 1 for part in (block.keys, block.values)):
@@ -258,8 +256,8 @@ def _prepare(block: SpectralBlock) -> _Coded:
     fixed, turning = _rotation(codes, key_dim)
     mean = _strided(codes.mean, 1)
     # Slices of a block are views: batches, tiles and heads come with their strides.
-    basis = (*_strided(codes.vectors, 1), *_strided(codes.vector_scales, 1), *mean, heads, fixed)
-    basis = (*basis, *_anchors(codes, key_dim))
+    vectors, vector_scales = _strided(codes.vectors, 1), _strided(codes.vector_scales, 1)
+    basis = (*vectors, *vector_scales, *mean, heads, fixed, *_anchors(codes, key_dim))
     arguments = (
         *_strided(codes.streams, 2),
         *_strided(codes.carries, 1),
@@ -274,7 +272,7 @@ def _prepare(block: SpectralBlock) -> _Coded:
         *_strided(coded.largest, 1),
         _entries(device),
     )
-    num_pairs = 0 if codes.rotation is None else codes.rotation.unit.shape[-1]
+    num_pairs = 0 if codes.rotation is None else codes.rotation.num_pairs
     constants = {
         "COMPONENTS": max(1, -(-max(map(len, codes.widths)) // _CHUNK)) * _CHUNK,
         "PAIRS": _power(num_pairs) if num_pairs else 0,
@@ -332,22 +330,24 @@ def _rotation(codes: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
 
 
 def _anchors(codes: KeyCodes, key_dim: int) -> tuple[Any, ...]:
-    """How the kernel un-rotates queries by anchors, its arguments from ``partners`` to ``starts_batch``: for each
+    """The arguments of ``project`` from ``partners`` to ``starts_batch``, by which it un-rotates queries: for each
     dimension the other one of its pair, the sign of that one's share, the span, the step, and the first rotation."""
     device, rotation = codes.streams.device, codes.rotation
     partners = torch.arange(key_dim, dtype=torch.int32, device=device)
     signs = torch.zeros(key_dim, dtype=torch.float32, device=device)
     spans, steps = torch.ones_like(partners), signs.double()
     starts = torch.ones(1, key_dim, dtype=torch.complex64, device=device)
-    if rotation is not None and rotation.step is not None and any(codes.spans):
-        every = torch.tensor(codes.spans, dtype=torch.int32, device=device)
-        first, second = (dims[every > 0] for dims in rotation.indices(key_dim))
-        start = rotation.start[:, 0, every > 0]
+    if rotation is not None:
+        assert rotation.step is not None
+        pair_spans = torch.tensor(codes.spans, dtype=torch.int32, device=device)
+        has_anchors = pair_spans > 0
+        first, second = (dims[has_anchors] for dims in rotation.indices(key_dim))
+        start = rotation.start[:, 0, has_anchors]
         starts = starts.repeat(len(start), 1)
         for sign, dims, others in ((1.0, first, second), (-1.0, second, first)):
-            dims = dims.long()
-            partners[dims], signs[dims] = others, sign
-            spans[dims], steps[dims] = every[every > 0], rotation.step.double()[every > 0]
-            starts[:, dims] = start / start.abs()
+            places = dims.long()
+            partners[places], signs[places] = others, sign
+            spans[places], steps[places] = pair_spans[has_anchors], rotation.step.double()[has_anchors]
+            starts[:, places] = start / start.abs()
     by_dim = torch.view_as_real(starts).contiguous()
     return partners, signs, spans, steps, by_dim, 0 if len(starts) == 1 else by_dim.stride(0)

@@ -122,6 +122,17 @@ def _store(output, maxima, totals, result, maximum, total, place, rows, num_rows
     tl.store(into, result, mask=is_row[:, None] & (dims < value_dim)[None, :])
 
 
+@triton.jit
+def _rotation_of(token, step, start_real, start_imaginary):
+    """Cosine and sine of the rotation of ``token``, for pairs whose angles begin at a start and grow by ``step``."""
+    # The angle in float64: it grows with the context.
+    revolutions = step * token / _TWO_PI
+    angle = ((revolutions - tl.floor(revolutions)) * _TWO_PI).to(tl.float32)
+    cosine = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
+    sine = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
+    return cosine, sine
+
+
 @triton.jit(do_not_specialize=["num_pieces"])
 def project(
     query,
@@ -175,15 +186,12 @@ def project(
         partner = tl.load(partners + dims, mask=is_dim, other=0)
         across = tl.load(query + at[:, None] * key_dim + partner[None, :], mask=is_row[:, None], other=0.0)
         across = across.to(tl.float32) * tl.load(signs + dims, mask=is_dim, other=0.0)[None, :]
-        # The angle of the anchor, in float64: it grows with the context.
         span = tl.load(spans + dims, mask=is_dim, other=1)
-        revolutions = tl.load(steps + dims, mask=is_dim, other=0.0) * (piece * PIECE // span * span) / _TWO_PI
-        angle = ((revolutions - tl.floor(revolutions)) * _TWO_PI).to(tl.float32)
+        step = tl.load(steps + dims, mask=is_dim, other=0.0)
         start = starts + batch * starts_batch + dims * 2
         start_real = tl.load(start, mask=is_dim, other=1.0)
         start_imaginary = tl.load(start + 1, mask=is_dim, other=0.0)
-        cosine = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
-        sine = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
+        cosine, sine = _rotation_of(piece * PIECE // span * span, step, start_real, start_imaginary)
         unrotated = query_chunk * cosine[None, :] + across * sine[None, :]
         row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
         result += _dot_codes(unrotated, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
@@ -330,11 +338,7 @@ def attend_coded(
             share *= scale[None, :]
             scores += _dot_codes(share, values)
         if PAIRS > 0:
-            # The angle of the tile's first token, in float64: it grows with the context.
-            revolutions = angle_step * (tile * TILE) / _TWO_PI
-            angle = ((revolutions - tl.floor(revolutions)) * _TWO_PI).to(tl.float32)
-            tile_real = start_real * tl.cos(angle) - start_imaginary * tl.sin(angle)
-            tile_imaginary = start_real * tl.sin(angle) + start_imaginary * tl.cos(angle)
+            tile_real, tile_imaginary = _rotation_of(tile * TILE, angle_step, start_real, start_imaginary)
             within = pairs[:, None] * TILE + tokens[None, :]
             cosine = tl.load(cosines + within, mask=is_pair[:, None], other=0.0)
             sine = tl.load(sines + within, mask=is_pair[:, None], other=0.0)

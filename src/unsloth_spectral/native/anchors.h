@@ -40,6 +40,13 @@ INLINE void add_columns(const Worker& w, const int32_t* dims, int count, const f
     for (; i < width; i += LANES) add(std::integral_constant<int, 1>(), i);
 }
 
+// For each dimension, whether a rotary pair from `pair` on has it.
+inline std::vector<bool> dimensions_of_pairs(const Rotation& rotation, int64_t pair, int64_t dims) {
+    std::vector<bool> is_rotary(dims, false);
+    for (; pair < rotation.num_pairs; ++pair) is_rotary[rotation.first[pair]] = is_rotary[rotation.second[pair]] = true;
+    return is_rotary;
+}
+
 // The basis of a head by columns, and the products of all rows with the dimensions that no anchor un-rotates.
 void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8_t* vectors,
                       const float* vector_scales) {
@@ -59,8 +66,7 @@ void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8
         if (projection.borders[k] < projection.borders[k + 1]) projection.piece = LEAST_SPAN << k;
 
     const int first = projection.borders[0], anchored = pairs - first;
-    std::vector<bool> is_anchored(dims, false);
-    for (int p = first; p < pairs; ++p) is_anchored[rotation.first[p]] = is_anchored[rotation.second[p]] = true;
+    const std::vector<bool> is_anchored = dimensions_of_pairs(rotation, first, dims);
     std::vector<int32_t> others;
     for (int d = 0; d < dims; ++d)
         if (!is_anchored[d]) others.push_back(d);
@@ -104,13 +110,13 @@ INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row, in
     const int first = projection.borders[0], anchored = pairs - first;
     const float* before = projection.fixed.data() + row * width;
     for (int k = NUM_SPANS; k-- > 0;) {
-        const int from = projection.borders[k] - first, count = projection.borders[k + 1] - first - from;
+        const int begin = projection.borders[k], count = projection.borders[k + 1] - begin;
         if (!count) continue;
         float* to = projection.levels[k].data();
         if (token % (LEAST_SPAN << k) == 0) {
             std::copy(before, before + ROWS * width, to);
-            const int64_t within = static_cast<int64_t>(token / LEAST_SPAN) * pairs + first + from;
-            const float *c = w.angles.tile_float.data() + first + from, *s = c + pairs;
+            const int64_t within = static_cast<int64_t>(token / LEAST_SPAN) * pairs + begin;
+            const float *c = w.angles.tile_float.data() + begin, *s = c + pairs;
             float *cosine = projection.angle.data(), *sine = cosine + anchored;
             for (int p = 0; p < count; ++p) {
                 cosine[p] = c[p] * rotation.cosines[within + p] - s[p] * rotation.sines[within + p];
@@ -118,12 +124,12 @@ INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row, in
             }
             float *real = projection.turned.data(), *imaginary = real + 4 * anchored;
             for (int r = 0; r < ROWS; ++r) {
-                const int64_t place = (row + r) * anchored + from;
+                const int64_t place = (row + r) * anchored + begin - first;
                 rotate_back(projection.real.data() + place, projection.imaginary.data() + place, cosine, sine,
                             real + r * anchored, imaginary + r * anchored, count);
             }
-            add_columns<ROWS>(w, rotation.first + first + from, count, real, anchored, to);
-            add_columns<ROWS>(w, rotation.second + first + from, count, imaginary, anchored, to);
+            add_columns<ROWS>(w, rotation.first + begin, count, real, anchored, to);
+            add_columns<ROWS>(w, rotation.second + begin, count, imaginary, anchored, to);
         }
         before = to;
     }

@@ -34,8 +34,7 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
                      block.keys.vector_scales + first_component);
     read_mean(w, block, b, h);
     const float* mean = w.mean.data();
-    std::vector<bool> rotates(call.key_dim, false);
-    for (int p = 0; p < pairs; ++p) rotates[rotation.first[p]] = rotates[rotation.second[p]] = true;
+    const std::vector<bool> rotates = dimensions_of_pairs(rotation, 0, call.key_dim);
     w.angles.tile.resize(2 * pairs);
     w.angles.fixed.assign(call.num_rows, 0.0f);
     // LANES more, because whole vectors are read.

@@ -1,8 +1,8 @@
-"""Anchors: tokens by whose rotation they and the tokens behind them are un-rotated.
+"""Anchors: the tokens whose rotations un-rotate keys, each those of a few consecutive tokens.
 
-Each pair of dimensions has a span. So many consecutive tokens, counted from the first one, share the rotation of the
-first among them, their anchor. Keys un-rotated by their anchors are nearly un-rotated, yet a query needs to be rotated
-only once per anchor, and not once per key, to be compared with them.
+The span of a pair of dimensions is the number of consecutive tokens that share an anchor; the first of them is the
+anchor. Keys un-rotated by their anchors are nearly un-rotated, yet a query needs to be rotated only once per anchor,
+and not once per key, to be compared with them.
 """
 
 from itertools import groupby
@@ -39,17 +39,19 @@ def own_anchors(rotation: Rotation | None) -> Spans:
     return () if rotation is None else (1,) * rotation.num_pairs
 
 
-def anchors_of(rotation: Rotation, spans: Spans) -> Tensor:
-    """The rotations of the tokens' anchors, ``[B or 1, num_tokens, P]`` complex64; 1 for pairs without anchors.
+def anchors_of(rotation: Rotation, spans: Spans, interval: int = 1) -> Tensor:
+    """The rotations of the anchors of every ``interval``-th token, ``[B or 1, n, P]`` complex64.
 
-    They only rotate, even if ``rotation`` scales too.
+    They are 1 for pairs without anchors; the spans of the others are multiples of ``interval``.
+    Anchors only rotate, even if ``rotation`` scales too.
     """
     table = rotation.table()
+    num_rows = -(-rotation.num_tokens // interval)
     place, parts = 0, []
     for span, group in groupby(spans):
-        count = len(list(group))
-        part = table[:, :: max(1, span), place : place + count]
+        count, stride = len(list(group)), max(span, interval)
+        part = table[:, ::stride, place : place + count]
         part = part / part.abs() if span else torch.ones_like(part)
-        parts.append(part.repeat_interleave(span, 1)[:, : table.shape[1]] if span > 1 else part)
+        parts.append(part.repeat_interleave(stride // interval, 1)[:, :num_rows] if stride > interval else part)
         place += count
     return torch.cat(parts, -1)

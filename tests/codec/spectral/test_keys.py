@@ -41,9 +41,11 @@ def rotation_of(tokens: int, head_dim: int, start: int = 0) -> Rotation:
 
 def spans_in(frame: str, rotation: Rotation | None) -> Spans:
     """The spans of a block in ``frame``."""
-    return {"anchored": spans_of, "unrotated": own_anchors}.get(frame, lambda _: ())(rotation) or (
-        (0,) * (0 if rotation is None else rotation.num_pairs)
-    )
+    if frame == "anchored":
+        return spans_of(rotation)
+    if frame == "unrotated":
+        return own_anchors(rotation)
+    return () if rotation is None else (0,) * rotation.num_pairs
 
 
 def dense_keys(tokens: int, head_dim: int, heads: int, frame: str, start: int = 0, seed: int = 0) -> Any:

@@ -119,10 +119,10 @@ class SpectralLayerCodec(LayerCodec):
     def join(self, last: Block, new: Block) -> Block | None:
         if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
             return None
-        same = last.keys.vectors is new.keys.vectors and last.keys.spans == new.keys.spans
-        same = same and last.values.nbits == new.values.nbits
+        same_keys = last.keys.vectors is new.keys.vectors and last.keys.spans == new.keys.spans
+        same_values = last.values.nbits == new.values.nbits and last.values.largest is new.values.largest
         fills_groups = last.num_tokens % GROUP_SIZE == 0
-        if not same or not fills_groups or last.values.largest is not new.values.largest:
+        if not same_keys or not same_values or not fills_groups:
             return None
         goes_on = torch.equal(last.keys.carries_at(last.num_tokens), new.keys.carries)
         if not goes_on or not torch.equal(last.values.carries_at(last.num_tokens), new.values.carries):

@@ -18,7 +18,7 @@ from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, pro
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import SPANS, Rotation, Spans, anchors_of, join_rotations, rotate
+from unsloth_spectral.rope import SPANS, Rotation, Spans, anchors_of, join_rotations, rotate, unrotate
 
 STEPS_PER_OCTAVE = 32
 # Clipping points, as shares of a group's largest coefficient. Without clipping, rare huge coefficients set the step.
@@ -101,23 +101,33 @@ class KeyCodes(StoredTensors):
         return self._anchored_scores(query, coefficients, basis) + _rotated_mean_scores(query, mean, self.rotation)
 
     def rebuilds(self, num_rows: int) -> bool:
-        """Whether ``scores`` of so many rows rebuild the keys: un-rotating each row by every anchor takes longer."""
+        """True if ``scores`` rebuilds the keys for ``num_rows`` queries, and does not un-rotate the queries."""
         return self.rotation is not None and num_rows >= self._tokens_per_anchor
 
     @property
+    def kernel_obstacle(self) -> str | None:
+        """Why the compiled and the Triton kernels cannot read these keys; None if they can."""
+        if self.rotation is not None and not self.rotation.is_even:
+            return "positions that do not run on evenly"
+        return None if {0, *SPANS}.issuperset(self.spans) else "keys un-rotated one by one"
+
+    @property
     def _tokens_per_anchor(self) -> int:
+        """The number of consecutive tokens for which a query is un-rotated once."""
         return min((span for span in self.spans if span), default=max(self.num_tokens, *SPANS))
 
     def _anchored_scores(self, query: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-        """The part of the scores that the coefficients give: the query is un-rotated once per anchor."""
+        """The part of the scores that the coefficients give: the query is un-rotated once per run of tokens that share
+        their anchors."""
         assert self.rotation is not None
-        shared = self._tokens_per_anchor
-        tables = anchors_of(self.rotation, self.spans)[:, None, ::shared, None].conj()
-        wide = query.to(torch.promote_types(query.dtype, torch.float32))[:, :, None]
-        unrotated = rotate(wide.expand(-1, -1, tables.shape[2], -1, -1), tables, self.rotation).to(query.dtype)
-        missing = -self.num_tokens % shared
-        by_anchor = torch.nn.functional.pad(coefficients, (0, missing)).unflatten(-1, (-1, shared)).movedim(3, 2)
-        scores = (unrotated @ basis.mT[:, :, None]) @ by_anchor
+        run = self._tokens_per_anchor
+        anchors = anchors_of(self.rotation, self.spans, interval=run)[:, None, :, None]
+        wide_query = query.to(torch.promote_types(query.dtype, torch.float32))[:, :, None]
+        repeated = wide_query.expand(-1, -1, anchors.shape[2], -1, -1)
+        unrotated = unrotate(repeated, anchors, self.rotation).to(query.dtype)
+        padding = -self.num_tokens % run
+        runs = torch.nn.functional.pad(coefficients, (0, padding)).unflatten(-1, (-1, run)).movedim(3, 2)
+        scores = (unrotated @ basis.mT[:, :, None]) @ runs
         return scores.movedim(2, 3).flatten(3)[..., : self.num_tokens]
 
     def slice(self, start: int, stop: int) -> "KeyCodes":

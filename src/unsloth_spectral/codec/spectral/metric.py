@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.observed import Observed
-from unsloth_spectral.rope import Spans, rotate
+from unsloth_spectral.rope import Spans, unrotate
 
 # Directions without a sampled query still get this share of the mean weight, for later queries.
 _FLOOR = 1e-2
@@ -57,7 +57,7 @@ def _unrotated(observed: Observed, grouped: Tensor, spans: Spans) -> Tensor:
         rows = torch.arange(len(table), dtype=torch.int64, device="cpu")[:, None]
         picked = table[rows.to(table.device), keys.to(table.device)]
         picked = (picked / picked.abs()).masked_fill(has_no_anchors, 1)
-        unrotated.append(rotate(grouped, picked[:, None, None].conj(), rotation))
+        unrotated.append(unrotate(grouped, picked[:, None, None], rotation))
     return torch.cat(unrotated, dim=3)
 
 

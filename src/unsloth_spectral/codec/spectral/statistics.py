@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unsloth_spectral.rope import Rotation, Spans, anchors_of, minus_rotated, rotate, unrotated_sum
+from unsloth_spectral.rope import Rotation, Spans, anchors_of, minus_rotated, unrotate, unrotated_sum
 
 
 class Basis(NamedTuple):
@@ -96,7 +96,7 @@ def centre(
         table = rotation.table()[:, None]
         mean = _mean(x, weight, table, rotation).half() if mean is None else mean
         x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
-        x = rotate(x, anchors_of(rotation, spans)[:, None].conj(), rotation)
+        x = unrotate(x, anchors_of(rotation, spans)[:, None], rotation)
     return (x if weight is None else x * weight), mean
 
 
