@@ -89,7 +89,7 @@ def test_rotary_dimensions_that_do_not_exist(block: SpectralBlock) -> None:
     refuses(part_replaced(block, "keys", rotation=beyond))
 
 
-@pytest.mark.parametrize("change", [lambda spans: spans[1:], lambda spans: (64, *spans[1:-1], 0)])
+@pytest.mark.parametrize("change", [lambda spans: spans[1:], lambda spans: (128, *spans[1:-1], 0)])
 def test_spans_that_are_not_one_for_each_pair_and_longer_for_slower_ones(block: SpectralBlock, change: Any) -> None:
     refuses(part_replaced(block, "keys", spans=change(block.keys.spans)))
 
@@ -102,7 +102,7 @@ def test_keys_that_are_their_own_anchors_are_left_to_others(block: SpectralBlock
 @every_wrong
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_angles(block: SpectralBlock, name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"cosines", "mixing", "waves"} <= set(TABLES)
+    assert {"reach", "mixing", "waves"} <= set(TABLES)
     original = cpu.wave_tables
     monkeypatch.setattr(
         cpu,

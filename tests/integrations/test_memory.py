@@ -34,10 +34,9 @@ HEAD_DIM = 64
 # two sealings, and the kernel's memo of a block.
 NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
-# The kernel's tables, shared by all blocks of equal steps of positions; per rotary pair: its span, cosines and sines
-# of a tile's anchors as numbers and of its tokens as integers, their coefficients in up to 16 smooth functions, and the
-# angles to the next token and tile.
-TABLE_BYTES = (4 + 2 * 4 * 4 + 2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
+# The kernel's tables, shared by all blocks of equal steps of positions; per rotary pair: cosines and sines of a tile's
+# tokens as integers, their coefficients in up to 16 smooth functions, and the angles to the next token and tile.
+TABLE_BYTES = (2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
 # Counted by each holder: blocks in one basis that do not join share the basis.
 COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
 # Counted once, by the first holder: all layers share the positions.

@@ -22,7 +22,6 @@ namespace {
 
 using spectral::Block;
 using spectral::Call;
-using spectral::LEAST_SPAN;
 
 constexpr int64_t TILE = 128;
 constexpr int64_t ROW = 16;
@@ -184,10 +183,10 @@ struct Tokens {
     Exact<uint16_t> halves[2];
     Exact<uint8_t> key_streams, key_carries, key_scales, value_streams, value_carries, value_scales;
     Exact<int8_t> vectors;
-    Exact<float> vector_scales, start, cosines, sines, mixing, reach, largest;
+    Exact<float> vector_scales, start, mixing, reach, largest;
     Exact<int16_t> waves;
     Exact<uint16_t> mean;
-    Exact<int32_t> counts, first, second, spans;
+    Exact<int32_t> counts, first, second;
     Exact<double> step, tile_step;
 };
 
@@ -267,9 +266,6 @@ void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
     made.start = Exact<float>(starts * pairs * 2);
     made.step = Exact<double>(pairs);
     made.tile_step = Exact<double>(pairs * 2);
-    made.cosines = Exact<float>(pairs * (TILE / LEAST_SPAN));
-    made.sines = Exact<float>(pairs * (TILE / LEAST_SPAN));
-    made.spans = Exact<int32_t>(pairs);
     // Slow pairs made up of waves that are just their own.
     const int64_t slow = rng.from(0, std::min<int64_t>(8, pairs));
     made.waves = Exact<int16_t>(pairs * TILE * 2);
@@ -292,9 +288,6 @@ void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
             const double cosine = std::cos(static_cast<double>(t) * step), sine = std::sin(static_cast<double>(t) * step);
             made.waves[(p * TILE + t) * 2] = static_cast<int16_t>(std::lround(32767 * cosine));
             made.waves[(p * TILE + t) * 2 + 1] = static_cast<int16_t>(std::lround(32767 * sine));
-            if (t % LEAST_SPAN) continue;
-            made.cosines[t / LEAST_SPAN * pairs + p] = static_cast<float>(cosine);
-            made.sines[t / LEAST_SPAN * pairs + p] = static_cast<float>(sine);
         }
         for (int64_t b = 0; b < starts; ++b) {
             const double angle = 6.2831853 * rng.uniform();
@@ -309,12 +302,7 @@ void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
     block.rotation.start_stride = starts == 1 ? 0 : 2 * pairs;
     block.rotation.step = made.step.data();
     block.rotation.tile_step = made.tile_step.data();
-    // Rising spans, some of which no pair may have.
-    for (int64_t p = 0; p < pairs && has_anchors; ++p) made.spans[p] = static_cast<int32_t>(rng.any({0, 32, 64, 128}));
-    std::sort(made.spans.data(), made.spans.data() + pairs);
-    block.rotation.spans = made.spans.data();
-    block.rotation.cosines = made.cosines.data();
-    block.rotation.sines = made.sines.data();
+    block.rotation.first_anchored = has_anchors ? rng.from(0, pairs) : pairs;
     block.rotation.num_fast = pairs - slow;
     block.rotation.num_waves = pairs;
     block.rotation.waves = made.waves.data();
@@ -322,13 +310,12 @@ void add_rotation(Tokens& made, const Shape& shape, bool has_anchors) {
     block.rotation.reach = made.reach.data();
 }
 
-// Rotates x by the rotation of `token` or, `by_anchors`, by those of its anchors, which do not scale.
+// Rotates x by the rotation of `token` or, `by_anchors`, by that of its anchor, which does not scale.
 void rotate(const Tokens& made, int64_t b, int64_t token, bool by_anchors, double* x) {
     const spectral::Rotation& rotation = made.block.rotation;
     for (int64_t p = 0; p < rotation.num_pairs; ++p) {
-        const int64_t span = rotation.spans[p];
-        if (by_anchors && !span) continue;
-        const double angle = rotation.step[p] * static_cast<double>(by_anchors ? token / span * span : token);
+        if (by_anchors && p < rotation.first_anchored) continue;
+        const double angle = rotation.step[p] * static_cast<double>(by_anchors ? token / TILE * TILE : token);
         const double c = std::cos(angle), s = std::sin(angle);
         const float* start = rotation.start + b * rotation.start_stride + 2 * p;
         const double length = by_anchors ? std::hypot(start[0], start[1]) : 1.0;

@@ -257,24 +257,21 @@ def _rotation(codes: keys.KeyCodes, shape: tuple[int, int], pointed: _PointedTen
     require(fits, "the first rotation", f"a tensor of shape {first_shape}", tuple(start.shape))
     tables = wave_tables(rotation.step)
     start = torch.view_as_real(start.to(torch.complex64))[..., tables.order, :]
-    spans = torch.tensor(codes.spans, dtype=torch.int32, device="cpu")
-    require(len(spans) == count, "spans", f"one for each of {count} rotary pairs", codes.spans)
-    spans = spans[tables.order]
-    require(bool((spans.diff() >= 0).all()), "spans", "longer ones for slower pairs", codes.spans)
+    require(len(codes.spans) == count, "spans", f"one for each of {count} rotary pairs", codes.spans)
+    spans = [codes.spans[pair] for pair in tables.order.tolist()]
+    require(spans == sorted(spans), "spans", "longer ones for slower pairs", codes.spans)
     slow_shape = (count - tables.num_fast, abi.MAX_SMOOTH)
     return abi.Rotation(
         num_pairs=count,
         num_fast=tables.num_fast,
         num_waves=tables.num_waves,
+        first_anchored=spans.count(0),
         first=pointed.address("first", first[tables.order], torch.int32, (count,)),
         second=pointed.address("second", second[tables.order], torch.int32, (count,)),
         start=pointed.address("start", start, torch.float32, (rows, 1, count, 2)),
         start_stride=0 if rows == 1 else 2 * count,
         step=pointed.address("step", tables.step, torch.float64, (count,)),
         tile_step=pointed.address("tile step", tables.tile_step, torch.float64, (2, count)),
-        spans=pointed.address("spans", spans, torch.int32, (count,)),
-        cosines=pointed.address("cosines", tables.cosines, torch.float32, (TILE_TOKENS // abi.LEAST_SPAN, count)),
-        sines=pointed.address("sines", tables.sines, torch.float32, (TILE_TOKENS // abi.LEAST_SPAN, count)),
         waves=pointed.address("waves", tables.waves, torch.int16, (tables.num_waves, TILE_TOKENS, 2)),
         mixing=pointed.address("mixing", tables.mixing, torch.float32, (2, *slow_shape)),
         reach=pointed.address("reach", tables.reach, torch.float32, slow_shape),

@@ -16,16 +16,14 @@ from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.spectral import keys, trellis, values
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, flat_widths
-from unsloth_spectral.codec.spectral.packing import ROW_BYTES
+from unsloth_spectral.codec.spectral.packing import ROW_BYTES, TILE_TOKENS
 from unsloth_spectral.log import logger
-from unsloth_spectral.rope import SPANS
 
 _NAME = "triton kernel"
 _MOST_DIMS = 256
 _ROWS, _CHUNK = 16, 32  # as in the kernels: query rows, and components or dimensions of the output, of a program
-# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory; the
-# tokens of a piece share their anchors.
-_PIECE, _WARPS = min(SPANS), 2
+# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory.
+_PIECE, _WARPS = 32, 2
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _EXACT_TOKENS = 256  # of a split
 
@@ -115,10 +113,10 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
         if isinstance(block, SpectralBlock):
             prepared = _coded(block)
             components = prepared.constants["COMPONENTS"]
-            pieces = -(-block.num_tokens // _PIECE) if prepared.has_anchors else 1
-            projected = query.new_empty(batch, num_heads, pieces, num_rows, components, dtype=torch.float32)
+            tiles = -(-block.num_tokens // TILE_TOKENS) if prepared.has_anchors else 1
+            projected = query.new_empty(batch, num_heads, tiles, num_rows, components, dtype=torch.float32)
             fixed = query.new_empty(batch, num_heads, num_rows, dtype=torch.float32)
-            gpu_kernels.project[(pieces * row_blocks, batch * num_heads, components // _CHUNK)](
+            gpu_kernels.project[(tiles * row_blocks, batch * num_heads, components // _CHUNK)](
                 query,
                 *prepared.basis,
                 projected,
@@ -126,15 +124,14 @@ def _attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options
                 num_heads,
                 num_rows,
                 key_dim,
-                pieces,
+                tiles,
                 COMPONENTS=components,
-                PIECE=_PIECE,
             )
             gpu_kernels.attend_coded[grid](
                 query,
                 *prepared.arguments,
                 projected,
-                pieces,
+                tiles,
                 fixed,
                 *covering,
                 *common,
@@ -331,23 +328,22 @@ def _rotation(codes: KeyCodes, key_dim: int) -> tuple[Tensor, tuple[Any, ...]]:
 
 def _anchors(codes: KeyCodes, key_dim: int) -> tuple[Any, ...]:
     """The arguments of ``project`` from ``partners`` to ``starts_batch``, by which it un-rotates queries: for each
-    dimension the other one of its pair, the sign of that one's share, the span, the step, and the first rotation."""
+    dimension the other one of its pair, the sign of that one's share, the step, and the first rotation."""
     device, rotation = codes.streams.device, codes.rotation
     partners = torch.arange(key_dim, dtype=torch.int32, device=device)
     signs = torch.zeros(key_dim, dtype=torch.float32, device=device)
-    spans, steps = torch.ones_like(partners), signs.double()
+    steps = signs.double()
     starts = torch.ones(1, key_dim, dtype=torch.complex64, device=device)
     if rotation is not None:
         assert rotation.step is not None
-        pair_spans = torch.tensor(codes.spans, dtype=torch.int32, device=device)
-        has_anchors = pair_spans > 0
+        has_anchors = torch.tensor([span > 0 for span in codes.spans], dtype=torch.bool, device=device)
         first, second = (dims[has_anchors] for dims in rotation.indices(key_dim))
         start = rotation.start[:, 0, has_anchors]
         starts = starts.repeat(len(start), 1)
         for sign, dims, others in ((1.0, first, second), (-1.0, second, first)):
             places = dims.long()
             partners[places], signs[places] = others, sign
-            spans[places], steps[places] = pair_spans[has_anchors], rotation.step.double()[has_anchors]
+            steps[places] = rotation.step.double()[has_anchors]
             starts[:, places] = start / start.abs()
     by_dim = torch.view_as_real(starts).contiguous()
-    return partners, signs, spans, steps, by_dim, 0 if len(starts) == 1 else by_dim.stride(0)
+    return partners, signs, steps, by_dim, 0 if len(starts) == 1 else by_dim.stride(0)

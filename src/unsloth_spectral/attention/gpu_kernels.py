@@ -146,7 +146,6 @@ def project(
     fixed,
     partners,
     signs,
-    spans,
     steps,
     starts,
     starts_batch,
@@ -155,16 +154,13 @@ def project(
     num_heads,
     num_rows,
     key_dim,
-    num_pieces,
+    num_tiles,
     COMPONENTS: tl.constexpr,
-    PIECE: tl.constexpr,
 ):
-    """The query in a sealed block's basis, un-rotated by the anchors of each piece of ``PIECE`` tokens,
-    ``[B, H, pieces, rows, COMPONENTS]``, and its product with the unrotated dimensions of the mean, ``[B, H, rows]``.
+    """The query in a sealed block's basis, un-rotated by each tile's anchors, ``[B, H, tiles, rows, COMPONENTS]``.
 
-    ``PIECE`` is at most the shortest span.
-    """
-    piece, row_block = tl.program_id(0) % num_pieces, tl.program_id(0) // num_pieces
+    Also its product with the dimensions of the mean that do not rotate, ``[B, H, rows]``."""
+    tile, row_block = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     batch_head, begin = tl.program_id(1), tl.program_id(2) * CHUNK
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
     rows = row_block * ROWS + tl.arange(0, ROWS)
@@ -186,12 +182,11 @@ def project(
         partner = tl.load(partners + dims, mask=is_dim, other=0)
         across = tl.load(query + at[:, None] * key_dim + partner[None, :], mask=is_row[:, None], other=0.0)
         across = across.to(tl.float32) * tl.load(signs + dims, mask=is_dim, other=0.0)[None, :]
-        span = tl.load(spans + dims, mask=is_dim, other=1)
         step = tl.load(steps + dims, mask=is_dim, other=0.0)
         start = starts + batch * starts_batch + dims * 2
         start_real = tl.load(start, mask=is_dim, other=1.0)
         start_imaginary = tl.load(start + 1, mask=is_dim, other=0.0)
-        cosine, sine = _rotation_of(piece * PIECE // span * span, step, start_real, start_imaginary)
+        cosine, sine = _rotation_of(tile * TILE, step, start_real, start_imaginary)
         unrotated = query_chunk * cosine[None, :] + across * sine[None, :]
         row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
         result += _dot_codes(unrotated, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
@@ -199,12 +194,12 @@ def project(
         fixed_mean = tl.load(means + dims, mask=is_dim & is_fixed, other=0.0).to(tl.float32)
         constant += tl.sum(query_chunk * fixed_mean[None, :], 1)
     scale = tl.load(vector_scales + batch * vector_scales_batch + number, mask=is_slot, other=0.0)
-    into = projected + ((batch_head.to(tl.int64) * num_pieces + piece) * num_rows + rows)[:, None] * COMPONENTS
+    into = projected + ((batch_head.to(tl.int64) * num_tiles + tile) * num_rows + rows)[:, None] * COMPONENTS
     tl.store(into + slots[None, :], result * scale[None, :], mask=is_row[:, None])
-    tl.store(constants + at, constant, mask=is_row)  # every piece's and chunk's program computes the same
+    tl.store(constants + at, constant, mask=is_row)  # every tile's and chunk's program computes the same
 
 
-@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split", "projected_pieces"])
+@triton.jit(do_not_specialize=[*_CHANGING, "num_tokens", "pieces_a_split", "projected_tiles"])
 def attend_coded(
     query,
     streams,
@@ -238,7 +233,7 @@ def attend_coded(
     largest_batch,
     entries,
     projected,
-    projected_pieces,
+    projected_tiles,
     constants,
     mask,
     mask_batch,
@@ -274,8 +269,8 @@ def attend_coded(
     """Attention over one sealed block, from piece ``split * pieces_a_split`` on; ``codec.spectral.packing`` has the
     layout.
 
-    A piece is ``PIECE`` tokens, a power of two, 16 to 128. ``projected`` has queries for ``projected_pieces`` of them,
-    each or one for all.
+    A piece is ``PIECE`` tokens, a power of two, 16 to 128. ``projected`` has the queries for each tile, or one
+    for all.
     """
     row_block, split = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // num_heads, tl.program_id(2) % num_heads
@@ -283,7 +278,7 @@ def attend_coded(
     rows = row_block * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
     queries = query + ((batch * num_heads + head) * num_rows + rows)[:, None] * key_dim
-    in_basis = projected + ((batch * num_heads + head) * projected_pieces * num_rows + rows)[:, None] * COMPONENTS
+    in_basis = projected + ((batch * num_heads + head) * projected_tiles * num_rows + rows)[:, None] * COMPONENTS
     constant = tl.load(constants + (batch * num_heads + head) * num_rows + rows, mask=is_row, other=0.0)
     first_component, count = tl.load(heads + head * 2), tl.load(heads + head * 2 + 1)
 
@@ -319,7 +314,7 @@ def attend_coded(
         place = piece * PIECE + tl.arange(0, PIECE)
         tokens = place % TILE
         scores = tl.zeros([ROWS, PIECE], dtype=tl.float32) + constant[:, None]
-        in_piece = in_basis + tl.where(projected_pieces > 1, piece, 0).to(tl.int64) * num_rows * COMPONENTS
+        in_tile = in_basis + tl.where(projected_tiles > 1, tile, 0).to(tl.int64) * num_rows * COMPONENTS
         at = streams + batch * streams_batch + tile * streams_tile
         for begin in range(0, count, CHUNK):
             slots = begin + tl.arange(0, CHUNK)
@@ -334,7 +329,7 @@ def attend_coded(
             )  # fmt: skip
             scale = scales + batch * scales_batch + tile * scales_tile + first_component + slots
             scale = _decoded(tl.load(scale, mask=is_slot, other=_ZERO), KEY_STEPS)
-            share = tl.load(in_piece + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
+            share = tl.load(in_tile + slots[None, :], mask=is_row[:, None] & is_slot[None, :], other=0.0)
             share *= scale[None, :]
             scores += _dot_codes(share, values)
         if PAIRS > 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
-from unsloth_spectral.native.abi import FULL_WAVE, LEAST_SPAN, MAX_SMOOTH
+from unsloth_spectral.native.abi import FULL_WAVE, MAX_SMOOTH
 
 # Pairs that rotate by fewer radians than this within a tile are slow: a few smooth functions, at most as many as the
 # compiled kernel has room for, represent their cosines and sines to a millionth.
@@ -25,7 +25,6 @@ class WaveTables(NamedTuple):
         order: ``[P]`` int64, the pairs, the fastest first; all other tables are in this order.
         step: ``[P]`` float64, angle from a token to the next.
         tile_step: ``[2, P]`` float64, cosine and sine of the angle from a tile to the next.
-        cosines, sines: ``[4, P]`` float32, of the angles of every 32nd token of a tile, where anchors may be.
         num_fast: pairs that rotate far in a tile.
         num_waves: one wave for each fast pair, and one for every two smooth functions.
         waves: ``[num_waves, 128, 2]`` int16, 32767 for 1: cosine and sine of the fast pairs, then the smooth functions.
@@ -36,8 +35,6 @@ class WaveTables(NamedTuple):
     order: Tensor
     step: Tensor
     tile_step: Tensor
-    cosines: Tensor
-    sines: Tensor
     num_fast: int
     num_waves: int
     waves: Tensor
@@ -81,9 +78,8 @@ def _wave_tables(steps: bytes) -> WaveTables:
     fast = within[:, :num_fast].transpose(0, 1)
     by_twos = torch.nn.functional.pad(smooth, (0, 0, 0, len(smooth) % 2)).unflatten(0, (-1, 2))
     waves = (torch.cat([fast, by_twos]).mT * FULL_WAVE).round().to(torch.int16).contiguous()
-    cosines, sines = (table[:, ::LEAST_SPAN].mT.float().contiguous() for table in within)
     reach = mixing.norm(dim=0)
-    return WaveTables(order, step, tile_step, cosines, sines, num_fast, len(waves), waves, mixing, reach)
+    return WaveTables(order, step, tile_step, num_fast, len(waves), waves, mixing, reach)
 
 
 def _within_tile(step: Tensor) -> tuple[Tensor, Tensor]:

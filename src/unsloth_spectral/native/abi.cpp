@@ -17,7 +17,7 @@ struct LayoutEntry {
 extern "C" const LayoutEntry* spectral_layout() {
     static const std::vector<LayoutEntry> entries = [] {
         std::vector<LayoutEntry> all = {
-            {"", "LEAST_SPAN", 0, LEAST_SPAN}, {"", "MAX_SMOOTH", 0, MAX_SMOOTH}, {"", "FULL_WAVE", 0, static_cast<int64_t>(FULL_WAVE)},
+            {"", "MAX_SMOOTH", 0, MAX_SMOOTH}, {"", "FULL_WAVE", 0, static_cast<int64_t>(FULL_WAVE)},
             {"", "FLOAT32", 0, FLOAT32},       {"", "BFLOAT16", 0, BFLOAT16},
             {"", "FLOAT16", 0, FLOAT16},
         };

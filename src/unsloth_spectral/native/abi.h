@@ -7,7 +7,6 @@
 
 namespace spectral {
 
-constexpr int LEAST_SPAN = 32;         // the fewest tokens that share an anchor
 constexpr int MAX_SMOOTH = 16;         // smooth functions that `Rotation.mixing` has room for
 constexpr float FULL_WAVE = 32767.0f;  // stands for 1 in `Rotation.waves`
 
@@ -38,15 +37,13 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(int64_t, num_pairs)                                                                                       \
     FIELD(int64_t, num_fast)                                                                                        \
     FIELD(int64_t, num_waves)                                                                                       \
+    FIELD(int64_t, first_anchored)      /* of the pairs, which tiles' first tokens un-rotate from here on */        \
     FIELD(const int32_t*, first)        /* [pair] dimensions */                                                     \
     FIELD(const int32_t*, second)       /* [pair] */                                                                \
     FIELD(const float*, start)          /* [batch or 1, pair, 2]: cosine and sine of the first token's angle */     \
     FIELD(int64_t, start_stride)        /* between batches; 0 if they share it */                                   \
     FIELD(const double*, step)          /* [pair] angle from a token to the next */                                 \
     FIELD(const double*, tile_step)     /* [2, pair] cosine and sine of the angle from a tile to the next */        \
-    FIELD(const int32_t*, spans)        /* [pair] tokens that share an anchor: 0 for none, 32, 64 or 128; rising */ \
-    FIELD(const float*, cosines)        /* [4, pair] of the angles of a tile's anchors, relative to its first token */ \
-    FIELD(const float*, sines)          /* [4, pair] */                                                             \
     FIELD(const int16_t*, waves)        /* [num_waves, 128, 2] cosine and sine of fast pairs, then smooth functions */ \
     FIELD(const float*, mixing)         /* [2, pair - num_fast, MAX_SMOOTH] slow pairs in smooth functions */       \
     FIELD(const float*, reach)          /* [pair - num_fast, MAX_SMOOTH] the largest weights in a pair of length 1 */

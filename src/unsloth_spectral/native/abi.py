@@ -5,13 +5,11 @@ from collections.abc import Iterable
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from itertools import count
 
-LEAST_SPAN = 32  # the fewest tokens that share an anchor
 MAX_SMOOTH = 16  # smooth functions that Rotation.mixing has room for
 FULL_WAVE = 32767  # stands for 1 in Rotation.waves
 # Values of ExactTokens.dtype.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 _CONSTANTS = {
-    "LEAST_SPAN": LEAST_SPAN,
     "MAX_SMOOTH": MAX_SMOOTH,
     "FULL_WAVE": FULL_WAVE,
     "FLOAT32": FLOAT32,
@@ -66,15 +64,13 @@ class Rotation(_Structure):
         ("num_pairs", c_int64),
         ("num_fast", c_int64),
         ("num_waves", c_int64),
+        ("first_anchored", c_int64),
         ("first", c_void_p),
         ("second", c_void_p),
         ("start", c_void_p),
         ("start_stride", c_int64),
         ("step", c_void_p),
         ("tile_step", c_void_p),
-        ("spans", c_void_p),
-        ("cosines", c_void_p),
-        ("sines", c_void_p),
         ("waves", c_void_p),
         ("mixing", c_void_p),
         ("reach", c_void_p),

@@ -61,7 +61,7 @@ void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, int64_t r
         if (block.values.nbits <= ROUGH_NBITS)
             weighed[r] = to_byte_weights(scores, most, first, padded);
         else
-            weighed[r] = to_weights(scores, most, first, second, padded);
+            weighed[r] = to_weights(scores, most, FULL, first, second, padded);
     }
     if (!any) return;
     const uint8_t* carries = first_tile ? nullptr : block.values.carries + (b * call.num_heads + h) * call.value_dim;

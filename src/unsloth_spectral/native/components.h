@@ -45,19 +45,58 @@ void start_components(Components& c, const CodedKeys& keys, int64_t h) {
     c.codes.resize(static_cast<size_t>(c.num_quads) * VECTORS);
 }
 
+// The codes of the quads [quad, end), all of whose components have NBITS.
+template <int NBITS>
+INLINE void read_quads(Worker& w, const uint8_t* rows, const uint8_t* rows_before, const uint8_t* carries, int quad,
+                       int end) {
+    constexpr int STREAM = NBITS * ROW;
+    const Components& c = w.components;
+    const Table& table = w.tables[NBITS <= MAX_TRELLIS_NBITS ? NBITS - 1 : 0];
+    const uint8_t* stream = rows + c.rows[4 * quad] * ROW;
+    // The bytes that streams go on from, and how far apart these lie.
+    const uint8_t* carry = rows_before ? rows_before + c.rows[4 * quad] * ROW + STREAM - 1 : carries + 4 * quad;
+    const int stride = rows_before ? STREAM : 1;
+    for (; quad < end; ++quad, stream += 4 * STREAM, carry += 4 * stride) {
+        w.next_keys.fetch(1);
+#if defined(__AVX512BW__)
+        if constexpr (NBITS <= 2) {
+            read_woven<NBITS>(table, stream, carry, stride, &w.components.codes[quad * VECTORS]);
+            continue;
+        }
+#endif
+        for (int part = 0; part < PARTS; ++part) {
+            Bytes apart[4];
+            for (int k = 0; k < 4; ++k)
+                apart[k] = read_codes<NBITS, true>(table, stream + k * STREAM, carry[k * stride], part);
+            weave(apart[0], apart[1], apart[2], apart[3], &w.components.codes[quad * VECTORS + 4 * part]);
+        }
+    }
+}
+
 // The codes of a head in one tile, whose streams begin at `rows` and go on from those of the tile before, at
 // `rows_before`, or from `carries` where that is null.
 void read_components(Worker& w, const uint8_t* rows, const uint8_t* rows_before, const uint8_t* carries) {
     const Components& c = w.components;
-    for (int quad = 0; quad < c.num_quads; ++quad) {
+    for (int quad = 0; quad < c.num_quads;) {
+        // Widths fall, so quads whose components have one width lie together.
+        const int nbits = c.nbits[4 * quad];
+        int end = quad;
+        while (end < c.num_quads && c.nbits[4 * end + 3] == nbits) ++end;
+        if (end > quad) {
+            with_nbits(nbits, [&](auto constant) {
+                read_quads<decltype(constant)::value>(w, rows, rows_before, carries, quad, end);
+            });
+            quad = end;
+            continue;
+        }
         w.next_keys.fetch(1);
         Stream streams[4];
         for (int k = 0; k < 4; ++k) {
-            const int i = 4 * quad + k, nbits = c.nbits[i];
+            const int i = 4 * quad + k;
             streams[k] = {rows + c.rows[i] * ROW, 0, c.nbits[i]};
-            if (i < c.count) streams[k].carry = rows_before ? rows_before[(c.rows[i] + nbits) * ROW - 1] : carries[i];
+            if (i < c.count) streams[k].carry = rows_before ? rows_before[(c.rows[i] + c.nbits[i]) * ROW - 1] : carries[i];
         }
-        read_quad(w.call.parts, streams, &w.components.codes[quad * VECTORS]);
+        read_quad(w.tables.data(), streams, &w.components.codes[quad++ * VECTORS]);
     }
 }
 

@@ -67,10 +67,9 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     Angles& a = w.angles;
     const int pairs = static_cast<int>(block.rotation.num_pairs);
     if (pairs) {
-        double* real = a.tile.data();
-        double* imaginary = real + pairs;
+        double *__restrict real = a.tile.data(), *__restrict imaginary = real + pairs;
         if (tile == w.next_tile) {
-            const double *c = block.rotation.tile_step, *s = c + pairs;
+            const double *__restrict c = block.rotation.tile_step, *__restrict s = c + pairs;
             for (int p = 0; p < pairs; ++p) {
                 const double next = real[p] * c[p] - imaginary[p] * s[p];
                 imaginary[p] = real[p] * s[p] + imaginary[p] * c[p];
@@ -85,7 +84,7 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
                 imaginary[p] = start[2 * p] * s + start[2 * p + 1] * c;
             }
         }
-        a.tile_float.resize(2 * pairs);
+        a.tile_float.resize(2 * pairs + LANES);
         for (int p = 0; p < 2 * pairs; ++p) a.tile_float[p] = static_cast<float>(a.tile[p]);
         // (a - io)(c + is) = a' - io'.
         for (int64_t row = 0; row < w.call.num_rows; ++row)
@@ -105,10 +104,9 @@ void score_tile(Worker& w, const Block& block, int64_t row, int length, float* s
     const int64_t room = heights_per_row(block.rotation);
     if (waves) weigh_waves<ROWS>(w, block.rotation, row);
     constexpr int TOGETHER = 2;
-    Worth worths[ROWS] = {};
+    Worth worths[ROWS];
+    weigh_components<ROWS>(w, project<ROWS>(w, block.rotation, row), row, worths);
     for (int v = 0; v < vectors; v += TOGETHER) {
-        if (v * LANES % w.projection.piece == 0)
-            weigh_components<ROWS>(w, project<ROWS>(w, block.rotation, row, v * LANES), row, worths);
         w.next_values.fetch(LANES / 2);
         Floats products[ROWS][TOGETHER];
         Sums fine[ROWS][TOGETHER] = {};

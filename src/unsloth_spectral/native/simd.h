@@ -217,7 +217,18 @@ INLINE Bytes repeat_piece(const int8_t* from) {
 #endif
 }
 
-#if !defined(__AVX512BW__)
+#if defined(__AVX512BW__)
+// The bytes of `from` at the places that the lower six bits of `places` name.
+INLINE Bytes shuffle_bytes(Bytes from, Bytes places) {
+    return bits<Bytes>(_mm512_permutexvar_epi8(bits<__m512i>(places), bits<__m512i>(from)));
+}
+
+// The lower four bits of each byte, exclusive-or the upper ones.
+INLINE Bytes folded(Bytes x) {
+    // Row i of the matrix, from its highest byte on, names the bits whose parity bit i is.
+    return bits<Bytes>(_mm512_gf2p8affine_epi64_epi8(bits<__m512i>(x), _mm512_set1_epi64(0x1122448800000000), 0));
+}
+#else
 // The pieces that begin at `places`.
 INLINE Bytes load_pieces(const uint8_t* from, const int* places) {
 #if defined(__AVX2__)
@@ -375,6 +386,7 @@ struct Sums {
         sums.low = add_byte_products(sums.low, second, codes.all);
     }
     INLINE Floats total(const Sums& sums) { return to_floats(sums.high) * 256.0f + to_floats(sums.low); }
+    INLINE Ints whole(const Sums& sums) { return sums.high * 256 + sums.low; }
 #else
     Ints both;
     INLINE void add(Sums& sums, const Codes& codes, Ints first, Ints second) {
@@ -382,6 +394,7 @@ struct Sums {
         sums.both = add_products(sums.both, codes.odd, bits<Shorts>(second));
     }
     INLINE Floats total(const Sums& sums) { return to_floats(sums.both); }
+    INLINE Ints whole(const Sums& sums) { return sums.both; }
 #endif
 };
 

@@ -116,36 +116,48 @@ INLINE Bytes cut_out(const uint8_t* stream, uint8_t carry, int part) {
 #endif
 #endif
 
-// The table of one width, as the two parts that its entries are sums of; SIGNED for the entries themselves.
-template <int NBITS, bool SIGNED>
+// The table of one width, as the two parts that its entries are sums of. Codes are entries plus 128, or the entries
+// themselves for `is_signed`.
 struct Table {
 #if defined(SHUFFLES_BYTES)
-    Bytes first{}, second{};
+    Bytes first, second;  // for AVX-512 each number of `first` four times, as bits 2 to 5 of a window name it
 
-    explicit Table(const int8_t* parts) {
-        if (NBITS > MAX_TRELLIS_NBITS) return;
-        first = repeat_piece(parts + (NBITS - 1) * 32) + static_cast<uint8_t>(SIGNED ? 0 : 128);
-        second = repeat_piece(parts + (NBITS - 1) * 32 + 16);
+    Table(const int8_t* parts, int nbits, bool is_signed) {
+        const int8_t* from = parts + (nbits - 1) * 32;
+        const uint8_t zero = is_signed ? 0 : 128;
+        first = repeat_piece(from) + zero;
+        second = repeat_piece(from + 16);
+#if defined(__AVX512BW__)
+        uint8_t places[BYTES];
+        for (int i = 0; i < BYTES; ++i) places[i] = static_cast<uint8_t>(i / 4);
+        first = shuffle_bytes(first, load<Bytes>(places));
+#endif
     }
     Bytes codes(Bytes windows) const {
+#if defined(__AVX512BW__)
+        return shuffle_bytes(first, windows) + shuffle_pieces(second, folded(windows));
+#else
         const Pairs pairs = bits<Pairs>(windows);
         const Bytes places = bits<Bytes>(pairs >> 2) & 15, other_places = (windows ^ bits<Bytes>(pairs >> 4)) & 15;
         return shuffle_pieces(first, places) + shuffle_pieces(second, other_places);
+#endif
     }
 #else
     const int8_t *first, *second;
+    int zero;
 
-    explicit Table(const int8_t* parts) : first(parts + (NBITS - 1) * 32), second(first + 16) {}
+    Table(const int8_t* parts, int nbits, bool is_signed)
+        : first(parts + (nbits - 1) * 32), second(first + 16), zero(is_signed ? 0 : 128) {}
     uint8_t code(uint8_t window) const {
-        const int entry = first[window >> 2 & 15] + second[(window ^ window >> 4) & 15];
-        return static_cast<uint8_t>(entry + (SIGNED ? 0 : 128));
+        return static_cast<uint8_t>(first[window >> 2 & 15] + second[(window ^ window >> 4) & 15] + zero);
     }
 #endif
 };
 
 // The BYTES codes of the part'th part of a tile's stream, which goes on from `carry`.
-template <int NBITS, bool SIGNED, bool IN_QUADS>
-INLINE Bytes read_codes(const Table<NBITS, SIGNED>& table, const uint8_t* stream, uint8_t carry, int part) {
+// Codes of more bits than the trellis has need no table.
+template <int NBITS, bool IN_QUADS>
+INLINE Bytes read_codes(const Table& table, const uint8_t* stream, uint8_t carry, int part) {
 #if defined(SHUFFLES_BYTES)
     const Bytes eight_bits = cut_out<NBITS, IN_QUADS>(stream, carry, part);
     return NBITS <= MAX_TRELLIS_NBITS ? table.codes(eight_bits) : eight_bits & static_cast<uint8_t>((1 << NBITS) - 1);
@@ -168,6 +180,49 @@ INLINE Bytes read_codes(const Table<NBITS, SIGNED>& table, const uint8_t* stream
 #endif
 }
 
+#if defined(__AVX512BW__)
+// How the codes of four components, of 1 or 2 bits and 16 tokens, are cut out of their streams, which lie one behind the
+// other: for each eight codes, those of two tokens, two bytes of each stream. The windows of the first 16 tokens may
+// begin in the carries, which stand in the last four of 128 bytes there.
+template <int NBITS>
+struct WovenCut {
+    alignas(64) uint8_t bytes[VECTORS][64];
+    alignas(64) uint8_t shifts[64];
+
+    constexpr WovenCut() : bytes(), shifts() {
+        for (int v = 0; v < VECTORS; ++v)
+            for (int i = 0; i < 64; ++i) {
+                const int component = i % 8 / 2, bit = first_bit(16 * v + 2 * (i / 8), NBITS) + 8;
+                const int byte = bit / 8 - 1 + i % 2;
+                bytes[v][i] = static_cast<uint8_t>(byte < 0 ? 124 + component : component * NBITS * ROW + byte);
+            }
+        // In the order of quads: the components of the first token, then those of the second.
+        for (int i = 0; i < 64; ++i)
+            shifts[i] = static_cast<uint8_t>(i % 4 * 16 + (first_bit(2 * (i / 8), NBITS) + 8) % 8 + i % 8 / 4 * NBITS);
+    }
+};
+
+// The codes of four components with NBITS in a tile, four to a lane, [VECTORS] by token.
+template <int NBITS>
+INLINE void read_woven(const Table& table, const uint8_t* streams, const uint8_t* carry, int stride, Bytes* to) {
+    static_assert(NBITS <= 2, "two tokens' windows lie in two bytes");
+    static constexpr WovenCut<NBITS> cut{};
+    const __m512i shifts = _mm512_load_si512(cut.shifts);
+    const __m512i low = load<__m512i>(streams), high = NBITS == 2 ? load<__m512i>(streams + 64) : low;
+    uint8_t carries[4];
+    for (int k = 0; k < 4; ++k) carries[k] = carry[k * stride];
+    int32_t together;
+    std::memcpy(&together, carries, 4);
+    const __m512i with_carries = _mm512_mask_set1_epi32(high, 1 << 15, together);
+    for (int v = 0; v < VECTORS; ++v) {
+        const __m512i places = _mm512_load_si512(cut.bytes[v]);
+        const __m512i bytes = v && NBITS == 1 ? _mm512_permutexvar_epi8(places, low)
+                                              : _mm512_permutex2var_epi8(low, places, v ? high : with_carries);
+        to[v] = table.codes(bits<Bytes>(_mm512_multishift_epi64_epi8(shifts, bytes)));
+    }
+}
+#endif
+
 // Where one component's stream lies in a tile, and what it goes on from.
 struct Stream {
     const uint8_t* bytes;
@@ -175,24 +230,24 @@ struct Stream {
     uint8_t nbits;  // 0 for none: all codes are zero
 };
 
-// The codes of one component in a tile, in the order of quads.
-INLINE void read_tile(const int8_t* parts, const Stream& stream, Bytes* to) {
+// The codes of one component in a tile, in the order of quads. `tables` are those of 1 bit and more.
+INLINE void read_tile(const Table* tables, const Stream& stream, Bytes* to) {
     if (!stream.nbits) {
         for (int part = 0; part < PARTS; ++part) to[part] = Bytes{};
         return;
     }
     with_nbits(stream.nbits, [&](auto constant) {
         constexpr int NBITS = decltype(constant)::value;
-        const Table<NBITS, false> table(parts);
+        const Table& table = tables[NBITS <= MAX_TRELLIS_NBITS ? NBITS - 1 : 0];
         for (int part = 0; part < PARTS; ++part)
-            to[part] = read_codes<NBITS, false, true>(table, stream.bytes, stream.carry, part);
+            to[part] = read_codes<NBITS, true>(table, stream.bytes, stream.carry, part);
     });
 }
 
 // The codes of four components in a tile, four to a lane, [VECTORS] by token.
-INLINE void read_quad(const int8_t* parts, const Stream* streams, Bytes* to) {
+INLINE void read_quad(const Table* tables, const Stream* streams, Bytes* to) {
     Bytes apart[4][PARTS];
-    for (int k = 0; k < 4; ++k) read_tile(parts, streams[k], apart[k]);
+    for (int k = 0; k < 4; ++k) read_tile(tables, streams[k], apart[k]);
     for (int part = 0; part < PARTS; ++part)
         weave(apart[0][part], apart[1][part], apart[2][part], apart[3][part], to + 4 * part);
 }

@@ -22,7 +22,7 @@ void add_values(Worker& w, const uint8_t* rows, int64_t tile_stride, const uint8
     const int tiles = round_up(length, TILE) / TILE;
     const int64_t dims = w.call.value_dim;
     constexpr int STREAM = NBITS * ROW;
-    const Table<NBITS, ROUGH> table(w.call.parts);
+    const Table table(w.call.parts, std::min(NBITS, MAX_TRELLIS_NBITS), ROUGH);
     for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
         Floats totals[ROWS][LANES];
         const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
@@ -43,7 +43,7 @@ void add_values(Worker& w, const uint8_t* rows, int64_t tile_stride, const uint8
                     const int share = (tile * TILE + part * BYTES) / 4;
                     Bytes codes[TOGETHER];
                     for (int i = 0; i < TOGETHER; ++i)
-                        codes[i] = read_codes<NBITS, ROUGH, false>(table, from + next[i], before[i], part);
+                        codes[i] = read_codes<NBITS, false>(table, from + next[i], before[i], part);
                     for (int r = 0; r < ROWS; ++r) {
                         const Ints first = load<Ints>(&w.shares[0][r * RUN / 4 + share]);
                         if constexpr (ROUGH) {

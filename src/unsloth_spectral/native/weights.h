@@ -12,21 +12,24 @@ INLINE float factor_to(float full, float most) {
     return most > 1e-33f ? full / most : 0.0f;
 }
 
+// The larger of a and b; not a number if either is not.
+INLINE float larger_or_nan(float a, float b) { return a != a || a >= b ? a : b; }
+
 struct Weighed {
     float worth;  // the value of one unit of the integers
     float sum;    // the sum of the integers
 };
 
-// Converts n floats of magnitude up to `most` to weights up to FULL; n is a multiple of LANES.
-INLINE Weighed to_weights(const float* from, float most, int32_t* first, int32_t* second, int n) {
+// Converts n floats of magnitude up to `most` to weights up to `full`, FULL or less; n is a multiple of LANES.
+INLINE Weighed to_weights(const float* from, float most, float full, int32_t* first, int32_t* second, int n) {
     Floats sums = {};
-    const float factor = factor_to(FULL, most);
+    const float factor = factor_to(full, most);
     for (int i = 0; i < n; i += LANES) {
         const Ints whole = rounded(load<Floats>(from + i) * factor);
         sums += to_floats(whole);
         store_weights(whole, first + i / 4, second + i / 4);
     }
-    return {most / FULL, sum(sums)};
+    return {most / full, sum(sums)};
 }
 
 // Converts n shares of tokens to byte weights. The rounding error of a token is added to a later one, so that many

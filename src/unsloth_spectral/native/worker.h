@@ -6,6 +6,7 @@
 
 #include "abi.h"
 #include "simd.h"
+#include "streams.h"
 
 namespace spectral {
 namespace {
@@ -54,20 +55,20 @@ struct Components {
     std::vector<Bytes> codes;        // [quad, VECTORS] of the current tile, four components per lane
 };
 
-constexpr int NUM_SPANS = 3;  // of tokens that share an anchor: LEAST_SPAN, twice and four times as many
-
-// The queries in the space of the components.
+// The queries in the space of the components. An anchored pair is one that anchors un-rotate.
 struct Projection {
-    std::vector<float> columns;           // [key dim, component] the basis
-    std::vector<float> fixed;             // [row, component] of dimensions that no anchor un-rotates
-    int borders[NUM_SPANS + 1];           // the first rotary pairs with each span or a longer one; their number
-    int piece;                            // tokens for which the projection is the same: the shortest span
-    std::vector<float> real, imaginary;   // [row, anchored pair] the queries, for anchors of length 1
-    std::vector<float> angle;             // [2, anchored pair] of an anchor
-    std::vector<float> turned;            // [2, row of a chunk, anchored pair] the queries un-rotated by it
-    std::vector<float> levels[NUM_SPANS]; // [row of a chunk, component] with the pairs of that span and longer ones
-    std::vector<float> scaled;            // [row of a chunk, component] under the tile's scales
-    std::vector<int32_t> weights[2];      // [row of a chunk, component / 4]
+    std::vector<uint8_t> columns;       // [anchored dim / 4, component, 4] the basis
+    std::vector<float> vector_scales;   // [component] of the basis
+    std::vector<float> fixed;           // [row, component] of dimensions that no anchor un-rotates
+    std::vector<float> real, imaginary; // [row, anchored pair] the queries, for anchors of length 1; zeros behind
+    int pairs_stride;                   // between rows, whole vectors
+    std::vector<float> most;            // [row] the length of the longest of these pairs
+    std::vector<float> turned;          // [anchored dim] a row un-rotated
+    std::vector<int32_t> dims[2];       // [row of a chunk, anchored dim / 4] these as integer weights
+    int dims_stride;                    // between rows
+    std::vector<float> projected;       // [row of a chunk, component]
+    std::vector<float> scaled;          // [row of a chunk, component] under the tile's scales
+    std::vector<int32_t> weights[2];    // [row of a chunk, component / 4]
 };
 
 // The rotation of the current tile's first token, and the mean's term relative to it.
@@ -94,6 +95,7 @@ struct Worker {
     std::vector<int32_t> shares[2];   // [row of a chunk, RUN / 4] probabilities times scales, as integer weights
     std::vector<float> token_scales;  // [RUN]
     std::vector<float> mean;          // [key dim]
+    std::vector<Table> tables;        // [nbits of the trellis, from 1 on] of keys
     Components components;
     Projection projection;
     Angles angles;
@@ -107,6 +109,7 @@ struct Worker {
         scores.assign(4 * RUN, 0.0f);
         for (auto& row_shares : shares) row_shares.assign(RUN, 0);
         token_scales.assign(RUN, 0.0f);
+        for (int nbits = 1; nbits <= MAX_TRELLIS_NBITS; ++nbits) tables.emplace_back(c.parts, nbits, false);
     }
 };
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings as complex numbers, one per token and pair of dimensions (Su et al., "RoFormer", 2021)."""
 
-from unsloth_spectral.rope.anchors import SPANS, Spans, anchors_of, own_anchors, spans_of
+from unsloth_spectral.rope.anchors import SPAN, Spans, anchors_of, own_anchors, spans_of
 from unsloth_spectral.rope.fit import Claim
 from unsloth_spectral.rope.interned import interned
 from unsloth_spectral.rope.joining import join_in_kind, join_rotations
@@ -8,7 +8,7 @@ from unsloth_spectral.rope.rotating import minus_rotated, rotate, unrotate, unro
 from unsloth_spectral.rope.rotation import Dims, Rotation
 
 __all__ = [
-    "SPANS",
+    "SPAN",
     "Claim",
     "Dims",
     "Rotation",

@@ -1,4 +1,4 @@
-"""Anchors: the tokens whose rotations un-rotate keys, each those of a few consecutive tokens.
+"""Anchors: the tokens whose rotations un-rotate keys, each those of the tokens of its tile.
 
 The span of a pair of dimensions is the number of consecutive tokens that share an anchor; the first of them is the
 anchor. Keys un-rotated by their anchors are nearly un-rotated, yet a query needs to be rotated only once per anchor,
@@ -16,13 +16,13 @@ from unsloth_spectral.rope.rotation import Rotation
 # For each pair, how many tokens share an anchor; 0 for a pair without anchors.
 Spans: TypeAlias = tuple[int, ...]
 
-# Measured on SmolLM2 (docs/decisions.md): shorter spans, and smaller angles, hardly gain anything.
-SPANS = (128, 64, 32)
-LARGEST_ANGLE = 4.0
+# Measured on SmolLM2 (docs/decisions.md): shorter spans, and other angles, hardly gain anything.
+SPAN = 128
+LARGEST_ANGLE = 2.0
 
 
 def spans_of(rotation: Rotation | None) -> Spans:
-    """For each pair, the longest of ``SPANS`` in which it rotates by ``LARGEST_ANGLE`` radians at most.
+    """``SPAN`` for each pair that rotates by ``LARGEST_ANGLE`` radians at most in so many tokens.
 
     It is 0 for pairs that rotate faster, and for all pairs of a rotation whose steps are unknown.
     """
@@ -30,8 +30,7 @@ def spans_of(rotation: Rotation | None) -> Spans:
         return ()
     if rotation.step is None:
         return (0,) * rotation.num_pairs
-    steps = rotation.step.abs().tolist()
-    return tuple(next((span for span in SPANS if span * step <= LARGEST_ANGLE), 0) for step in steps)
+    return tuple(SPAN if SPAN * step <= LARGEST_ANGLE else 0 for step in rotation.step.abs().tolist())
 
 
 def own_anchors(rotation: Rotation | None) -> Spans:

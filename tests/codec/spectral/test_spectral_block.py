@@ -25,7 +25,7 @@ def test_scores_of_many_rows_never_rebuild_all_keys(monkeypatch: pytest.MonkeyPa
     observed = Observed(Rotation.of(torch.polar(torch.ones_like(angles), angles)[None], *halves))
     codec = make_codec(SpectralConfig(bits_per_element=4), 1).layer(0)
     block = codec.seal(ExactBlock(keys, values), None, observed)
-    query = torch.randn(1, HEADS, 32, HEAD_DIM, generator=generator)
+    query = torch.randn(1, HEADS, 128, HEAD_DIM, generator=generator)
     expected = query @ block.keys.reconstruct().mT
     with patch.object(KeyCodes, "reconstruct", autospec=True, side_effect=KeyCodes.reconstruct) as rebuilt:
         scores = block.scores(query)

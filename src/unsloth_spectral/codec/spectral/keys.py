@@ -18,7 +18,7 @@ from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, pro
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import SPANS, Rotation, Spans, anchors_of, join_rotations, rotate, unrotate
+from unsloth_spectral.rope import SPAN, Rotation, Spans, anchors_of, join_rotations, rotate, unrotate
 
 STEPS_PER_OCTAVE = 32
 # Clipping points, as shares of a group's largest coefficient. Without clipping, rare huge coefficients set the step.
@@ -109,12 +109,12 @@ class KeyCodes(StoredTensors):
         """Why the compiled and the Triton kernels cannot read these keys; None if they can."""
         if self.rotation is not None and not self.rotation.is_even:
             return "positions that do not run on evenly"
-        return None if {0, *SPANS}.issuperset(self.spans) else "keys un-rotated one by one"
+        return None if {0, SPAN}.issuperset(self.spans) else "keys un-rotated one by one"
 
     @property
     def _tokens_per_anchor(self) -> int:
         """The number of consecutive tokens for which a query is un-rotated once."""
-        return min((span for span in self.spans if span), default=max(self.num_tokens, *SPANS))
+        return min((span for span in self.spans if span), default=max(self.num_tokens, SPAN))
 
     def _anchored_scores(self, query: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
         """The part of the scores that the coefficients give: the query is un-rotated once per run of tokens that share
@@ -170,7 +170,7 @@ class KeyCodes(StoredTensors):
         tensors = cls.tensors_from_fields(fields, key_sizes(shape.batch, shape.key_dim, widths, num_tokens))
         spans = fields.integers("spans")
         fields.require(len(spans) == (0 if rotation is None else rotation.num_pairs), "a span for each rotary pair")
-        fields.require({0, 1, *SPANS}.issuperset(spans), f"spans among 0, 1 and {SPANS}")
+        fields.require({0, 1, SPAN}.issuperset(spans), f"spans among 0, 1 and {SPAN}")
         return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, spans=spans)
 
 
