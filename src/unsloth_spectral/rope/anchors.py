@@ -18,7 +18,7 @@ Spans: TypeAlias = tuple[int, ...]
 
 # Measured on SmolLM2 (docs/decisions.md): shorter spans, and other angles, hardly gain anything.
 SPAN = 128
-LARGEST_ANGLE = 2.0
+LARGEST_ANGLE = 8.0
 
 
 def spans_of(rotation: Rotation | None) -> Spans:
