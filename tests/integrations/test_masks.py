@@ -103,7 +103,7 @@ def test_tokens_masked_elsewhere_stay_what_they_are(
     check([first, question(120, form, rows=2)], assert_close)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "small"])
+@pytest.mark.parametrize("preset", ["quality", "balanced"])
 def test_padding_on_the_right_leaves_the_other_rows_alone(preset: str) -> None:
     """The queries of padding are not asked, on whichever side it is."""
     ids, mask = token_ids(2, 300), torch.ones(2, 300, dtype=torch.int64)

@@ -21,7 +21,7 @@ from unsloth_spectral.codec.spectral.codec import SpectralCodec, SpectralLayerCo
 from unsloth_spectral.codec.spectral.metric import metric_of
 from unsloth_spectral.codec.tensors import TokenShape, storage_bytes
 from unsloth_spectral.fields import Fields, flatten
-from unsloth_spectral.rope import Rotation
+from unsloth_spectral.rope import Rotation, rotate
 
 BATCH, HEADS, HEAD_DIM, BLOCK = 2, 2, 32, 256
 
@@ -45,6 +45,13 @@ def rotation_of(count: int, start: int = 0, head_dim: int = HEAD_DIM) -> Rotatio
     return Rotation.of(torch.polar(torch.ones_like(angle), angle)[None], first, first + pairs)
 
 
+def rotated_tokens(count: int, start: int = 0, seed: int = 0) -> tuple[ExactBlock, Observed]:
+    """Tokens at positions from ``start`` on, their keys rotated as a model does it."""
+    block, rotation = tokens(count, seed), rotation_of(count, start)
+    keys = rotate(block.keys, rotation.table()[:, None], rotation)
+    return ExactBlock(keys, block.values), Observed(rotation)
+
+
 def codec_layer(bits: float = 3.0, limit: float | None = None, layers: int = 1) -> Any:
     config = SpectralConfig(block_size=BLOCK, bits_per_element=bits, error_limit=limit)
     return make_codec(config, layers).layer(0)
@@ -59,8 +66,8 @@ def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> S
 @pytest.mark.parametrize("bits", [1.6, 3.0])  # values of 1 and of 3 bits
 def test_later_blocks_of_the_same_kind_share_the_basis_and_join(bits: float) -> None:
     codec = codec_layer(bits)
-    first = sealed(codec, tokens(512), Observed(rotation_of(512)))
-    second = sealed(codec, tokens(BLOCK, seed=1), Observed(rotation_of(BLOCK, 512)))
+    first = sealed(codec, *rotated_tokens(512))
+    second = sealed(codec, *rotated_tokens(BLOCK, 512, seed=1))
     assert second.keys.vectors is first.keys.vectors
     assert second.keys.mean is first.keys.mean
     assert second.values.largest is first.values.largest
@@ -69,7 +76,7 @@ def test_later_blocks_of_the_same_kind_share_the_basis_and_join(bits: float) -> 
     assert joined.nbytes < first.nbytes + second.nbytes - first.keys.vectors.nbytes
     for part, a, b in zip(joined.reconstruct(), first.reconstruct(), second.reconstruct(), strict=True):
         assert (part - torch.cat([a, b], -2)).abs().max() < 2e-3 * part.abs().max()
-    third = sealed(codec, tokens(BLOCK, seed=2), Observed(rotation_of(BLOCK, 768)))
+    third = sealed(codec, *rotated_tokens(BLOCK, 768, seed=2))
     assert codec.join(joined, third).num_tokens == 1024
 
 
@@ -375,12 +382,11 @@ def test_the_budget_is_charged_what_components_and_their_bits_take(count: int, b
 
 def test_a_stored_layer_seals_on_in_the_basis_that_it_had() -> None:
     first, second = codec_layer(), codec_layer()
-    before = sealed(first, tokens(2 * BLOCK), Observed(rotation_of(2 * BLOCK)))
+    before = sealed(first, *rotated_tokens(2 * BLOCK))
     tree, tensors = flatten(first.to_fields())
     shape = TokenShape(BATCH, HEADS, HEAD_DIM, HEAD_DIM, torch.float32, torch.float32)
     second.restore(Fields(tree, lambda number, _: tensors[number]), shape)
-    observed = Observed(rotation_of(BLOCK, 2 * BLOCK))
-    expected, found = (sealed(codec, tokens(BLOCK, seed=1), observed) for codec in (first, second))
+    expected, found = (sealed(codec, *rotated_tokens(BLOCK, 2 * BLOCK, seed=1)) for codec in (first, second))
     assert torch.equal(expected.keys.vectors, before.keys.vectors)
     for part, other in zip(found.reconstruct(), expected.reconstruct(), strict=True):
         assert torch.equal(part, other)

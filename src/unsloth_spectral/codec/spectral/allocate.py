@@ -123,11 +123,9 @@ class Budget:
 
     def forget(self, layer: int) -> None:
         """Undo the allocation of ``layer``, which is empty again."""
-        if self._levels.pop(layer, None) is None:
-            return
-        self.seen.pop(layer, None)
-        self._value_nbits.pop(layer, None)
-        del self._balances[layer]
+        # An interrupted allocation has left only some of these.
+        for kept in (self._levels, self.seen, self._value_nbits, self._balances):
+            kept.pop(layer, None)
 
     def to_fields(self) -> dict[str, Field]:
         """The state of the budget."""
