@@ -190,6 +190,15 @@ def test_a_layer_that_is_forgotten_leaves_the_others_what_they_have() -> None:
     assert (others + cost(again.flatten(), 1.1)) / (3 * again.numel()) <= 2.0
 
 
+@pytest.mark.parametrize("missing", ["_levels", "_balances", "_value_nbits", "seen"])
+def test_what_an_interrupted_allocation_left_is_forgotten(missing: str) -> None:
+    budget = Budget(2.0, 2)
+    first = budget.allocate(0, spectrum(0).view(HEADS, -1), 1.1, 0.0)
+    getattr(budget, missing).pop(0, None)
+    budget.forget(0)
+    assert torch.equal(budget.allocate(0, spectrum(0).view(HEADS, -1), 1.1, 0.0), first)
+
+
 def test_forgetting_all_layers_forgets_what_was_spent() -> None:
     budget, layers = Budget(2.0, 3), [spectrum(i) * 3.0**i for i in range(3)]
     spent, widths = spend(budget, layers, [0, 1, 2])
