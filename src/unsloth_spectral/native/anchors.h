@@ -75,11 +75,10 @@ INLINE WeighedDims weigh_dims(Worker& w, float most, int num_dims, int r) {
     return result;
 }
 
-// Rows `to`, [row, component], of `from` plus the products of `columns` with ROWS rows of weights for `num_dims`
+// Rows `to`, [row, component], of `from` plus the products of the columns with ROWS rows of weights for their `num_dims`
 // dimensions, which `weighed` describes.
 template <int ROWS>
-INLINE void add_products_of(const Worker& w, const std::vector<uint8_t>& columns, int num_dims,
-                            const WeighedDims* weighed, const float* from, float* to) {
+INLINE void add_products_of(const Worker& w, int num_dims, const WeighedDims* weighed, const float* from, float* to) {
     constexpr int TOGETHER = 2;
     const Projection& projection = w.projection;
     const int width = w.components.width, quads = (num_dims + 3) / 4, stride = projection.dims_stride;
@@ -95,7 +94,7 @@ INLINE void add_products_of(const Worker& w, const std::vector<uint8_t>& columns
         for (int quad = 0; quad < quads; ++quad) {
             Codes codes[TOGETHER];
             for (int k = 0; k < TOGETHER; ++k)
-                codes[k] = Codes::of(load<Bytes>(&columns[(quad * width + places(i, k)) * 4]));
+                codes[k] = Codes::of(load<Bytes>(&projection.columns[(quad * width + places(i, k)) * 4]));
             for (int r = 0; r < ROWS; ++r) {
                 const Ints first = broadcast(projection.dims[0][r * stride + quad]);
                 const Ints second = broadcast(projection.dims[1][r * stride + quad]);
@@ -112,7 +111,7 @@ INLINE void add_products_of(const Worker& w, const std::vector<uint8_t>& columns
         Ints sums[ROWS][TOGETHER] = {};
         for (int quad = 0; quad < quads; ++quad)
             for (int k = 0; k < TOGETHER; ++k) {
-                const Bytes codes = load<Bytes>(&columns[(quad * width + places(i, k)) * 4]);
+                const Bytes codes = load<Bytes>(&projection.columns[(quad * width + places(i, k)) * 4]);
                 for (int r = 0; r < ROWS; ++r)
                     sums[r][k] = add_byte_products(sums[r][k], broadcast(projection.dims[0][r * stride + quad]), codes);
             }
@@ -167,7 +166,7 @@ void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8
             most = larger_or_nan(most, std::fabs(q[others[j]]));
         }
         const WeighedDims weighed = weigh_dims(w, most, num_others, 0);
-        add_products_of<1>(w, projection.columns, num_others, &weighed, projection.projected.data(),
+        add_products_of<1>(w, num_others, &weighed, projection.projected.data(),
                            projection.fixed.data() + row * width);
         for (int p = 0; p < pairs; ++p) {
             // The rotations of some models also scale; anchors do not.
@@ -201,7 +200,7 @@ INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row) {
         // A little room for rounding errors.
         weighed[r] = weigh_dims(w, projection.most[row + r] * 1.00001f, 2 * pairs, r);
     }
-    add_products_of<ROWS>(w, projection.columns, 2 * pairs, weighed, fixed, projection.projected.data());
+    add_products_of<ROWS>(w, 2 * pairs, weighed, fixed, projection.projected.data());
     return projection.projected.data();
 }
 

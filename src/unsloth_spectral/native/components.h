@@ -51,7 +51,7 @@ INLINE void read_quads(Worker& w, const uint8_t* rows, const uint8_t* rows_befor
                        int end) {
     constexpr int STREAM = NBITS * ROW;
     const Components& c = w.components;
-    const Table& table = w.tables[NBITS <= MAX_TRELLIS_NBITS ? NBITS - 1 : 0];
+    const Table& table = table_of(w.tables.data(), NBITS);
     const uint8_t* stream = rows + c.rows[4 * quad] * ROW;
     // The bytes that streams go on from, and how far apart these lie.
     const uint8_t* carry = rows_before ? rows_before + c.rows[4 * quad] * ROW + STREAM - 1 : carries + 4 * quad;

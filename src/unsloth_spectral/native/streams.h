@@ -154,8 +154,12 @@ struct Table {
 #endif
 };
 
+// The table of `nbits` among those of 1 bit and more. Codes of more bits than the trellis has need none: any will do.
+INLINE const Table& table_of(const Table* tables, int nbits) {
+    return tables[nbits <= MAX_TRELLIS_NBITS ? nbits - 1 : 0];
+}
+
 // The BYTES codes of the part'th part of a tile's stream, which goes on from `carry`.
-// Codes of more bits than the trellis has need no table.
 template <int NBITS, bool IN_QUADS>
 INLINE Bytes read_codes(const Table& table, const uint8_t* stream, uint8_t carry, int part) {
 #if defined(SHUFFLES_BYTES)
@@ -238,7 +242,7 @@ INLINE void read_tile(const Table* tables, const Stream& stream, Bytes* to) {
     }
     with_nbits(stream.nbits, [&](auto constant) {
         constexpr int NBITS = decltype(constant)::value;
-        const Table& table = tables[NBITS <= MAX_TRELLIS_NBITS ? NBITS - 1 : 0];
+        const Table& table = table_of(tables, NBITS);
         for (int part = 0; part < PARTS; ++part)
             to[part] = read_codes<NBITS, true>(table, stream.bytes, stream.carry, part);
     });
