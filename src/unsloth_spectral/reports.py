@@ -166,14 +166,15 @@ def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable
 
 def profile_table(model: str, profile: ModelProfile) -> RenderableType:
     """The table of ``profile``: one row per layer, with bars for what its errors cost."""
-    table = Table(title=f"{model}: KL in nats, one layer alone quantized coarsely")
+    table = Table(title=f"{model}: KL in nats, one layer's values or one head's keys quantized coarsely")
     table.add_column("layer", justify="right")
     table.add_column("values at one bit", justify="right")
     table.add_column("")
-    table.add_column("keys, per unit of score variance lost", justify="right")
+    table.add_column("keys of the head that matters most, per unit of score variance lost", justify="right")
     table.add_column("")
-    rows = zip(profile.value_sensitivities, profile.key_sensitivities, strict=True)
-    most = max(profile.value_sensitivities) or 1.0, max(profile.key_sensitivities) or 1.0
+    keys = [max(heads) for heads in profile.key_sensitivities]
+    rows = zip(profile.value_sensitivities, keys, strict=True)
+    most = max(profile.value_sensitivities) or 1.0, max(keys) or 1.0
     for layer, row in enumerate(rows):
         bars = [
             Text("#" * round(20 * damage / largest), style="blue") for damage, largest in zip(row, most, strict=True)

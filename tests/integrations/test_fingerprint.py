@@ -25,8 +25,8 @@ from unsloth_spectral.integrations.huggingface.fingerprint import (
     save_profile,
 )
 
-PROFILE = ModelProfile((0.5, 0.001), (0.02, 0.01), ((3.0, 1.0), (2.0, 0.5)))
-OTHER = ModelProfile((1.0, 2.0), (1.0, 1.0), ((1.0,), (1.0,)))
+PROFILE = ModelProfile((0.5, 0.001), ((0.02, 0.03), (0.01, 0.01)), ((3.0, 1.0), (2.0, 0.5)))
+OTHER = ModelProfile((1.0, 2.0), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
 Build = Callable[..., LlamaForCausalLM]
 
 
@@ -82,7 +82,7 @@ def test_a_profile_comes_back(tiny_llama: Build, cache_folder: Path) -> None:
 
 
 def _malformed(**changes: object) -> str:
-    good = {"version": 2, "value_sensitivities": [1, 1], "key_sensitivities": [1, 1], "key_variances": [[1], [1]]}
+    good = {"version": 3, "value_sensitivities": [1, 1], "key_sensitivities": [[1], [1]], "key_variances": [[1], [1]]}
     return json.dumps({**good, **changes})
 
 
@@ -90,14 +90,17 @@ MALFORMED = {
     "no JSON": "{",
     "empty": "",
     "not an object": "[1, 2]",
-    "no sensitivities": '{"version": 2}',
+    "no sensitivities": '{"version": 3}',
     "none": _malformed(value_sensitivities=[]),
     "no numbers": _malformed(value_sensitivities=["a", 1]),
-    "negative": _malformed(key_sensitivities=[1, -1]),
+    "negative": _malformed(key_sensitivities=[[1], [-1]]),
     "another version": _malformed(version=99),
     "no version": _malformed(version=None),
     "NaN": _malformed(value_sensitivities=[math.nan, 1]),
-    "one layer short": _malformed(key_sensitivities=[1]),
+    "one layer short": _malformed(key_sensitivities=[[1]]),
+    "no heads": _malformed(key_sensitivities=[[1], []]),
+    "no lists of heads": _malformed(key_sensitivities=[1, 1]),
+    "variances of other heads": _malformed(key_sensitivities=[[1, 1], [1, 1]]),
     "no variances": _malformed(key_variances=[[1], []]),
     "variances of no list": _malformed(key_variances=3),
 }
@@ -130,7 +133,7 @@ def test_bytes_that_are_no_text_are_ignored(tiny_llama: Build, caplog: pytest.Lo
 
 
 def test_a_profile_of_another_number_of_layers_is_ignored(tiny_llama: Build, caplog: pytest.LogCaptureFixture) -> None:
-    save_profile(tiny_llama(), ModelProfile((1.0,), (1.0,), ((1.0,),)), {})
+    save_profile(tiny_llama(), ModelProfile((1.0,), ((1.0,),), ((1.0,),)), {})
     with caplog.at_level(logging.WARNING, "unsloth_spectral"):
         assert SpectralCache(tiny_llama()).profile is None
     assert "is of 1 layers, not 2" in caplog.text

@@ -145,7 +145,7 @@ def test_after_beams_crops_and_repeats(config: SpectralConfig, tiny_llama: Build
 def test_with_a_profile(tiny_llama: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is saved with the cache: where it is loaded there may be another, or none."""
     variances = tuple(2.0**-place for place in range(32))
-    profile = ModelProfile((0.5, 0.001), (0.02, 0.01), (variances, variances))
+    profile = ModelProfile((0.5, 0.001), ((0.02, 0.01), (0.01, 0.03)), (variances, variances))
     model, ids = tiny_llama(initializer_range=0.1), token_ids(length=800)
     with monkeypatch.context() as patched:
         patched.setattr(cache_module, "profile_of", lambda *_: profile)

@@ -114,7 +114,7 @@ def test_other_models_options_and_profiles_find_nothing(
     assert store.num_stored(model, ids, preset="small") == 0
     assert store.num_stored(tiny_llama(seed=1, initializer_range=0.1), ids, config=CONFIG) == 0
     assert store.num_stored(tiny_llama(initializer_range=0.1).bfloat16(), ids, config=CONFIG) == 0
-    profile = ModelProfile((1.0, 1.0), (1.0, 1.0), ((1.0,) * 32,) * 2)
+    profile = ModelProfile((1.0, 1.0), ((1.0, 1.0),) * 2, ((1.0,) * 32,) * 2)
     monkeypatch.setattr(cache_module, "profile_of", lambda *_: profile)
     assert store.num_stored(model, ids, config=CONFIG) == 0
 

@@ -1,4 +1,4 @@
-"""A model's profile: how much errors in each layer matter. It hardly depends on the text that it is measured on."""
+"""A model's profile: how much errors in each layer and head matter. It hardly depends on the texts of one kind."""
 
 from dataclasses import dataclass
 
@@ -13,39 +13,45 @@ class ModelProfile:
     """Attributes:
     value_sensitivities: for each full-attention layer, KL to the dense cache in nats with only that layer's values
         quantized, to one bit.
-    key_sensitivities: KL in nats per unit of score variance lost, with only that layer's keys quantized.
-    key_variances: for each layer, the variances of its keys' components in the scores: an estimate for layers that are
-        still to be sealed.
+    key_sensitivities: for each layer and head, KL in nats per unit of score variance lost, with only that head's keys
+        quantized.
+    key_variances: for each layer, the variances of its keys' components in the scores, head by head: an estimate for
+        layers that are still to be sealed.
     """
 
     value_sensitivities: tuple[float, ...]
-    key_sensitivities: tuple[float, ...]
+    key_sensitivities: tuple[tuple[float, ...], ...]
     key_variances: tuple[tuple[float, ...], ...]
 
     @property
     def num_layers(self) -> int:
         return len(self.value_sensitivities)
 
+    @property
+    def is_consistent(self) -> bool:
+        """True if every table has a row for each layer, and the variances are of as many heads as the sensitivities."""
+        rows = zip(self.key_sensitivities, self.key_variances, strict=False)
+        fits = all(heads and variances and len(variances) % len(heads) == 0 for heads, variances in rows)
+        return fits and self.num_layers == len(self.key_sensitivities) == len(self.key_variances)
+
     def to_fields(self) -> dict[str, Field]:
         # As tensors: the variances are thousands of numbers.
         return {
             "value_sensitivities": _numbers(self.value_sensitivities),
-            "key_sensitivities": _numbers(self.key_sensitivities),
+            "key_sensitivities": [_numbers(heads) for heads in self.key_sensitivities],
             "key_variances": [_numbers(variances) for variances in self.key_variances],
         }
 
     @classmethod
     def from_fields(cls, fields: Fields, num_layers: int) -> "ModelProfile":
-        numbers = (num_layers,)
-        values = fields.tensor("value_sensitivities", torch.float64, numbers, on_host=True)
-        keys = fields.tensor("key_sensitivities", torch.float64, numbers, on_host=True)
-        variances = fields.tensors("key_variances", torch.float64, (None,), on_host=True)
-        fields.require(len(variances) == num_layers, f"variances of {num_layers} layers")
-        return cls(
-            tuple(values.tolist()),
-            tuple(keys.tolist()),
-            tuple(tuple(layer_variances.tolist()) for layer_variances in variances),
+        values = fields.tensor("value_sensitivities", torch.float64, (num_layers,), on_host=True)
+        keys, variances = (
+            [tuple(row.tolist()) for row in fields.tensors(name, torch.float64, (None,), on_host=True)]
+            for name in ("key_sensitivities", "key_variances")
         )
+        profile = cls(tuple(values.tolist()), tuple(keys), tuple(variances))
+        fields.require(profile.is_consistent, f"sensitivities and variances of the heads of {num_layers} layers")
+        return profile
 
 
 def _numbers(values: tuple[float, ...]) -> Tensor:

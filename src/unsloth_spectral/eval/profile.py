@@ -1,4 +1,4 @@
-"""Measure a model's profile: how much errors in each layer's keys and values matter."""
+"""Measure a model's profile: how much errors in each layer's values and each head's keys matter."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,9 @@ from unsloth_spectral.codec.spectral.codec import SpectralCodec
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
+from unsloth_spectral.eval.head_damages import head_damages
 from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.recall_text import recall_text
 from unsloth_spectral.eval.tasks.asking import continue_on, fill
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
@@ -24,26 +26,41 @@ from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 # Tokens of the default document where the texts begin. The evaluation uses none of these texts.
 STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
+# Texts that repeat facts, and their share in the profile: as if so many of all tokens were recalled from far away. The
+# few heads that find such tokens hardly matter in other texts.
+NUM_RECALLS, RECALL_SHARE = 2, 0.05
 # About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
-# As a share of the mean, so that a layer that did not matter in these texts still gets some bits.
-_LEAST_SENSITIVITY = 0.02
+# As a share of the mean, so that a head that did not matter in these texts still gets some bits.
+_LEAST_SENSITIVITY = 0.002
+_DRAWS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """The measurements of one text, one entry per layer.
+    """The measurements of texts, one row per layer, in nats of KL to the dense cache.
 
     Attributes:
-        value_damages, key_damages: KL with this layer's values or keys alone quantized coarsely.
-        lost: score variance that the coarse keys lose.
-        variances: ``[num_components]`` variances of the keys' components, each head's in falling order.
+        value_damages: ``[layers]`` with the layer's values alone quantized coarsely.
+        key_damages: ``[layers, H]`` with the head's keys alone quantized coarsely.
+        lost: ``[layers, H]`` score variance that the coarse keys lose.
+        variances: ``[layers, H D]`` variances of the keys' components, each head's in falling order.
     """
 
     value_damages: Tensor
     key_damages: Tensor
     lost: Tensor
     variances: Tensor
+
+    @property
+    def key_sensitivities(self) -> Tensor:
+        """``[layers, H]`` damage per unit of score variance; 0 for a head that loses nothing."""
+        return torch.where(self.lost > 0, self.key_damages / self.lost, 0.0)
+
+    @classmethod
+    def mean(cls, texts: list["_Measured"]) -> "_Measured":
+        columns = ((getattr(text, name) for text in texts) for name in cls.__slots__)
+        return cls(*(torch.stack(list(column)).mean(0) for column in columns))
 
 
 class _RecordingBudget(Budget):
@@ -62,7 +79,7 @@ class _RecordingBudget(Budget):
         return super().allocate(layer, variances, *args, **kwargs)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_profile(
     loaded: LoadedModel,
     *,
@@ -74,8 +91,10 @@ def measure_profile(
 ) -> ModelProfile:
     """Quantize one layer's keys or values to about one bit, keep all else exact, and measure KL to the dense cache.
 
-    KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn. Figures are means over the texts
-    that begin at tokens ``starts`` of ``document`` (None: the default one).
+    KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn; gradients divide the damage of a
+    layer's keys among its heads. Figures are means over the texts that begin at tokens ``starts`` of ``document``
+    (None: the default one). A small share comes from texts that repeat facts from everywhere in their prefix, measured
+    by gradients alone.
 
     Raises:
         LoadError: the document is too short.
@@ -83,61 +102,104 @@ def measure_profile(
     """
     whole_text = default_document() if document is None else document
     ids = tokens_of(whole_text, loaded.tokenizer, max(starts) + prefix + continuation + 1).to(loaded.model.device)
-    measured = []
-    for number, start in enumerate(starts):
-        text_ids = ids[:, start : start + prefix + continuation + 1]
-        measured.append(_measure(loaded, text_ids, prefix, number, len(starts), on_progress))
-    values = torch.stack([text.value_damages for text in measured]).mean(0)
-    lost = torch.stack([text.lost for text in measured]).sum(0)
-    keys = torch.stack([text.key_damages for text in measured]).sum(0) / lost
+    texts = [ids[:, start : start + prefix + continuation + 1] for start in starts]
+    recalls = [recall_text(loaded, texts[seed % len(texts)], prefix, continuation, seed) for seed in range(NUM_RECALLS)]
+    count = len(texts) + len(recalls)
+    plain = _Measured.mean(
+        [_Text(loaded, text, prefix, on_progress, number, count).measure() for number, text in enumerate(texts)]
+    )
+    recall = _Measured.mean(
+        [
+            _Text(loaded, text, prefix, on_progress, len(texts) + number, count).estimate()
+            for number, text in enumerate(recalls)
+        ]
+    )
+    values = plain.value_damages + RECALL_SHARE * recall.value_damages
+    keys = plain.key_sensitivities + RECALL_SHARE * recall.key_sensitivities
     keys = keys.clamp_min(_LEAST_SENSITIVITY * float(keys.mean())).clamp_min(torch.finfo(keys.dtype).tiny)
-    variances = torch.stack([text.variances for text in measured]).mean(0)
-    return ModelProfile(tuple(values.tolist()), tuple(keys.tolist()), tuple(map(tuple, variances.tolist())))
+    rows = (tuple(map(tuple, table.tolist())) for table in (keys, plain.variances))
+    return ModelProfile(tuple(values.tolist()), *rows)
 
 
-def _measure(
-    loaded: LoadedModel, ids: Tensor, prefix: int, number: int, count: int, on_progress: OnProgress | None
-) -> _Measured:
-    model = loaded.model
-    context, continuation, targets = ids[:, :prefix], ids[:, prefix:-1], ids[0, prefix + 1 :]
-    coarse = SpectralCache(model, config=_COARSE, use_profile=False)
-    assert isinstance(coarse.codec, SpectralCodec)
-    plain_budget = coarse.codec.budget
-    budget = coarse.codec.budget = _RecordingBudget(plain_budget.bits_per_element, plain_budget.num_layers)
-    fill(loaded, coarse, context, "profile: coarse prefill", None)
-    unpatch_unsloth_attention(model)
-    layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
-    if not layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no layer that keeps the whole context: nothing to measure"
-        )
-    cache: Any = dense_cache(model)
-    fill(loaded, cache, context, "profile: dense prefill", None)
-    dense = continue_on(loaded, _with(model, cache), continuation)
-    damages: dict[str, list[float]] = {"values": [], "keys": []}
-    lost, variances = [], []
-    for done, index in enumerate(layers):
-        layer: Any = coarse.layers[index]
-        layer_variances = budget.variances[done].cpu()
-        errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
-        lost.append(float((errors[0].float().square().mean(0) * layer_variances.sum(-1)).sum()))
-        variances.append(layer_variances.flatten())
-        rebuilt = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
-        for step, name in enumerate(damages):
-            logits = continue_on(loaded, _with(model, cache, index, **{name: rebuilt[name]}), continuation)
-            damages[name].append(max(0.0, compare_logits(dense, logits, targets).kl))
-            if on_progress is not None:
-                steps = 2 * len(layers)
-                on_progress("profile: each layer at one bit", number * steps + 2 * done + step + 1, count * steps)
-    by_layer = torch.tensor([damages["values"], damages["keys"], lost], dtype=torch.float32, device="cpu")
-    value_damages, key_damages, lost_variances = by_layer
-    return _Measured(value_damages, key_damages, lost_variances, torch.stack(variances))
+class _Text:
+    """A text, its dense cache and its coarse one.
 
+    Raises:
+        UnsupportedModelError: no layer of the model keeps the whole context.
+    """
 
-def _with(model: Any, cache: Any, coarse: int = -1, **replaced: Tensor) -> Any:
-    """A copy of ``cache`` with keys or values of layer ``coarse`` replaced; the tensors of the others are shared."""
-    fresh: Any = dense_cache(model)
-    for index, (old, new) in enumerate(zip(cache.layers, fresh.layers, strict=True)):
-        states = {"keys": old.keys, "values": old.values} | (replaced if index == coarse else {})
-        new.update(states["keys"], states["values"])
-    return fresh
+    def __init__(
+        self, loaded: LoadedModel, ids: Tensor, prefix: int, on_progress: OnProgress | None, number: int, count: int
+    ) -> None:
+        self.loaded, self._on_progress, self._number, self._count = loaded, on_progress, number, count
+        self.continuation, self.targets = ids[:, prefix:-1], ids[0, prefix + 1 :]
+        model = loaded.model
+        coarse = SpectralCache(model, config=_COARSE, use_profile=False)
+        assert isinstance(coarse.codec, SpectralCodec)
+        plain_budget = coarse.codec.budget
+        budget = coarse.codec.budget = _RecordingBudget(plain_budget.bits_per_element, plain_budget.num_layers)
+        fill(loaded, coarse, ids[:, :prefix], "profile: coarse prefill", None)
+        unpatch_unsloth_attention(model)
+        self.layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
+        if not self.layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no layer that keeps the whole context: nothing to measure"
+            )
+        self.dense: Any = dense_cache(model)
+        fill(loaded, self.dense, ids[:, :prefix], "profile: dense prefill", None)
+        self.rebuilt: dict[int, dict[str, Tensor]] = {}
+        lost, variances = [], []
+        for place, index in enumerate(self.layers):
+            layer: Any = coarse.layers[index]
+            self.rebuilt[index] = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
+            layer_variances = budget.variances[place].cpu()
+            errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
+            lost.append(errors[0].float().cpu().square().mean(0) * layer_variances.sum(-1))
+            variances.append(layer_variances.flatten())
+        self.lost, self.variances = torch.stack(lost), torch.stack(variances)
+
+    def measure(self) -> _Measured:
+        """Damages of whole layers, those of keys divided among heads by gradients."""
+        of_heads = self._by_gradients().key_damages.clamp_min(torch.finfo(torch.float32).tiny)
+        dense = continue_on(self.loaded, self._cache({}), self.continuation)
+        damages: dict[str, list[float]] = {"values": [], "keys": []}
+        for done, index in enumerate(self.layers):
+            for step, name in enumerate(damages):
+                logits = continue_on(
+                    self.loaded, self._cache({(index, name): self.rebuilt[index][name]}), self.continuation
+                )
+                damages[name].append(max(0.0, compare_logits(dense, logits, self.targets).kl))
+                self._report(2 * done + step + 1)
+        values, keys = torch.tensor([damages["values"], damages["keys"]], dtype=torch.float32, device="cpu")
+        shares = of_heads / of_heads.sum(-1, keepdim=True)
+        return _Measured(values, keys[:, None] * shares, self.lost, self.variances)
+
+    def estimate(self) -> _Measured:
+        """Damages by gradients alone."""
+        damages = self._by_gradients()
+        self._report(2 * len(self.layers))
+        return damages
+
+    def _by_gradients(self) -> _Measured:
+        places = [(index, name) for name in ("values", "keys") for index in self.layers]
+        cached = [getattr(self.dense.layers[index], name) for index, name in places]
+        errors = [self.rebuilt[index][name] - exact for (index, name), exact in zip(places, cached, strict=True)]
+
+        def logits_of(tensors: list[Tensor]) -> Tensor:
+            return continue_on(self.loaded, self._cache(dict(zip(places, tensors, strict=True))), self.continuation)
+
+        damages = head_damages(logits_of, cached, errors, _DRAWS)
+        values, keys = (torch.stack(half) for half in (damages[: len(self.layers)], damages[len(self.layers) :]))
+        return _Measured(values.sum(-1), keys, self.lost, self.variances)
+
+    def _report(self, step: int) -> None:
+        if self._on_progress is not None:
+            steps = 2 * len(self.layers)
+            self._on_progress("profile: each layer at one bit", self._number * steps + step, self._count * steps)
+
+    def _cache(self, replaced: dict[tuple[int, str], Tensor]) -> Any:
+        """A copy of the dense cache with the keys or values at ``replaced``; the tensors of the others are shared."""
+        fresh: Any = dense_cache(self.loaded.model)
+        for index, (old, new) in enumerate(zip(self.dense.layers, fresh.layers, strict=True)):
+            new.update(replaced.get((index, "keys"), old.keys), replaced.get((index, "values"), old.values))
+        return fresh

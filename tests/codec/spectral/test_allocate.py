@@ -13,6 +13,7 @@ from unsloth_spectral.codec.spectral.packing import MAX_NBITS
 from unsloth_spectral.fields import Fields, flatten
 
 HEADS, HEAD_DIM = 2, 32
+HEAD_FACTORS = (0.5, 2.0)  # of key sensitivities within a layer
 
 
 def spectrum(seed: int, octaves: float = 12.0, components: int = HEADS * HEAD_DIM) -> torch.Tensor:
@@ -144,7 +145,7 @@ def test_layers_that_matter_more_get_more() -> None:
 
 def test_variances_expected_give_all_layers_one_level_from_the_first() -> None:
     layers = [spectrum(i) * 4.0**i for i in range(6)]
-    profile = ModelProfile((0.0,) * 6, (1.0,) * 6, tuple(tuple(layer.tolist()) for layer in layers))
+    profile = ModelProfile((0.0,) * 6, ((1.0,) * HEADS,) * 6, tuple(tuple(layer.tolist()) for layer in layers))
     with_profile, without_profile = Budget(2.5, 6, profile), Budget(2.5, 6)
     spent, widths = spend(with_profile, layers, list(range(6)))
     _, other = spend(without_profile, layers, list(range(6)))
@@ -229,7 +230,8 @@ def known_model(num_layers: int, seed: int = 0) -> tuple[ModelProfile, list[torc
     generator = torch.Generator().manual_seed(seed)
     layers = [spectrum(seed + i) * 3.0 ** (i % 4) for i in range(num_layers)]
     keys, values = torch.logspace(-3, -1, 5)[torch.randint(0, 5, (2, num_layers), generator=generator)].tolist()
-    return ModelProfile(tuple(values), tuple(keys), tuple(tuple(layer.tolist()) for layer in layers)), layers
+    by_head = tuple(tuple(key * factor for factor in HEAD_FACTORS) for key in keys)
+    return ModelProfile(tuple(values), by_head, tuple(tuple(layer.tolist()) for layer in layers)), layers
 
 
 ELEMENTS = HEADS * HEAD_DIM
@@ -249,7 +251,7 @@ def spend_both(budget: Budget, layers: list[torch.Tensor]) -> tuple[float, list[
 def test_layers_that_the_profile_calls_frugal_still_find_half_of_their_share() -> None:
     share, flat = 3.0 * ELEMENTS, torch.ones(HEADS, HEAD_DIM)
     frugal = tuple((1e-12 * flat.flatten()).tolist())
-    profile = ModelProfile((1e-9,) * 4, (1.0,) * 4, (tuple(flat.flatten().tolist()), frugal, frugal, frugal))
+    profile = ModelProfile((1e-9,) * 4, ((1.0,) * HEADS,) * 4, (tuple(flat.flatten().tolist()), frugal, frugal, frugal))
     budget, left = Budget(3.0, 4, profile), 4 * share
     # Every layer needs more than the whole budget.
     for layer in range(4):
@@ -279,10 +281,10 @@ def test_a_profile_gives_keys_and_values_one_level() -> None:
 
     def damage(widths_of_layers: list[torch.Tensor], nbits_of_layers: list[int]) -> float:
         """Nats, as the quantizers' tables have it."""
-        keys = zip(profile.key_sensitivities, layers, widths_of_layers, strict=True)
+        keys = zip(map(torch.tensor, profile.key_sensitivities), layers, widths_of_layers, strict=True)
         values = zip(profile.value_sensitivities, nbits_of_layers, strict=True)
         unbiased = [d / (1 - d) for d in DISTORTION[1:]]
-        return sum(s * distortion(v, w.flatten()) for s, v, w in keys) + sum(
+        return sum(distortion(s[:, None] * v.view(HEADS, HEAD_DIM), w) for s, v, w in keys) + sum(
             s * unbiased[nbits - 1] / unbiased[0] for s, nbits in values
         )
 
@@ -327,6 +329,16 @@ def test_values_take_another_bit_while_it_saves_the_level() -> None:
     for layer, sensitivity in enumerate(profile.value_sensitivities):
         saved = [sensitivity * (noise[n] - noise[n + 1]) / noise[0] / ELEMENTS for n in range(MAX_NBITS - 1)]
         assert nbits[layer] == 1 + sum(nats >= budget.level_of(layer) for nats in saved)
+
+
+def test_heads_that_matter_more_get_more_bits() -> None:
+    same = spectrum(0, components=HEAD_DIM).repeat(HEADS)
+    profile = ModelProfile((0.0,), ((1.0, 16.0),), (tuple(same.tolist()),))
+    widths = Budget(3.0, 1, profile).allocate(0, same.view(HEADS, HEAD_DIM), 1.1, 8.0, 0)
+    # Sixteen times the damage is two bits more for every component that has some, at times three where codes are uniform.
+    more = (widths[1] - widths[0])[widths[0] > 1]
+    assert set(more.tolist()) <= {2, 3}
+    assert int((widths[0] > 1).sum()) > HEAD_DIM // 4
 
 
 def test_values_that_do_not_matter_get_one_bit() -> None:

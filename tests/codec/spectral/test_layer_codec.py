@@ -261,7 +261,8 @@ def test_the_cold_tier_takes_the_bits_asked_for_at_other_head_dims(preset: str, 
 def test_the_cold_tier_takes_the_bits_asked_for_with_a_profile() -> None:
     config = SpectralConfig(bits_per_element=2.6)
     variances = tuple((torch.arange(1, 129) ** -1.0).tolist())
-    profile = ModelProfile((1.0, 0.01, 5.0, 0.1, 0.5, 0.02), (0.1, 1.0, 0.3, 2.0, 0.05, 1.0), (variances,) * 6)
+    keys = tuple((key, 2 * key) for key in (0.1, 1.0, 0.3, 2.0, 0.05, 1.0))
+    profile = ModelProfile((1.0, 0.01, 5.0, 0.1, 0.5, 0.02), keys, (variances,) * 6)
     stats = layers_of(config, 6, 2200, 64, profile=profile)
     check_bits(stats, config)
     assert len({layer.bits_values for layer in stats.layers}) > 1

@@ -111,7 +111,10 @@ class Budget:
 
     def weighted(self, layer: int, variances: Tensor) -> Tensor:
         """``variances`` in the unit of the level: nats if there is a profile, else unchanged."""
-        return variances.float() * (1.0 if self.profile is None else self.profile.key_sensitivities[layer])
+        if self.profile is None:
+            return variances.float()
+        sensitivities = torch.tensor(self.profile.key_sensitivities[layer], dtype=torch.float32, device="cpu")
+        return variances.float() * sensitivities.to(variances.device)[:, None]
 
     def level_of(self, layer: int) -> float:
         """The water level of a layer that ``allocate`` has seen."""
@@ -169,13 +172,12 @@ class Budget:
 @lru_cache(maxsize=4)
 def _profile_variances(profile: ModelProfile) -> list[tuple[Tensor, float]]:
     """For each layer, the profile's key variances, weighted, and their unweighted sum."""
-    variances = [
-        torch.tensor(layer_variances, dtype=torch.float32, device="cpu") for layer_variances in profile.key_variances
-    ]
-    return [
-        (layer_variances * weight, float(layer_variances.sum()))
-        for layer_variances, weight in zip(variances, profile.key_sensitivities, strict=True)
-    ]
+    by_layer = []
+    for weights, numbers in zip(profile.key_sensitivities, profile.key_variances, strict=True):
+        variances = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(len(weights), -1)
+        weighted = variances * torch.tensor(weights, dtype=torch.float32, device="cpu")[:, None]
+        by_layer.append((weighted.flatten(), float(variances.sum())))
+    return by_layer
 
 
 def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], values: "_ValueDemand | None") -> float:

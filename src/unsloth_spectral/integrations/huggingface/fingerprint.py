@@ -20,7 +20,7 @@ from unsloth_spectral.log import warn_once
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
-_VERSION = 2
+_VERSION = 3
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -141,15 +141,17 @@ def _profile(content: bytes, num_layers: int) -> ModelProfile:
     except (ValueError, RecursionError):
         raise ValueError("is no JSON") from None
     entries: dict[str, Any] = record if isinstance(record, dict) else {}
-    values, keys, variances = (entries.get(field.name, []) for field in fields(ModelProfile))
-    good = entries.get("version") == _VERSION and _are_numbers(values) and _are_numbers(keys)
-    good = good and isinstance(variances, list) and len(values) == len(keys) == len(variances)
-    if not good or not all(map(_are_numbers, variances)):
+    values, *tables = (entries.get(field.name, []) for field in fields(ModelProfile))
+    good = entries.get("version") == _VERSION and _are_numbers(values)
+    if not good or not all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in tables):
+        raise ValueError("is no profile of this version")
+    keys, variances = (tuple(tuple(map(float, row)) for row in rows) for rows in tables)
+    profile = ModelProfile(tuple(map(float, values)), keys, variances)
+    if not profile.is_consistent:
         raise ValueError("is no profile of this version")
     if len(values) != num_layers:
         raise ValueError(f"is of {len(values)} layers, not {num_layers}")
-    by_layer = tuple(tuple(map(float, row)) for row in variances)
-    return ModelProfile(tuple(map(float, values)), tuple(map(float, keys)), by_layer)
+    return profile
 
 
 def _are_numbers(values: Any) -> bool:

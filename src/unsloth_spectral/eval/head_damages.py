@@ -1,0 +1,40 @@
+"""What errors in each head's keys and values cost, for all heads at once, by the Fisher information.
+
+For small errors d of the cache the KL divergence is half of d F d, where F, the Fisher information, is the mean of the
+squared gradients of log p(y) over tokens y that the model itself draws (Martens 2020, "New insights and perspectives on
+the natural gradient method", section 5). Errors of different tokens count as independent.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def head_damages(
+    logits_of: Callable[[list[Tensor]], Tensor], cached: list[Tensor], errors: list[Tensor], draws: int
+) -> list[Tensor]:
+    """KL in nats per position that each of ``errors`` costs, by head: ``[num_heads]`` float32 each.
+
+    Args:
+        logits_of: the logits ``[positions, vocabulary]`` behind a cache of such tensors, differentiable in them.
+        cached: keys or values of a layer, ``[1, num_heads, n, D]`` each.
+        errors: what is added to each of ``cached``, in the same shapes.
+        draws: how many texts y are drawn. The same ones each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    damages = [torch.zeros(error.shape[1], dtype=torch.float32, device="cpu") for error in errors]
+    with torch.enable_grad():
+        # Gradients of the cache alone: the model's parameters are left as they are.
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in cached]
+        log_probabilities = logits_of(inputs).float().log_softmax(-1)
+        probabilities = log_probabilities.detach().exp().cpu()
+        for draw in range(draws):
+            drawn = torch.multinomial(probabilities, 1, generator=generator).to(log_probabilities.device)
+            total = log_probabilities.gather(-1, drawn).sum()
+            gradients = torch.autograd.grad(total, inputs, retain_graph=draw + 1 < draws, allow_unused=True)
+            for damage, gradient, error in zip(damages, gradients, errors, strict=True):
+                if gradient is not None:
+                    by_token = (gradient.float() * error.float()).sum(-1)
+                    damage += by_token.square().sum((0, 2)).cpu() / (2 * draws * len(log_probabilities))
+    return damages

@@ -1,0 +1,98 @@
+"""The measurement of a profile: damages by gradients, texts that repeat facts, and what the profile says of heads."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from unsloth_spectral.eval.head_damages import head_damages
+from unsloth_spectral.eval.profile import measure_profile
+from unsloth_spectral.eval.recall_text import recall_text
+from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
+from unsloth_spectral.integrations.models import LoadedModel
+
+Build = Callable[..., LlamaForCausalLM]
+PREFIX, CONTINUATION = 200, 40
+
+
+@pytest.fixture
+def loaded(tiny_llama: Build, character_tokenizer: Any) -> LoadedModel:
+    return LoadedModel(tiny_llama(initializer_range=0.3), character_tokenizer, "tiny")
+
+
+def test_damages_by_gradients_are_those_of_small_errors(loaded: LoadedModel) -> None:
+    model = loaded.model
+    ids = torch.randint(128, (1, PREFIX + CONTINUATION), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        filled = DynamicCache(config=model.config)
+        model(ids[:, :PREFIX], **cache_argument(filled))
+    cached = [tensor for layer in filled.layers for tensor in (layer.keys, layer.values)]
+
+    def logits_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        for layer in range(2):
+            cache.update(tensors[2 * layer], tensors[2 * layer + 1], layer)
+        return model(ids[:, PREFIX:], **cache_argument(cache)).logits[0]
+
+    def kl(tensors: list[torch.Tensor]) -> float:
+        with torch.no_grad():
+            expected, actual = (logits_of(given).double().log_softmax(-1) for given in (cached, tensors))
+        return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+    generator = torch.Generator().manual_seed(0)
+    for place, tensor in enumerate(cached):
+        for head in range(2):
+            measured, estimated = 0.0, 0.0
+            for _ in range(4):
+                errors = [torch.zeros_like(other) for other in cached]
+                errors[place][:, head] = 0.02 * torch.randn(tensor[:, head].shape, generator=generator)
+                measured += kl([other + error for other, error in zip(cached, errors, strict=True)])
+                damages = head_damages(logits_of, cached, errors, draws=16)
+                estimated += float(damages[place][head])
+                assert not any(damages[other].any() for other in range(4) if other != place)
+                assert not damages[place][1 - head]
+            assert estimated == pytest.approx(measured, rel=0.5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("prefix", "continuation"), [(20, 5), (60, 400), (2048, 128)])
+def test_recalled_facts_stand_in_the_prefix(loaded: LoadedModel, prefix: int, continuation: int) -> None:
+    text = torch.full((1, prefix), 3 + ord("~"))
+    ids = recall_text(loaded, text, prefix, continuation, seed=0)
+    assert ids.shape == (1, prefix + continuation + 1)
+    letters = "".join(chr(token - 3) for token in ids[0].tolist())
+    told, recalled = letters[:prefix], letters[prefix:]
+    if prefix > 40:
+        facts = [fact.strip() + "." for fact in recalled.split(".")[:-1]]
+        assert facts
+        assert all(fact in told for fact in facts)
+        assert told.count("~") >= prefix // 3, "the text itself fills half of the prefix"
+        assert [told.index(fact) for fact in facts] != sorted(told.index(fact) for fact in facts) or len(
+            set(facts)
+        ) == 1
+    assert torch.equal(ids, recall_text(loaded, text, prefix, continuation, seed=0))
+    assert not torch.equal(ids, recall_text(loaded, text, prefix, continuation, seed=1))
+
+
+def test_a_head_that_nothing_reads_hardly_matters(loaded: LoadedModel, document: str) -> None:
+    """The output projection ignores the query heads of key-value head 1 in layer 0."""
+    attention: Any = loaded.model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.o_proj.weight[:, attention.o_proj.weight.shape[1] // 2 :] = 0
+    steps: list[tuple[int, int]] = []
+    profile = measure_profile(
+        loaded,
+        document=document,
+        starts=(0, 300),
+        prefix=600,
+        continuation=20,
+        on_progress=lambda _, done, total: steps.append((done, total)),
+    )
+    assert profile.is_consistent
+    keys = torch.tensor(profile.key_sensitivities)
+    assert keys.shape == (2, 2)
+    assert keys[0, 1] == keys.min() < 0.1 * keys[0, 0]
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
