@@ -335,7 +335,7 @@ def test_heads_that_matter_more_get_more_bits() -> None:
     same = spectrum(0, components=HEAD_DIM).repeat(HEADS)
     profile = ModelProfile((0.0,), ((1.0, 16.0),), (tuple(same.tolist()),))
     widths = Budget(3.0, 1, profile).allocate(0, same.view(HEADS, HEAD_DIM), 1.1, 8.0, 0)
-    # Sixteen times the damage is two bits more for every component that has some, at times three where codes are uniform.
+    # Sixteen times the damage is two bits more for every component that has some, and at times three.
     more = (widths[1] - widths[0])[widths[0] > 1]
     assert set(more.tolist()) <= {2, 3}
     assert int((widths[0] > 1).sum()) > HEAD_DIM // 4
