@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = False) -> None:
-    if variant == "avx512":
+    if variant in ("amx", "avx512"):
         tolerance = ROUGH_TOLERANCE_OF_CODEC if of_codec else ROUGH_TOLERANCE
     else:
         tolerance = TOLERANCE_OF_CODEC if of_codec else TOLERANCE

@@ -32,15 +32,6 @@ void start_head(Worker& w, int64_t b, int64_t h) {
     w.next_tile = -1;
 }
 
-template <int ROWS>
-void attend_run(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
-                int64_t column, Partial* partials) {
-    if (block.is_coded)
-        attend_coded<ROWS>(w, block, b, h, row, token, length, column, partials);
-    else
-        attend_exact<ROWS>(w, block, b, h, row, token, length, column, partials);
-}
-
 struct Run {
     int64_t block, token, column;
     int length;
@@ -91,24 +82,22 @@ void work(Worker& w, const std::vector<Run>& runs, int64_t cost, int64_t from, i
             const Block& block = call.blocks[run.block];
             if (block.is_coded && current != run.block) start_block(w, block, b, h);
             current = run.block;
-            for (int64_t row = 0; row < call.num_rows;) {
-                Partial partials[4];
-                const int64_t rows = std::min<int64_t>(4, call.num_rows - row);
-                float* numbers[4];
+            for (int64_t row = 0; row < call.num_rows; row += MOST_ROWS) {
+                Partial partials[MOST_ROWS];
+                const int rows = static_cast<int>(std::min<int64_t>(MOST_ROWS, call.num_rows - row));
+                float* numbers = thread.numbers.data() + ((head - thread.first) * call.num_rows + row) * size;
                 for (int r = 0; r < rows; ++r) {
-                    numbers[r] = thread.numbers.data() + (((head - thread.first) * call.num_rows + row + r) * size);
-                    partials[r] = {numbers[r][0], numbers[r][1], numbers[r] + 2, numbers[r] + 2 + w.value_dim};
+                    float* from = numbers + r * size;
+                    partials[r] = {from[0], from[1], from + 2, from + 2 + w.value_dim};
                 }
-                switch (rows) {
-                    case 1: attend_run<1>(w, block, b, h, row, run.token, run.length, run.column, partials); break;
-                    case 2: attend_run<2>(w, block, b, h, row, run.token, run.length, run.column, partials); break;
-                    case 3: attend_run<3>(w, block, b, h, row, run.token, run.length, run.column, partials); break;
-                    default: attend_run<4>(w, block, b, h, row, run.token, run.length, run.column, partials); break;
+                const auto attend = block.is_coded ? attend_coded : attend_exact;
+                attend(w, block, b, h, row, rows, run.token, run.length, run.column, partials);
+                for (int r = 0; r < rows; ++r) {
+                    numbers[r * size] = partials[r].maximum;
+                    numbers[r * size + 1] = partials[r].total;
                 }
-                for (int r = 0; r < rows; ++r) numbers[r][0] = partials[r].maximum, numbers[r][1] = partials[r].total;
-                row += rows;
-                // The next chunk of rows reads the same tiles again.
-                if (row < call.num_rows) w.next_tile = -1;
+                // The next rows read the same tiles again.
+                if (row + rows < call.num_rows) w.next_tile = -1;
             }
         }
     }

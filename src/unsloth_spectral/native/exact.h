@@ -11,8 +11,10 @@
 namespace spectral {
 namespace {
 
+// Scores of ROWS rows from `row` on; scores and partial results are those of these rows.
 template <int DTYPE, int ROWS>
-void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length) {
+void score_exact(const Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
+                 float* scores) {
     const ExactTokens& keys = block.exact_keys;
     const int64_t first_key = b * keys.batch_stride + h * keys.head_stride + token * keys.token_stride;
     const float* query = w.query.data() + row * w.key_dim;
@@ -28,12 +30,13 @@ void score_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t ro
             }
             for (int r = 0; r < ROWS; ++r) products[r][k] = product[r];
         }
-        for (int r = 0; r < ROWS; ++r) store(w.scores.data() + r * RUN + t0, sums(products[r]));
+        for (int r = 0; r < ROWS; ++r) store(scores + r * RUN + t0, sums(products[r]));
     }
 }
 
 template <int DTYPE, int ROWS>
-void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t token, int length, Partial* partials) {
+void add_exact(const Worker& w, const Block& block, int64_t b, int64_t h, int64_t token, int length,
+               const float* shares, const Partial* partials) {
     const ExactTokens& values = block.exact_values;
     const int64_t first_value = b * values.batch_stride + h * values.head_stride + token * values.token_stride;
     const int value_dim = static_cast<int>(w.call.value_dim);
@@ -47,7 +50,7 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
                     const int d = d0 + i * LANES;
                     const int64_t place = first_value + t * values.token_stride + d;
                     const Floats value = numbers<DTYPE>(values.data, place, value_dim - d);
-                    for (int r = 0; r < ROWS; ++r) totals[r][i] += value * w.scores[r * RUN + t];
+                    for (int r = 0; r < ROWS; ++r) totals[r][i] += value * shares[r * RUN + t];
                 }
         };
         // With a constant count, the sums stay in registers.
@@ -63,23 +66,30 @@ void add_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t toke
     }
 }
 
-template <int ROWS>
-void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t row, int64_t token, int length,
-                  int64_t column, Partial* partials) {
+// Attention of `num_rows` rows from `first_row` on, MOST_ROWS at most.
+inline void attend_exact(Worker& w, const Block& block, int64_t b, int64_t h, int64_t first_row, int num_rows,
+                         int64_t token, int length, int64_t column, Partial* partials) {
     with_dtype(block.exact_keys.dtype, [&](auto dtype) {
-        score_exact<decltype(dtype)::value, ROWS>(w, block, b, h, row, token, length);
+        by_rows(num_rows, [&](auto rows, int row) {
+            score_exact<decltype(dtype)::value, decltype(rows)::value>(w, block, b, h, first_row + row, token, length,
+                                                                       w.scores.data() + row * RUN);
+        });
     });
     bool any = false;
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r < num_rows; ++r) {
         float *scores = w.scores.data() + r * RUN, unused;
-        if (exponentiate<false>(w.call, scores, length, b, row + r, column, partials[r], w.value_dim, nullptr, unused))
+        if (exponentiate<false>(w.call, scores, length, b, first_row + r, column, partials[r], w.value_dim, nullptr,
+                                unused))
             any = true;
         else
             std::fill(scores, scores + length, 0.0f);
     }
     if (!any) return;
     with_dtype(block.exact_values.dtype, [&](auto dtype) {
-        add_exact<decltype(dtype)::value, ROWS>(w, block, b, h, token, length, partials);
+        by_rows(num_rows, [&](auto rows, int row) {
+            add_exact<decltype(dtype)::value, decltype(rows)::value>(w, block, b, h, token, length,
+                                                                     w.scores.data() + row * RUN, partials + row);
+        });
     });
 }
 

@@ -12,66 +12,167 @@
 namespace spectral {
 namespace {
 
-// Adds the values of a run, weighted by the shares that `weighed` describes. Streams go on from `carries` or, where that
-// is null, from the tile before the run.
-template <int NBITS, int ROWS>
-void add_values(Worker& w, const uint8_t* rows, int64_t tile_stride, const uint8_t* carries, int length,
-                const Weighed* weighed, const Partial* partials) {
-    constexpr bool ROUGH = NBITS <= ROUGH_NBITS;
-    constexpr int TOGETHER = ROUGH ? 4 : 2;  // dimensions at a time, so that shares are read less often
-    const int tiles = round_up(length, TILE) / TILE;
-    const int64_t dims = w.call.value_dim;
-    constexpr int STREAM = NBITS * ROW;
-    const Table table(w.call.parts, std::min(NBITS, MAX_TRELLIS_NBITS), ROUGH);
-    for (int64_t d0 = 0; d0 < dims; d0 += LANES) {
-        Floats totals[ROWS][LANES];
-        const int count = static_cast<int>(std::min<int64_t>(LANES, dims - d0));
-        for (int k = count; k < LANES; ++k)
-            for (int r = 0; r < ROWS; ++r) totals[r][k] = Floats{};
-        for (int k = 0; k < count; k += TOGETHER) {
-            std::conditional_t<ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
-            const uint8_t* from = rows + (d0 + k) * STREAM;
-            w.next_keys.fetch(TOGETHER / 2);
-            int next[TOGETHER];  // the last dimension again for lanes beyond it, which are not used
-            for (int i = 0; i < TOGETHER; ++i) next[i] = std::min(i, count - 1 - k) * STREAM;
-            for (int tile = 0; tile < tiles; ++tile, from += tile_stride) {
-                uint8_t before[TOGETHER];
-                for (int i = 0; i < TOGETHER; ++i)
-                    before[i] = tile || !carries ? (from - tile_stride)[next[i] + STREAM - 1]
-                                                 : carries[d0 + k + next[i] / STREAM];
-                for (int part = 0; part < PARTS; ++part) {
-                    const int share = (tile * TILE + part * BYTES) / 4;
-                    Bytes codes[TOGETHER];
-                    for (int i = 0; i < TOGETHER; ++i)
-                        codes[i] = read_codes<NBITS, false>(table, from + next[i], before[i], part);
-                    for (int r = 0; r < ROWS; ++r) {
-                        const Ints first = load<Ints>(&w.shares[0][r * RUN / 4 + share]);
-                        if constexpr (ROUGH) {
-                            for (int i = 0; i < TOGETHER; ++i)
-                                sums[r][i] = add_byte_products(sums[r][i], bits<Ints>(codes[i]), bits<Bytes>(first));
-                        } else {
-                            const Ints second = load<Ints>(&w.shares[1][r * RUN / 4 + share]);
-                            for (int i = 0; i < TOGETHER; ++i)
-                                Sums::add(sums[r][i], Codes::of(codes[i]), first, second);
-                        }
-                    }
-                }
-            }
-            for (int r = 0; r < ROWS; ++r)
-                for (int i = 0; i < TOGETHER; ++i) {
-                    if constexpr (ROUGH)
-                        totals[r][k + i] = to_floats(sums[r][i]);
-                    else
-                        totals[r][k + i] = Sums::total(sums[r][i]);
-                }
+// Matrix registers take tokens in the order in which shares are interleaved fastest.
+#if defined(MULTIPLIES_MATRICES)
+constexpr bool VALUES_IN_QUADS = true;
+#else
+constexpr bool VALUES_IN_QUADS = false;
+#endif
+
+// The codes of a head's values in a run, whose streams go on from `carries` or, where that is null, from the tile before.
+template <int NBITS>
+struct ValueStreams {
+    static constexpr int STREAM = NBITS * ROW;
+    const Table& table;
+    const uint8_t* streams;
+    int64_t tile_stride;
+    const uint8_t* carries;
+
+    INLINE Bytes codes(const ValueStreams& from, int dim, int tile, int part) {
+        const uint8_t* stream = from.streams + tile * from.tile_stride + dim * STREAM;
+        const uint8_t before = tile || !from.carries ? (stream - from.tile_stride)[STREAM - 1] : from.carries[dim];
+        return read_codes<NBITS, VALUES_IN_QUADS>(from.table, stream, before, part);
+    }
+};
+
+#if defined(MULTIPLIES_MATRICES)
+// Interleaves the first or second bytes of the shares of `num_rows` rows in `parts` times 64 tokens, chunk by chunk, as
+// `multiply_shares` reads them.
+INLINE void interleave(Worker& w, int byte, int num_rows, int parts) {
+    const int rows = w.matrix_rows;
+    for (int row = 0; row < num_rows; row += 4)
+        for (int part = 0; part < parts; ++part) {
+            const int chunk = row / rows * rows;
+            interleave_shares(&w.shares[byte][row * RUN / 4 + part * LANES], RUN / 4,
+                              &w.interleaved[byte][chunk * RUN / 4 + part * LANES * rows + row - chunk], rows);
         }
-        const float offset = ROUGH ? 0.0f : zero_code(NBITS);
-        for (int r = 0; r < ROWS; ++r) {
-            float* to = partials[r].coded + d0;
-            store(to, load<Floats>(to) + (spectral::sums(totals[r]) - offset * weighed[r].sum) * weighed[r].worth);
+}
+
+// Adds the values of a run to all of `num_rows` rows, weighted by the shares that `weighed` describes.
+template <int NBITS>
+void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const uint8_t* carries, int length,
+                int num_rows, const Weighed* weighed, const Partial* partials) {
+    constexpr bool IS_ROUGH = NBITS <= ROUGH_NBITS;
+    const int tiles = round_up(length, TILE) / TILE, dims = static_cast<int>(w.call.value_dim);
+    const float zero = IS_ROUGH ? 0.0f : zero_code(NBITS);
+    const Table table(w.call.parts, std::min(NBITS, MAX_TRELLIS_NBITS), IS_ROUGH);
+    const ValueStreams<NBITS> stored{table, streams, tile_stride, carries};
+    const int rows = w.matrix_rows;
+    for (int byte = 0; byte < (IS_ROUGH ? 1 : 2); ++byte) interleave(w, byte, num_rows, tiles * PARTS);
+    for (int d0 = 0; d0 < dims; d0 += LANES) {
+        const int count = std::min(LANES, dims - d0);
+        for (int k = 0; k < count; ++k) {
+            if (k % 2) w.next_keys.fetch(1);
+            for (int tile = 0; tile < tiles; ++tile)
+                for (int part = 0; part < PARTS; ++part)
+                    w.values[(k * RUN + tile * TILE) / BYTES + part] =
+                        ValueStreams<NBITS>::codes(stored, d0 + k, tile, part);
+        }
+        for (int row = 0; row < num_rows; row += rows) {
+            const int present = std::min(rows, num_rows - row);
+            MatrixSums sums[2];
+            multiply_shares<IS_ROUGH>(w.values.data(), RUN, &w.interleaved[0][row * RUN / 4],
+                                      &w.interleaved[1][row * RUN / 4], rows, tiles * PARTS, sums);
+            for (int r = 0; r < present; ++r) {
+                Floats total;
+                for (int k = 0; k < LANES; ++k) {
+                    total[k] = static_cast<float>(sums[0].numbers[k * rows + r]);
+                    if constexpr (!IS_ROUGH)
+                        total[k] = total[k] * 256.0f + static_cast<float>(sums[1].numbers[k * rows + r]);
+                }
+                float* to = partials[row + r].coded + d0;
+                const Weighed& by = weighed[row + r];
+                // Lanes beyond the last dimension have the codes of other ones, and are not used.
+                store(to, load<Floats>(to) + (total - zero * by.sum) * by.worth);
+            }
         }
     }
 }
+#else
+// The codes of `count` dimensions from `first` on in a run, read before.
+struct ReadValues {
+    const Bytes* values;
+    int first;
+
+    INLINE Bytes codes(const ReadValues& from, int dim, int tile, int part) {
+        return from.values[((dim - from.first) * RUN + tile * TILE) / BYTES + part];
+    }
+};
+
+// Adds the values of `count` dimensions from d0 on in a run, weighted by the shares of ROWS rows from `row` on, which
+// `weighed` describes.
+template <bool IS_ROUGH, int ROWS, typename Source>
+INLINE void add_dimensions(Worker& w, const Source& source, int d0, int count, int tiles, float zero, int row,
+                           const Weighed* weighed, const Partial* partials) {
+    constexpr int TOGETHER = IS_ROUGH ? 4 : 2;  // dimensions at a time, so that shares are read less often
+    Floats totals[ROWS][LANES];
+    for (int k = count; k < LANES; ++k)
+        for (int r = 0; r < ROWS; ++r) totals[r][k] = Floats{};
+    for (int k = 0; k < count; k += TOGETHER) {
+        std::conditional_t<IS_ROUGH, Ints, Sums> sums[ROWS][TOGETHER] = {};
+        w.next_keys.fetch(TOGETHER / 2);
+        int dims[TOGETHER];  // the last dimension again for lanes beyond it, which are not used
+        for (int i = 0; i < TOGETHER; ++i) dims[i] = d0 + std::min(k + i, count - 1);
+        for (int tile = 0; tile < tiles; ++tile)
+            for (int part = 0; part < PARTS; ++part) {
+                const int share = (tile * TILE + part * BYTES) / 4;
+                Bytes codes[TOGETHER];
+                for (int i = 0; i < TOGETHER; ++i) codes[i] = Source::codes(source, dims[i], tile, part);
+                for (int r = 0; r < ROWS; ++r) {
+                    const Ints first = load<Ints>(&w.shares[0][(row + r) * RUN / 4 + share]);
+                    if constexpr (IS_ROUGH) {
+                        for (int i = 0; i < TOGETHER; ++i)
+                            sums[r][i] = add_byte_products(sums[r][i], bits<Ints>(codes[i]), bits<Bytes>(first));
+                    } else {
+                        const Ints second = load<Ints>(&w.shares[1][(row + r) * RUN / 4 + share]);
+                        for (int i = 0; i < TOGETHER; ++i) Sums::add(sums[r][i], Codes::of(codes[i]), first, second);
+                    }
+                }
+            }
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i < TOGETHER; ++i) {
+                if constexpr (IS_ROUGH)
+                    totals[r][k + i] = to_floats(sums[r][i]);
+                else
+                    totals[r][k + i] = Sums::total(sums[r][i]);
+            }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float* to = partials[row + r].coded + d0;
+        const Weighed& by = weighed[row + r];
+        store(to, load<Floats>(to) + (sums(totals[r]) - zero * by.sum) * by.worth);
+    }
+}
+
+// Adds the values of a run to all of `num_rows` rows. Where these are more than go together, codes are read once for all.
+template <int NBITS>
+void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const uint8_t* carries, int length,
+                int num_rows, const Weighed* weighed, const Partial* partials) {
+    constexpr bool IS_ROUGH = NBITS <= ROUGH_NBITS;
+    const int tiles = round_up(length, TILE) / TILE, dims = static_cast<int>(w.call.value_dim);
+    const float zero = IS_ROUGH ? 0.0f : zero_code(NBITS);
+    const Table table(w.call.parts, std::min(NBITS, MAX_TRELLIS_NBITS), IS_ROUGH);
+    const ValueStreams<NBITS> stored{table, streams, tile_stride, carries};
+    for (int d0 = 0; d0 < dims; d0 += LANES) {
+        const int count = std::min(LANES, dims - d0);
+        const auto add = [&](const auto& source) {
+            by_rows(num_rows, [&](auto rows, int row) {
+                add_dimensions<IS_ROUGH, decltype(rows)::value>(w, source, d0, count, tiles, zero, row, weighed, partials);
+            });
+        };
+        if (num_rows <= ROWS_TOGETHER) {
+            add(stored);
+            continue;
+        }
+        for (int k = 0; k < count; ++k)
+            for (int tile = 0; tile < tiles; ++tile)
+                for (int part = 0; part < PARTS; ++part)
+                    w.values[(k * RUN + tile * TILE) / BYTES + part] =
+                        ValueStreams<NBITS>::codes(stored, d0 + k, tile, part);
+        add(ReadValues{w.values.data(), d0});
+    }
+}
+#endif
 
 }  // namespace
 }  // namespace spectral
