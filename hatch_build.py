@@ -15,20 +15,18 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _FOLDER = Path("src/unsloth_spectral/native")
 _SOURCES = ("attend.cpp", "encode.cpp", "abi.cpp")
 _COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi")
-_AVX512 = (
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512dq",
-    "-mavx512vnni",
-    "-mavx512vbmi",
-    "-mgfni",
-    "-mfma",
-    "-mf16c",
-)
 _VARIANTS = {
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8"),
-    "avx512": _AVX512,
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mavx512vbmi",
+        "-mgfni",
+        "-mfma",
+        "-mf16c",
+    ),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }

@@ -1,31 +1,28 @@
-"""The direct path against rebuilt tiles by the number of queries, to choose where `attention.dispatch` switches."""
+"""Attention paths on a CPU by the number of queries, to choose where `attention.dispatch` switches.
+
+Direct: torch products on the stored codes; tiles: blocks rebuilt and multiplied by torch; native: the compiled kernel.
+"""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from decode import SHAPES, sealed_layers
 from harness import alternate, arguments, finish
 
-from unsloth_spectral.attention import direct
-from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, rebuilt_tiles
+from unsloth_spectral.attention import cpu, direct
+from unsloth_spectral.attention.dispatch import (
+    DIRECT_QUERY_LENGTH,
+    NATIVE_QUERY_LENGTH,
+    native_query_length,
+    rebuilt_tiles,
+)
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
-from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.codec.block import Block
-from unsloth_spectral.codec.config import SpectralConfig
 
-KV_LENGTH = 4096
+LENGTHS = (1024, 8192)
 QUERY_LENGTHS = (1, 4, 16, 32, 64, 128, 256, 512)
-# num_attention_heads, num_key_value_heads, head_dim
-SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
-
-
-def sealed_layer(num_key_value_heads: int, head_dim: int) -> SpectralLayer:
-    generator = torch.Generator().manual_seed(0)
-    layer = SpectralLayer(SpectralConfig(rank_keys=16, rank_values=32))
-    keys, values = (torch.randn(1, num_key_value_heads, KV_LENGTH, head_dim, generator=generator) for _ in range(2))
-    layer.append(keys, values)
-    layer.seal()
-    return layer
+MOST_DIRECT = 64  # queries: far beyond what it is used for
 
 
 def by_tiles(
@@ -36,30 +33,30 @@ def by_tiles(
 
 @torch.inference_mode()
 def main() -> None:
-    options = arguments("attention_paths", __doc__ or "", repeats=11)
+    options = arguments("attention_paths", __doc__ or "", repeats=7)
     rows = []
-    for name, (num_attention_heads, num_key_value_heads, head_dim) in SHAPES.items():
-        blocks = sealed_layer(num_key_value_heads, head_dim).blocks
-        for query_length in QUERY_LENGTHS:
-            query = torch.randn(1, num_attention_heads, query_length, head_dim)
-            mask = None if query_length == 1 else causal_mask(query_length, KV_LENGTH, query.device)
-            score_options = ScoreOptions(head_dim**-0.5)
-            contenders: dict[str, Callable[[], object]] = {
-                path: partial(function, query, blocks, mask, score_options)
-                for path, function in (("direct", direct.attend), ("tiles", by_tiles))
-            }
-            timings = alternate(contenders, options.repeats)
-            milliseconds = {path: timing.median for path, timing in timings.items()}
-            rows.append({"shape": name, "query_length": query_length, "kv_length": KV_LENGTH, "ms": milliseconds})
-            print(
-                f"{name:>13} {query_length:>4} queries: direct {milliseconds['direct']:8.2f} ms, "
-                f"tiles {milliseconds['tiles']:8.2f} ms"
-            )
-    finish(
-        options.json,
-        {"benchmark": "attention_paths", "rows": rows, "direct_up_to": DIRECT_QUERY_LENGTH},
-        [],
-    )
+    for name, shape in SHAPES.items():
+        _, query_heads, head_dim = shape
+        for length in LENGTHS:
+            blocks = sealed_layers(shape, length, 1)[0]
+            for query_length in QUERY_LENGTHS:
+                query = torch.randn(1, query_heads, query_length, head_dim)
+                mask = None if query_length == 1 else causal_mask(query_length, length, query.device)
+                given = (query, blocks, mask, ScoreOptions(head_dim**-0.5))
+                contenders: dict[str, Callable[[], object]] = {
+                    "tiles": partial(by_tiles, *given),
+                    "native": partial(cpu.attend, *given),
+                }
+                if query_length <= MOST_DIRECT:
+                    contenders["direct"] = partial(direct.attend, *given)
+                timings = alternate(contenders, options.repeats)
+                milliseconds = {path: timing.median for path, timing in timings.items()}
+                row = {"shape": name, "query_length": query_length, "kv_length": length, "ms": milliseconds}
+                rows.append(row | {"native_up_to": native_query_length(blocks)})
+                shown = "".join(f"  {path} {ms:8.2f} ms" for path, ms in milliseconds.items())
+                print(f"{name:>13} {length:>6} tokens {query_length:>4} queries:{shown}")
+    limits = {"direct_up_to": DIRECT_QUERY_LENGTH, "native_query_length": NATIVE_QUERY_LENGTH}
+    finish(options.json, {"benchmark": "attention_paths", "rows": rows, **limits}, [])
 
 
 if __name__ == "__main__":

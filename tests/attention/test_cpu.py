@@ -35,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = False) -> None:
-    if variant in ("amx", "avx512"):
+    if variant == "avx512":
         tolerance = ROUGH_TOLERANCE_OF_CODEC if of_codec else ROUGH_TOLERANCE
     else:
         tolerance = TOLERANCE_OF_CODEC if of_codec else TOLERANCE
@@ -56,7 +56,7 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
     frame=st.sampled_from(FRAMES),
     tokens=st.sampled_from([1, 63, 128, 500, 513, 1100]),
     value_nbits=st.integers(1, 8),
-    query_length=st.sampled_from([1, 1, 1, 2, 5]),
+    query_length=st.sampled_from([1, 1, 1, 2, 5, 33]),
     mask_kind=st.sampled_from(["none", "none", "bool", "additive", "shared"]),
     softcap=st.sampled_from([None, 8.0]),
     with_sink_logits=st.booleans(),

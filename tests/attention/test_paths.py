@@ -125,6 +125,24 @@ def test_dispatch_takes_each_path(make_blocks, monkeypatch: pytest.MonkeyPatch) 
     assert calls == [[ExactBlock, RankBlock], [ExactBlock, ExactBlock]]
 
 
+@pytest.mark.parametrize(("num_tokens", "most"), [(67, 64), (2048, 64), (3200, 100), (9000, 128)])
+def test_the_compiled_kernel_takes_more_queries_of_more_tokens(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, most: int
+) -> None:
+    blocks = [ExactBlock(torch.zeros(1, 1, num_tokens, 4), torch.zeros(1, 1, num_tokens, 4))]
+    taken: list[int] = []
+
+    def spy(query, *_):
+        taken.append(query.shape[2])
+        return query
+
+    monkeypatch.setattr(dispatch.cpu, "obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch.cpu, "attend", spy)
+    for query_length in (1, most, most + 1):
+        dispatch.attend(random(1, 1, query_length, 4), blocks, None, ScoreOptions(0.5))
+    assert taken == [1, most]
+
+
 def test_every_path_is_listed_with_what_keeps_it_away() -> None:
     paths = {path.name: path.obstacle for path in dispatch.available_paths()}
     torch_alone = {"dense": None, "direct": None, "tiles": None}

@@ -15,6 +15,9 @@ from unsloth_spectral.native import library
 # Rebuilding a tile costs the same for any number of queries; the direct path's products grow with it. The two take
 # equal time at 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
 DIRECT_QUERY_LENGTH = 32
+# The compiled kernel is faster than rebuilding up to some 64 queries at 1,024 tokens on Llama-3-8B's shape, and beyond
+# 256 at 8,192 (benchmarks/attention_paths.py). It takes this many, and one for every 32 tokens up to twice as many.
+NATIVE_QUERY_LENGTH = 64
 _REBUILT_TOKENS = 1024  # at a time, on the "tiles" path
 
 
@@ -35,8 +38,8 @@ def available_paths() -> tuple[AttentionPath, ...]:
         AttentionPath("tiles", f"more queries: blocks rebuilt {_REBUILT_TOKENS:,} tokens at a time"),
         AttentionPath(
             "native",
-            f"up to {DIRECT_QUERY_LENGTH} queries at a time on a CPU: a compiled kernel on the spectral codec's codes"
-            + (f" ({library.chosen()})" if library.chosen() else ""),
+            f"up to {NATIVE_QUERY_LENGTH} queries at a time on a CPU, with many tokens {2 * NATIVE_QUERY_LENGTH}: a "
+            "compiled kernel on the spectral codec's codes" + (f" ({library.chosen()})" if library.chosen() else ""),
             library.obstacle(),
         ),
         AttentionPath(
@@ -53,10 +56,10 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, bool or additive, or None for no mask at all.
     """
     with no_autocast(query.device):
+        if query.shape[2] <= native_query_length(blocks) and cpu.obstacle(query, blocks) is None:
+            return cpu.attend(query, blocks, mask, options).to(query.dtype)
         if query.shape[2] > DIRECT_QUERY_LENGTH:
             return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
-        if cpu.obstacle(query, blocks) is None:
-            return cpu.attend(query, blocks, mask, options).to(query.dtype)
         if gpu.obstacle(query, blocks) is None:
             try:
                 return gpu.attend(query, blocks, mask, options).to(query.dtype)
@@ -65,6 +68,12 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
             except Exception as error:  # a compiler may raise anything on an untested card
                 gpu.give_up(query.device, error)
         return direct.attend(query, blocks, mask, options).to(query.dtype)
+
+
+def native_query_length(blocks: Sequence[Block]) -> int:
+    """How many queries at a time the compiled kernel serves."""
+    num_tokens = sum(block.num_tokens for block in blocks)
+    return max(NATIVE_QUERY_LENGTH, min(2 * NATIVE_QUERY_LENGTH, num_tokens // 32))
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:

@@ -27,8 +27,7 @@ inline std::vector<bool> dimensions_of_pairs(const Rotation& rotation, int64_t p
 inline void take_columns(std::vector<uint8_t>& columns, const std::vector<int32_t>& dims, const int8_t* vectors,
                          int64_t key_dim, int count, int width) {
     const int num_dims = static_cast<int>(dims.size()), quads = (num_dims + 3) / 4;
-    // Whole registers are read, with weights of zero.
-    columns.assign(static_cast<size_t>(round_up(quads, WIDTH_UNIT / 4)) * width * 4, 128);
+    columns.assign(static_cast<size_t>(quads) * width * 4, 128);
     for (int quad = 0; quad < quads; ++quad) {
         uint8_t* to = &columns[static_cast<size_t>(quad) * width * 4];
         const int32_t* from = &dims[4 * quad];
@@ -90,7 +89,7 @@ INLINE void add_products_of(const Worker& w, int num_dims, const WeighedDims* we
     // The last vectors are computed twice where their number is odd.
     const auto places = [&](int i, int k) { return std::min(i + k * LANES, width - LANES); };
     int i = 0;
-    for (; i < width && (i < 4 * w.components.num_fine || !ROUGH_KEY_NBITS); i += TOGETHER * LANES) {
+    for (; i < width && (i < 4 * w.components.num_fine || !ROUGH_NBITS); i += TOGETHER * LANES) {
         Sums sums[ROWS][TOGETHER] = {};
         for (int quad = 0; quad < quads; ++quad) {
             Codes codes[TOGETHER];
@@ -148,10 +147,10 @@ void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8
     const int room = round_up(std::max(2 * pairs + LANES, num_others), 4 * LANES);
     projection.turned.assign(room, 0.0f);
     projection.dims_stride = room / 4;
-    for (auto& weights : projection.dims) weights.assign(CHUNK * projection.dims_stride, 0);
+    for (auto& weights : projection.dims) weights.assign(4 * projection.dims_stride, 0);
     projection.vector_scales.assign(width, 0.0f);
     std::copy(vector_scales, vector_scales + count, projection.vector_scales.begin());
-    projection.projected.assign(CHUNK * width, 0.0f);
+    projection.projected.assign(4 * width, 0.0f);
     projection.fixed.assign(w.call.num_rows * width, 0.0f);
     projection.most.assign(w.call.num_rows, 0.0f);
     projection.pairs_stride = round_up(pairs, LANES);
@@ -184,61 +183,26 @@ void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8
     take_columns(projection.columns, anchored, vectors, dims, count, width);
 }
 
-// Un-rotates `num_rows` rows from `row` on by the current tile's anchor, as weights.
-INLINE void turn_rows(Worker& w, const Rotation& rotation, int64_t row, int num_rows, WeighedDims* weighed) {
+// The projections [ROWS, component] of the rows from `row` on, for the current tile.
+template <int ROWS>
+INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row) {
     Projection& projection = w.projection;
-    const int all_pairs = static_cast<int>(rotation.num_pairs), first = static_cast<int>(rotation.first_anchored);
-    const int pairs = all_pairs - first;
+    const int width = w.components.width, all_pairs = static_cast<int>(rotation.num_pairs);
+    const int first = static_cast<int>(rotation.first_anchored), pairs = all_pairs - first;
+    const float* fixed = projection.fixed.data() + row * width;
+    if (!pairs) return fixed;
     const float *cosine = w.angles.tile_float.data() + first, *sine = cosine + all_pairs;
-    for (int r = 0; r < num_rows; ++r) {
+    WeighedDims weighed[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
         const int64_t place = (row + r) * projection.pairs_stride;
         rotate_back(projection.real.data() + place, projection.imaginary.data() + place, cosine, sine,
                     projection.turned.data(), projection.turned.data() + pairs, pairs);
         // A little room for rounding errors.
         weighed[r] = weigh_dims(w, projection.most[row + r] * 1.00001f, 2 * pairs, r);
     }
-}
-
-#if defined(MULTIPLIES_MATRICES)
-// The projections [num_rows, component] of the rows from `row` on, CHUNK at most, for the current tile.
-INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row, int num_rows) {
-    Projection& projection = w.projection;
-    const int width = w.components.width, stride = projection.dims_stride;
-    const float* fixed = projection.fixed.data() + row * width;
-    if (rotation.first_anchored == rotation.num_pairs) return fixed;
-    WeighedDims weighed[CHUNK];
-    turn_rows(w, rotation, row, num_rows, weighed);
-    const int blocks = round_up(2 * (rotation.num_pairs - rotation.first_anchored), 64) / 64;
-    for (int i = 0; i < width; i += LANES) {
-        MatrixSums sums[2];
-        multiply_weights(projection.dims[0].data(), projection.dims[1].data(), stride, &projection.columns[4 * i],
-                         4 * width, blocks, sums);
-        const Floats scales = load<Floats>(&projection.vector_scales[i]);
-        for (int r = 0; r < num_rows; ++r) {
-            // The sums may wrap around where their difference does not.
-            const Words whole = bits<Words>(load<Ints>(&sums[0].numbers[r * LANES])) * 256u +
-                                bits<Words>(load<Ints>(&sums[1].numbers[r * LANES])) -
-                                static_cast<uint32_t>(weighed[r].offset);
-            store(&projection.projected[r * width + i], load<Floats>(fixed + r * width + i) +
-                                                            to_floats(bits<Ints>(whole)) * (scales * weighed[r].worth));
-        }
-    }
-    return projection.projected.data();
-}
-#else
-// The projections [ROWS, component] of the rows from `row` on, for the current tile.
-template <int ROWS>
-INLINE const float* project(Worker& w, const Rotation& rotation, int64_t row) {
-    Projection& projection = w.projection;
-    const float* fixed = projection.fixed.data() + row * w.components.width;
-    const int pairs = static_cast<int>(rotation.num_pairs - rotation.first_anchored);
-    if (!pairs) return fixed;
-    WeighedDims weighed[ROWS];
-    turn_rows(w, rotation, row, ROWS, weighed);
     add_products_of<ROWS>(w, 2 * pairs, weighed, fixed, projection.projected.data());
     return projection.projected.data();
 }
-#endif
 
 }  // namespace
 }  // namespace spectral

@@ -38,9 +38,10 @@ inline void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, in
         w.next_values.expect(value_streams + done / TILE * value_stride, value_bytes);
         start_tile(w, block, b, tile);
         read_components(w, streams, tile ? streams - tile_bytes : nullptr, carries);
-        for (int row = 0; row < num_rows; row += CHUNK)
-            score_tile(w, block, first_row + row, std::min(CHUNK, num_rows - row), std::min(TILE, length - done),
-                       w.scores.data() + row * RUN + done);
+        by_rows(num_rows, [&](auto rows, int row) {
+            score_tile<decltype(rows)::value>(w, block, first_row + row, std::min(TILE, length - done),
+                                              w.scores.data() + row * RUN + done);
+        });
         w.next_values.fetch_rest();
         if (done + TILE < length) w.next_keys.fetch_rest();
     }

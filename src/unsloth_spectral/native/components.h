@@ -30,20 +30,19 @@ void start_components(Components& c, const CodedKeys& keys, int64_t h) {
         }
     // Room for one vector, even in a block without components.
     c.count = static_cast<int>(c.nbits.size());
-    c.width = std::max(WIDTH_UNIT, round_up(c.count, WIDTH_UNIT));
+    c.width = std::max(LANES, round_up(c.count, LANES));
     c.num_quads = (c.count + 3) / 4;
     c.num_rows = std::accumulate(c.nbits.begin(), c.nbits.end(), int64_t{0});
     c.nbits.resize(c.width, 0);
     c.rows.assign(c.width, 0);
     for (int i = 1; i < c.count; ++i) c.rows[i] = c.rows[i - 1] + c.nbits[i - 1];
     c.num_fine = 0;
-    while (c.num_fine < c.num_quads && c.nbits[4 * c.num_fine] > ROUGH_KEY_NBITS) ++c.num_fine;
+    while (c.num_fine < c.num_quads && c.nbits[4 * c.num_fine] > ROUGH_NBITS) ++c.num_fine;
     c.is_fine.assign(c.width, 0);
     std::fill(c.is_fine.begin(), c.is_fine.begin() + 4 * c.num_fine, -1);
     c.offsets.resize(c.width, 0.0f);
     c.scales.assign(c.width, 0.0f);
-    // Zeros behind the last quad.
-    c.codes.assign(static_cast<size_t>(c.width / 4) * VECTORS, Bytes{});
+    c.codes.resize(static_cast<size_t>(c.num_quads) * VECTORS);
 }
 
 // The codes of the quads [quad, end), all of whose components have NBITS.
@@ -107,10 +106,9 @@ struct Worth {
     float fine, rough, constant;
 };
 
-// Integer weights of the components for ROWS rows, the first of which is `row` and `at` in its chunk: their projections
-// [ROWS, component] under the tile's scales.
+// Integer weights of the components for ROWS rows: their projections [ROWS, component] under the tile's scales.
 template <int ROWS>
-INLINE void weigh_components(Worker& w, const float* projected, int64_t row, int at, Worth* worths) {
+INLINE void weigh_components(Worker& w, const float* projected, int64_t row, Worth* worths) {
     const int lanes = w.components.width / 4;
     Floats peaks[2][ROWS] = {}, sums[2][ROWS] = {};
     float factors[2][ROWS];
@@ -121,12 +119,12 @@ INLINE void weigh_components(Worker& w, const float* projected, int64_t row, int
             const Floats value = load<Floats>(projected + r * w.components.width + i) * scale;
             const Floats size = magnitude(value);
             peaks[0][r] = larger(peaks[0][r], choose(is_fine, size, Floats{}));
-            if (ROUGH_KEY_NBITS) peaks[1][r] = larger(peaks[1][r], choose(is_fine, Floats{}, size));
-            store(&w.projection.scaled[(at + r) * w.components.width + i], value);
+            if (ROUGH_NBITS) peaks[1][r] = larger(peaks[1][r], choose(is_fine, Floats{}, size));
+            store(&w.projection.scaled[r * w.components.width + i], value);
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        const float fine = largest(peaks[0][r]), rough = ROUGH_KEY_NBITS ? largest(peaks[1][r]) : 0.0f;
+        const float fine = largest(peaks[0][r]), rough = ROUGH_NBITS ? largest(peaks[1][r]) : 0.0f;
         factors[0][r] = factor_to(FULL, fine);
         factors[1][r] = factor_to(FULL_ROUGH, rough);
         worths[r] = {fine / FULL, rough / FULL_ROUGH, 0.0f};
@@ -135,20 +133,20 @@ INLINE void weigh_components(Worker& w, const float* projected, int64_t row, int
         const Floats offset = load<Floats>(&w.components.offsets[i]);
         const Ints is_fine = load<Ints>(&w.components.is_fine[i]);
         for (int r = 0; r < ROWS; ++r) {
-            const Floats value = load<Floats>(&w.projection.scaled[(at + r) * w.components.width + i]);
+            const Floats value = load<Floats>(&w.projection.scaled[r * w.components.width + i]);
             const Ints whole = rounded(value * choose(is_fine, all(factors[0][r]), all(factors[1][r])));
-            const int place = (at + r) * lanes + i / 4;
+            const int place = r * lanes + i / 4;
             // Rough weights are a high byte.
-            store_weights(ROUGH_KEY_NBITS ? (whole & is_fine) | (whole << 8 & ~is_fine) : whole,
+            store_weights(ROUGH_NBITS ? (whole & is_fine) | (whole << 8 & ~is_fine) : whole,
                           &w.projection.weights[0][place], &w.projection.weights[1][place]);
             const Floats product = to_floats(whole) * offset;
             sums[0][r] += choose(is_fine, product, Floats{});
-            if (ROUGH_KEY_NBITS) sums[1][r] += choose(is_fine, Floats{}, product);
+            if (ROUGH_NBITS) sums[1][r] += choose(is_fine, Floats{}, product);
         }
     }
     for (int r = 0; r < ROWS; ++r)
         worths[r].constant = w.angles.fixed[row + r] - worths[r].fine * sum(sums[0][r]) -
-                             (ROUGH_KEY_NBITS ? worths[r].rough * sum(sums[1][r]) : 0.0f);
+                             (ROUGH_NBITS ? worths[r].rough * sum(sums[1][r]) : 0.0f);
 }
 
 }  // namespace

@@ -27,8 +27,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     const Rotation& rotation = block.rotation;
     const int pairs = static_cast<int>(rotation.num_pairs);
     start_components(w.components, block.keys, h);
-    w.projection.scaled.assign(CHUNK * w.components.width, 0.0f);
-    for (auto& weights : w.projection.weights) weights.assign(CHUNK * w.components.width / 4, 0);
+    w.projection.scaled.assign(4 * w.components.width, 0.0f);
+    for (auto& weights : w.projection.weights) weights.assign(w.components.width, 0);
     const int64_t first_component = b * block.keys.num_components + w.components.first;
     start_projection(w, rotation, b, block.keys.vectors + first_component * call.key_dim,
                      block.keys.vector_scales + first_component);
@@ -96,58 +96,16 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
     scales_of(levels_of(w, block, b, tile), w.components.count, w.call.key_levels, 1.0f, w.components.scales.data());
 }
 
-// The mean's terms of ROWS rows, the first of which is `at` in its chunk, in the scores of the vectors from v on.
-template <int ROWS, int TOGETHER>
-INLINE void add_waves(const Worker& w, const Rotation& rotation, int at, int v, Ints (&means)[ROWS][TOGETHER]) {
-    const int64_t room = heights_per_row(rotation);
-    for (int j = 0; j < rotation.num_waves; ++j)
-        for (int k = 0; k < TOGETHER; ++k) {
-            const Shorts wave = load<Shorts>(rotation.waves + 2 * (j * TILE + (v + k) * LANES));
-            for (int r = 0; r < ROWS; ++r)
-                means[r][k] =
-                    add_products(means[r][k], wave, bits<Shorts>(broadcast(w.waves.heights[(at + r) * room + j])));
-        }
-}
-
-#if defined(MULTIPLIES_MATRICES)
-// Scores of the current tile for `num_rows` rows from `row` on, CHUNK at most.
-inline void score_tile(Worker& w, const Block& block, int64_t row, int num_rows, int length, float* scores) {
-    const int vectors = round_up(length, LANES) / LANES, lanes = w.components.width / 4, blocks = lanes / 16;
-    const float* projected = project(w, block.rotation, row, num_rows);
-    Worth worths[CHUNK];
-    by_rows(num_rows, [&](auto rows, int at) {
-        if (block.rotation.num_waves) weigh_waves<decltype(rows)::value>(w, block.rotation, row + at, at);
-        weigh_components<decltype(rows)::value>(w, projected + at * w.components.width, row + at, at, worths + at);
-    });
-    for (int v = 0; v < vectors; ++v) {
-        MatrixSums sums[2];
-        w.next_values.fetch(LANES / 4);
-        multiply_weights(w.projection.weights[0].data(), w.projection.weights[1].data(), lanes, &w.components.codes[v],
-                         sizeof(Bytes) * VECTORS, blocks, sums);
-        by_rows(num_rows, [&](auto rows, int at) {
-            constexpr int ROWS = decltype(rows)::value;
-            Ints means[ROWS][1] = {};
-            add_waves(w, block.rotation, at, v, means);
-            for (int r = 0; r < ROWS; ++r) {
-                const Floats first = to_floats(load<Ints>(&sums[0].numbers[(at + r) * LANES]));
-                const Floats second = to_floats(load<Ints>(&sums[1].numbers[(at + r) * LANES]));
-                const Worth& worth = worths[at + r];
-                store(scores + (at + r) * RUN + v * LANES,
-                      (first * 256.0f + second) * worth.fine +
-                          (to_floats(means[r][0]) * w.waves.unit[row + at + r] + worth.constant));
-            }
-        });
-    }
-}
-#else
 // Scores of the current tile for ROWS rows from `row` on.
 template <int ROWS>
-void score_rows(Worker& w, const Block& block, int64_t row, int length, float* scores) {
+void score_tile(Worker& w, const Block& block, int64_t row, int length, float* scores) {
     const int vectors = round_up(length, BYTES) / LANES, lanes = w.components.width / 4;
-    if (block.rotation.num_waves) weigh_waves<ROWS>(w, block.rotation, row, 0);
+    const int waves = static_cast<int>(block.rotation.num_waves);
+    const int64_t room = heights_per_row(block.rotation);
+    if (waves) weigh_waves<ROWS>(w, block.rotation, row);
     constexpr int TOGETHER = 2;
     Worth worths[ROWS];
-    weigh_components<ROWS>(w, project<ROWS>(w, block.rotation, row), row, 0, worths);
+    weigh_components<ROWS>(w, project<ROWS>(w, block.rotation, row), row, worths);
     for (int v = 0; v < vectors; v += TOGETHER) {
         w.next_values.fetch(LANES / 2);
         Floats products[ROWS][TOGETHER];
@@ -175,19 +133,19 @@ void score_rows(Worker& w, const Block& block, int64_t row, int length, float* s
             for (int k = 0; k < TOGETHER; ++k) products[r][k] += worths[r].rough * to_floats(rough[r][k]);
 #endif
         Ints means[ROWS][TOGETHER] = {};
-        add_waves(w, block.rotation, 0, v, means);
+        for (int j = 0; j < waves; ++j)
+            for (int k = 0; k < TOGETHER; ++k) {
+                const Shorts wave = load<Shorts>(block.rotation.waves + 2 * (j * TILE + (v + k) * LANES));
+                for (int r = 0; r < ROWS; ++r)
+                    means[r][k] =
+                        add_products(means[r][k], wave, bits<Shorts>(broadcast(w.waves.heights[r * room + j])));
+            }
         for (int r = 0; r < ROWS; ++r)
             for (int k = 0; k < TOGETHER; ++k)
                 store(scores + r * RUN + (v + k) * LANES,
                       products[r][k] + (to_floats(means[r][k]) * w.waves.unit[row + r] + worths[r].constant));
     }
 }
-
-// Scores of the current tile for `num_rows` rows from `row` on, CHUNK at most.
-inline void score_tile(Worker& w, const Block& block, int64_t row, int num_rows, int length, float* scores) {
-    by_rows(num_rows, [&](auto rows, int) { score_rows<decltype(rows)::value>(w, block, row, length, scores); });
-}
-#endif
 
 }  // namespace
 }  // namespace spectral

@@ -15,12 +15,9 @@ FOLDER = Path(__file__).parent
 # The build (hatch_build.py) writes this file if it fails.
 REASON = FOLDER / "not_built.txt"
 # Best first.
-VARIANTS = ("amx", "avx512", "avx2", "portable")
+VARIANTS = ("avx512", "avx2", "portable")
 # Instructions besides those that torch requires for AVX-512: Intel since Ice Lake, AMD since Zen 4.
 _AVX512 = {"avx512_vnni", "avx512vbmi", "gfni"}
-# Intel's matrix registers, since Sapphire Rapids, and what Linux calls its permission to use them.
-_AMX = {"amx_tile", "amx_int8"}
-_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 def path_of(variant: str) -> Path:
@@ -31,8 +28,6 @@ def path_of(variant: str) -> Path:
 def runs_here(variant: str) -> bool:
     """True if this processor has the instructions that a variant was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if variant == "amx":
-        return runs_here("avx512") and _cpu_flags() >= _AMX and _may_use_matrix_registers()
     if variant == "avx512":
         return capability == "AVX512" and _cpu_flags() >= _AVX512
     return variant == "portable" or capability in ("AVX2", "AVX512")
@@ -92,16 +87,6 @@ def obstacle() -> str | None:
 def chosen() -> str | None:
     """The variant that ``load`` chooses."""
     return next((name for name in VARIANTS if load(name) is not None), None)
-
-
-@lru_cache
-def _may_use_matrix_registers() -> bool:
-    """Ask Linux for the permission, which holds for all threads of this process."""
-    try:
-        call = ctypes.CDLL(None).syscall
-    except (AttributeError, OSError):
-        return False
-    return bool(call(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 @lru_cache

@@ -339,12 +339,6 @@ constexpr int ROUGH_NBITS = 3;
 #else
 constexpr int ROUGH_NBITS = 0;
 #endif
-// Of keys. Matrix registers multiply both bytes of the weights as fast as other code prepares rough ones.
-#if defined(__AMX_INT8__)
-constexpr int ROUGH_KEY_NBITS = 0;
-#else
-constexpr int ROUGH_KEY_NBITS = ROUGH_NBITS;
-#endif
 
 // What stands for the largest weight of rough codes, in the weights' high bytes.
 constexpr float FULL_ROUGH = 127.0f;

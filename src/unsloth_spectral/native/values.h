@@ -12,13 +12,6 @@
 namespace spectral {
 namespace {
 
-// Matrix registers take tokens in the order in which shares are interleaved fastest.
-#if defined(MULTIPLIES_MATRICES)
-constexpr bool VALUES_IN_QUADS = true;
-#else
-constexpr bool VALUES_IN_QUADS = false;
-#endif
-
 // The codes of a head's values in a run, whose streams go on from `carries` or, where that is null, from the tile before.
 template <int NBITS>
 struct ValueStreams {
@@ -31,64 +24,10 @@ struct ValueStreams {
     INLINE Bytes codes(const ValueStreams& from, int dim, int tile, int part) {
         const uint8_t* stream = from.streams + tile * from.tile_stride + dim * STREAM;
         const uint8_t before = tile || !from.carries ? (stream - from.tile_stride)[STREAM - 1] : from.carries[dim];
-        return read_codes<NBITS, VALUES_IN_QUADS>(from.table, stream, before, part);
+        return read_codes<NBITS, false>(from.table, stream, before, part);
     }
 };
 
-#if defined(MULTIPLIES_MATRICES)
-// Interleaves the first or second bytes of the shares of `num_rows` rows in `parts` times 64 tokens, chunk by chunk, as
-// `multiply_shares` reads them.
-INLINE void interleave(Worker& w, int byte, int num_rows, int parts) {
-    const int rows = w.matrix_rows;
-    for (int row = 0; row < num_rows; row += 4)
-        for (int part = 0; part < parts; ++part) {
-            const int chunk = row / rows * rows;
-            interleave_shares(&w.shares[byte][row * RUN / 4 + part * LANES], RUN / 4,
-                              &w.interleaved[byte][chunk * RUN / 4 + part * LANES * rows + row - chunk], rows);
-        }
-}
-
-// Adds the values of a run to all of `num_rows` rows, weighted by the shares that `weighed` describes.
-template <int NBITS>
-void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const uint8_t* carries, int length,
-                int num_rows, const Weighed* weighed, const Partial* partials) {
-    constexpr bool IS_ROUGH = NBITS <= ROUGH_NBITS;
-    const int tiles = round_up(length, TILE) / TILE, dims = static_cast<int>(w.call.value_dim);
-    const float zero = IS_ROUGH ? 0.0f : zero_code(NBITS);
-    const Table table(w.call.parts, std::min(NBITS, MAX_TRELLIS_NBITS), IS_ROUGH);
-    const ValueStreams<NBITS> stored{table, streams, tile_stride, carries};
-    const int rows = w.matrix_rows;
-    for (int byte = 0; byte < (IS_ROUGH ? 1 : 2); ++byte) interleave(w, byte, num_rows, tiles * PARTS);
-    for (int d0 = 0; d0 < dims; d0 += LANES) {
-        const int count = std::min(LANES, dims - d0);
-        for (int k = 0; k < count; ++k) {
-            if (k % 2) w.next_keys.fetch(1);
-            for (int tile = 0; tile < tiles; ++tile)
-                for (int part = 0; part < PARTS; ++part)
-                    w.values[(k * RUN + tile * TILE) / BYTES + part] =
-                        ValueStreams<NBITS>::codes(stored, d0 + k, tile, part);
-        }
-        for (int row = 0; row < num_rows; row += rows) {
-            const int present = std::min(rows, num_rows - row);
-            MatrixSums sums[2];
-            multiply_shares<IS_ROUGH>(w.values.data(), RUN, &w.interleaved[0][row * RUN / 4],
-                                      &w.interleaved[1][row * RUN / 4], rows, tiles * PARTS, sums);
-            for (int r = 0; r < present; ++r) {
-                Floats total;
-                for (int k = 0; k < LANES; ++k) {
-                    total[k] = static_cast<float>(sums[0].numbers[k * rows + r]);
-                    if constexpr (!IS_ROUGH)
-                        total[k] = total[k] * 256.0f + static_cast<float>(sums[1].numbers[k * rows + r]);
-                }
-                float* to = partials[row + r].coded + d0;
-                const Weighed& by = weighed[row + r];
-                // Lanes beyond the last dimension have the codes of other ones, and are not used.
-                store(to, load<Floats>(to) + (total - zero * by.sum) * by.worth);
-            }
-        }
-    }
-}
-#else
 // The codes of `count` dimensions from `first` on in a run, read before.
 struct ReadValues {
     const Bytes* values;
@@ -172,7 +111,6 @@ void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const ui
         add(ReadValues{w.values.data(), d0});
     }
 }
-#endif
 
 }  // namespace
 }  // namespace spectral

@@ -19,7 +19,7 @@ INLINE int64_t heights_per_row(const Rotation& rotation) { return rotation.num_w
 void start_waves(Worker& w, const Rotation& rotation, int64_t b) {
     const int pairs = static_cast<int>(rotation.num_pairs), fast = static_cast<int>(rotation.num_fast);
     const int slow = pairs - fast;
-    w.waves.heights.assign(CHUNK * heights_per_row(rotation), 0);
+    w.waves.heights.assign(4 * heights_per_row(rotation), 0);
     for (int64_t row = 0; row < w.call.num_rows; ++row) {
         float *cosine = &w.angles.cosine[row * pairs], *sine = &w.angles.sine[row * pairs];
         float total = 0.0f, most = 0.0f, smooth[MAX_SMOOTH] = {};
@@ -42,10 +42,9 @@ void start_waves(Worker& w, const Rotation& rotation, int64_t b) {
     }
 }
 
-// The heights of each wave in the mean's term of ROWS rows, the first of which is `row` and `at` in its chunk, in the
-// current tile.
+// The heights of each wave in the mean's term of ROWS rows, in the current tile.
 template <int ROWS>
-INLINE void weigh_waves(Worker& w, const Rotation& rotation, int64_t row, int at) {
+INLINE void weigh_waves(Worker& w, const Rotation& rotation, int64_t row) {
     const int pairs = static_cast<int>(rotation.num_pairs), fast = static_cast<int>(rotation.num_fast);
     const float *cosine = &w.angles.tile_cosine[row * pairs], *sine = &w.angles.tile_sine[row * pairs];
     Floats smooth_cosines[ROWS][MAX_SMOOTH / LANES] = {}, smooth_sines[ROWS][MAX_SMOOTH / LANES] = {};
@@ -59,7 +58,7 @@ INLINE void weigh_waves(Worker& w, const Rotation& rotation, int64_t row, int at
             }
         }
     for (int r = 0; r < ROWS; ++r) {
-        int32_t* heights = &w.waves.heights[(at + r) * heights_per_row(rotation)];
+        int32_t* heights = &w.waves.heights[r * heights_per_row(rotation)];
         for (int p = 0; p < fast; p += LANES) {
             const Ints c = rounded(load<Floats>(cosine + r * pairs + p));
             const Ints s = rounded(load<Floats>(sine + r * pairs + p));

@@ -7,24 +7,16 @@
 #include <vector>
 
 #include "abi.h"
-#include "matrices.h"
 #include "simd.h"
 #include "streams.h"
 
 namespace spectral {
 namespace {
 
-constexpr int RUN = 4 * TILE;  // tokens between two updates of the running maximum
+constexpr int RUN = 4 * TILE;     // tokens between two updates of the running maximum
 constexpr int ROWS_TOGETHER = 4;  // query rows whose sums are kept in registers
-#if defined(MULTIPLIES_MATRICES)
-constexpr int CHUNK = MOST_MATRIX_ROWS;  // query rows whose scores are computed together
-constexpr int WIDTH_UNIT = 64;           // components are filled up to multiples of this
-#else
-constexpr int CHUNK = ROWS_TOGETHER;
-constexpr int WIDTH_UNIT = LANES;
-#endif
 constexpr int MOST_ROWS = 128;    // query rows that share a pass over a run
-constexpr int LINE = 64;       // bytes of a cache line
+constexpr int LINE = 64;          // bytes of a cache line
 
 INLINE int round_up(int64_t n, int64_t unit) { return static_cast<int>((n + unit - 1) / unit * unit); }
 
@@ -115,11 +107,6 @@ INLINE void by_rows(int num_rows, const Function& function) {
 // The state of one thread.
 struct Worker {
     const Call& call;
-#if defined(MULTIPLIES_MATRICES)
-    const int matrix_rows;            // rows of a chunk: multiples of four
-    MatrixRegisters registers;
-    std::vector<int32_t> interleaved[2];  // [chunk, part of a run, quad of tokens, row of a chunk] shares
-#endif
     const int key_dim, value_dim;     // padded to whole vectors
     std::vector<float> query;         // [row, key dim] scaled
     std::vector<float> scores;        // [row of a pass, RUN]
@@ -136,19 +123,12 @@ struct Worker {
     Ahead next_keys, next_values;     // the next tile's keys, and the values of the current run
 
     explicit Worker(const Call& c)
-        : call(c),
-#if defined(MULTIPLIES_MATRICES)
-          matrix_rows(std::min(CHUNK, round_up(c.num_rows, 4))), registers(matrix_rows),
-#endif
-          key_dim(round_up(c.key_dim, LANES)), value_dim(round_up(c.value_dim, LANES)) {
+        : call(c), key_dim(round_up(c.key_dim, LANES)), value_dim(round_up(c.value_dim, LANES)) {
         query.assign(c.num_rows * key_dim, 0.0f);
-        const int64_t rows = round_up(std::min<int64_t>(MOST_ROWS, c.num_rows), CHUNK);
+        const int64_t rows = std::min<int64_t>(MOST_ROWS, c.num_rows);
         scores.assign(rows * RUN, 0.0f);
         for (auto& row_shares : shares) row_shares.assign(rows * RUN / 4, 0);
-#if defined(MULTIPLIES_MATRICES)
-        for (auto& row_shares : interleaved) row_shares.assign(rows * RUN / 4, 0);
-#endif
-        values.assign(LANES * RUN / BYTES, Bytes{});
+        values.resize(LANES * RUN / BYTES);
         token_scales.assign(RUN, 0.0f);
         for (int nbits = 1; nbits <= MAX_TRELLIS_NBITS; ++nbits) tables.emplace_back(c.parts, nbits, false);
     }
