@@ -47,6 +47,17 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
 
 
 @every_variant
+def test_masked_tokens_have_no_share_at_all(variant: str) -> None:
+    """A share of the least number would not be visible, but numbers so small take many times as long."""
+    values = torch.zeros(1, 1, 300, 64)
+    values[:, :, 10:] = 3e38
+    mask = torch.ones(1, 1, 1, 300, dtype=torch.bool)
+    mask[..., 10:] = False
+    block = ExactBlock(random(1, 1, 300, 64, seed=1), values)
+    assert not cpu.attend(random(1, 1, 1, 64, seed=2), [block], mask, ScoreOptions(0.1), variant).any()
+
+
+@every_variant
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(
     batch=st.integers(1, 3),

@@ -1,15 +1,18 @@
 """The measurement of a profile: damages by gradients, texts that repeat facts, and what the profile says of heads."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families.models import build
 from transformers import DynamicCache, LlamaForCausalLM
 
 from unsloth_spectral.eval.head_damages import head_damages
-from unsloth_spectral.eval.profile import measure_profile
+from unsloth_spectral.eval.profile import _Text, measure_profile
 from unsloth_spectral.eval.recall_text import recall_text
+from unsloth_spectral.eval.tasks.asking import continue_on
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument
 from unsloth_spectral.integrations.models import LoadedModel
 
@@ -55,6 +58,37 @@ def test_damages_by_gradients_are_those_of_small_errors(loaded: LoadedModel) -> 
                 assert not damages[place][1 - head]
             assert estimated == pytest.approx(measured, rel=0.5)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma 3", "gpt-oss", "LFM2", "Qwen3-Next"])
+def test_copies_of_the_dense_cache_answer_as_it_does(family: str, character_tokenizer: Any, document: str) -> None:
+    """Some layers keep a window of tokens, or a state, and the first layer tells the model the position."""
+    loaded = LoadedModel(build(family), character_tokenizer, family)
+    ids = torch.randint(3, 100, (1, 621), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = _Text(loaded, ids, 600, None, 0, 1)
+        first, second, own = (
+            continue_on(loaded, cache, text.continuation) for cache in (text._cache({}), text._cache({}), text.dense)
+        )
+    assert torch.equal(first, own)
+    assert torch.equal(second, own), "a continuation has changed the cache"
+    profile = measure_profile(loaded, document=document, starts=(0,), prefix=600, continuation=20)
+    assert profile.is_consistent
+    assert min(map(max, profile.key_sensitivities)) > 0
+
+
+def test_a_model_without_gradients_gets_equal_heads(loaded: LoadedModel, document: str, caplog: Any) -> None:
+    weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    with torch.inference_mode():
+        made_here = {name: tensor.clone() for name, tensor in weights.items()}
+        for name in list(dict(loaded.model.named_parameters())):
+            owner, _, leaf = name.rpartition(".")
+            frozen = torch.nn.Parameter(made_here[name], requires_grad=False)
+            setattr(loaded.model.get_submodule(owner), leaf, frozen)
+        with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+            profile = measure_profile(loaded, document=document, starts=(0,), prefix=300, continuation=20)
+    assert "does not tell a layer's heads apart" in caplog.text
+    assert profile.is_consistent
 
 
 @pytest.mark.parametrize(("prefix", "continuation"), [(20, 5), (60, 400), (2048, 128)])

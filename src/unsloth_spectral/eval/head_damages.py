@@ -21,6 +21,9 @@ def head_damages(
         cached: keys or values of a layer, ``[1, num_heads, n, D]`` each.
         errors: what is added to each of ``cached``, in the same shapes.
         draws: how many texts y are drawn. The same ones each time.
+
+    Raises:
+        RuntimeError: no gradient reaches the cache.
     """
     generator = torch.Generator().manual_seed(0)
     damages = [torch.zeros(error.shape[1], dtype=torch.float32, device="cpu") for error in errors]
@@ -33,6 +36,8 @@ def head_damages(
             drawn = torch.multinomial(probabilities, 1, generator=generator).to(log_probabilities.device)
             total = log_probabilities.gather(-1, drawn).sum()
             gradients = torch.autograd.grad(total, inputs, retain_graph=draw + 1 < draws, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                raise RuntimeError("no gradient reaches the cache")
             for damage, gradient, error in zip(damages, gradients, errors, strict=True):
                 if gradient is not None:
                     by_token = (gradient.float() * error.float()).sum(-1)

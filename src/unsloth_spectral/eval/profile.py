@@ -1,5 +1,6 @@
 """Measure a model's profile: how much errors in each layer's values and each head's keys matter."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,13 @@ from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
+from unsloth_spectral.log import warn_once
 
 # Tokens of the default document where the texts begin. The evaluation uses none of these texts.
 STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
-# Texts that repeat facts, and their share in the profile: as if so many of all tokens were recalled from far away. The
-# few heads that find such tokens hardly matter in other texts.
+# Texts that repeat facts, and the weight of their damages beside those of the other texts. The few heads that find far
+# tokens again hardly matter in other texts.
 NUM_RECALLS, RECALL_SHARE = 2, 0.05
 # About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
@@ -38,47 +40,45 @@ _DRAWS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """The measurements of texts, one row per layer, in nats of KL to the dense cache.
+    """The measurements of texts, one entry per layer, in nats of KL to the dense cache.
 
     Attributes:
-        value_damages: ``[layers]`` with the layer's values alone quantized coarsely.
-        key_damages: ``[layers, H]`` with the head's keys alone quantized coarsely.
-        lost: ``[layers, H]`` score variance that the coarse keys lose.
-        variances: ``[layers, H D]`` variances of the keys' components, each head's in falling order.
+        value_damages: of the layer's values, quantized coarsely.
+        key_damages: ``[H]`` of each head's keys, quantized coarsely.
+        lost: ``[H]`` score variance that the coarse keys lose.
+        variances: ``[H D]`` variances of the keys' components, each head's in falling order.
     """
 
-    value_damages: Tensor
-    key_damages: Tensor
-    lost: Tensor
-    variances: Tensor
+    value_damages: list[Tensor]
+    key_damages: list[Tensor]
+    lost: list[Tensor]
+    variances: list[Tensor]
 
     @property
-    def key_sensitivities(self) -> Tensor:
-        """``[layers, H]`` damage per unit of score variance; 0 for a head that loses nothing."""
-        return torch.where(self.lost > 0, self.key_damages / self.lost, 0.0)
+    def key_sensitivities(self) -> list[Tensor]:
+        """``[H]`` damage per unit of score variance; 0 for a head that loses nothing."""
+        pairs = zip(self.key_damages, self.lost, strict=True)
+        return [torch.where(lost > 0, damages / lost, 0.0) for damages, lost in pairs]
 
     @classmethod
     def mean(cls, texts: list["_Measured"]) -> "_Measured":
-        columns = ((getattr(text, name) for text in texts) for name in cls.__slots__)
-        return cls(*(torch.stack(list(column)).mean(0) for column in columns))
+        columns = (zip(*(getattr(text, name) for text in texts), strict=True) for name in cls.__slots__)
+        return cls(*([torch.stack(layer).mean(0) for layer in column] for column in columns))
 
 
 class _RecordingBudget(Budget):
-    """A budget that records the variances of its allocations.
+    """A budget that records the variances of its allocations in ``variances``, by layer, ``[H, D]`` float32 each."""
 
-    Attributes:
-        variances: by layer, ``[H, D]`` float32, of its keys' components.
-    """
-
-    def __init__(self, bits_per_element: float, num_layers: int) -> None:
-        super().__init__(bits_per_element, num_layers)
-        self.variances: dict[int, Tensor] = {}
+    def __init__(self, plain: Budget, variances: dict[int, Tensor]) -> None:
+        super().__init__(plain.bits_per_element, plain.num_layers)
+        self.variances = variances
 
     def allocate(self, layer: int, variances: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.variances[layer] = variances.float()
         return super().allocate(layer, variances, *args, **kwargs)
 
 
+@torch.inference_mode(False)  # the damages need gradients
 @torch.no_grad()
 def measure_profile(
     loaded: LoadedModel,
@@ -114,11 +114,18 @@ def measure_profile(
             for number, text in enumerate(recalls)
         ]
     )
-    values = plain.value_damages + RECALL_SHARE * recall.value_damages
-    keys = plain.key_sensitivities + RECALL_SHARE * recall.key_sensitivities
-    keys = keys.clamp_min(_LEAST_SENSITIVITY * float(keys.mean())).clamp_min(torch.finfo(keys.dtype).tiny)
-    rows = (tuple(map(tuple, table.tolist())) for table in (keys, plain.variances))
-    return ModelProfile(tuple(values.tolist()), *rows)
+    values = _with_recalls(plain.value_damages, recall.value_damages)
+    keys = _with_recalls(plain.key_sensitivities, recall.key_sensitivities)
+    least = max(_LEAST_SENSITIVITY * float(torch.cat(keys).mean()), torch.finfo(torch.float32).tiny)
+    return ModelProfile(
+        tuple(map(float, values)),
+        tuple(tuple(heads.clamp_min(least).tolist()) for heads in keys),
+        tuple(tuple(variances.tolist()) for variances in plain.variances),
+    )
+
+
+def _with_recalls(plain: list[Tensor], recall: list[Tensor]) -> list[Tensor]:
+    return [layer + RECALL_SHARE * of_recalls for layer, of_recalls in zip(plain, recall, strict=True)]
 
 
 class _Text:
@@ -136,8 +143,11 @@ class _Text:
         model = loaded.model
         coarse = SpectralCache(model, config=_COARSE, use_profile=False)
         assert isinstance(coarse.codec, SpectralCodec)
-        plain_budget = coarse.codec.budget
-        budget = coarse.codec.budget = _RecordingBudget(plain_budget.bits_per_element, plain_budget.num_layers)
+        variances: dict[int, Tensor] = {}
+        codec = coarse.codec
+        codec.budget, codec.short_budget = (
+            _RecordingBudget(budget, variances) for budget in (codec.budget, codec.short_budget)
+        )
         fill(loaded, coarse, ids[:, :prefix], "profile: coarse prefill", None)
         unpatch_unsloth_attention(model)
         self.layers = [index for index, layer in enumerate(coarse.layers) if isinstance(layer, SpectralCacheLayer)]
@@ -148,19 +158,19 @@ class _Text:
         self.dense: Any = dense_cache(model)
         fill(loaded, self.dense, ids[:, :prefix], "profile: dense prefill", None)
         self.rebuilt: dict[int, dict[str, Tensor]] = {}
-        lost, variances = [], []
+        self.lost: list[Tensor] = []
+        self.variances: list[Tensor] = []
         for place, index in enumerate(self.layers):
             layer: Any = coarse.layers[index]
             self.rebuilt[index] = dict(zip(("keys", "values"), layer.spectral.reconstruct(), strict=True))
-            layer_variances = budget.variances[place].cpu()
+            layer_variances = variances[place].cpu()
             errors = [block.keys.relative_error for block in layer.spectral.blocks if isinstance(block, SpectralBlock)]
-            lost.append(errors[0].float().cpu().square().mean(0) * layer_variances.sum(-1))
-            variances.append(layer_variances.flatten())
-        self.lost, self.variances = torch.stack(lost), torch.stack(variances)
+            self.lost.append(errors[0].float().cpu().square().mean(0) * layer_variances.sum(-1))
+            self.variances.append(layer_variances.flatten())
 
     def measure(self) -> _Measured:
         """Damages of whole layers, those of keys divided among heads by gradients."""
-        of_heads = self._by_gradients().key_damages.clamp_min(torch.finfo(torch.float32).tiny)
+        estimated = self._by_gradients().key_damages
         dense = continue_on(self.loaded, self._cache({}), self.continuation)
         damages: dict[str, list[float]] = {"values": [], "keys": []}
         for done, index in enumerate(self.layers):
@@ -170,9 +180,11 @@ class _Text:
                 )
                 damages[name].append(max(0.0, compare_logits(dense, logits, self.targets).kl))
                 self._report(2 * done + step + 1)
-        values, keys = torch.tensor([damages["values"], damages["keys"]], dtype=torch.float32, device="cpu")
-        shares = of_heads / of_heads.sum(-1, keepdim=True)
-        return _Measured(values, keys[:, None] * shares, self.lost, self.variances)
+        values, keys = (list(torch.tensor(numbers, dtype=torch.float32, device="cpu")) for numbers in damages.values())
+        # Equal shares where gradients tell nothing.
+        shares = [heads.clamp_min(torch.finfo(torch.float32).tiny) for heads in estimated]
+        of_heads = [damage * heads / heads.sum() for damage, heads in zip(keys, shares, strict=True)]
+        return _Measured(values, of_heads, self.lost, self.variances)
 
     def estimate(self) -> _Measured:
         """Damages by gradients alone."""
@@ -188,9 +200,13 @@ class _Text:
         def logits_of(tensors: list[Tensor]) -> Tensor:
             return continue_on(self.loaded, self._cache(dict(zip(places, tensors, strict=True))), self.continuation)
 
-        damages = head_damages(logits_of, cached, errors, _DRAWS)
-        values, keys = (torch.stack(half) for half in (damages[: len(self.layers)], damages[len(self.layers) :]))
-        return _Measured(values.sum(-1), keys, self.lost, self.variances)
+        try:
+            damages = head_damages(logits_of, cached, errors, _DRAWS)
+        except RuntimeError as error:  # operations without a derivative, or too little memory
+            warn_once("the profile does not tell a layer's heads apart: there are no gradients (%s)", error)
+            damages = [torch.zeros(error.shape[1], dtype=torch.float32, device="cpu") for error in errors]
+        count = len(self.layers)
+        return _Measured([heads.sum() for heads in damages[:count]], damages[count:], self.lost, self.variances)
 
     def _report(self, step: int) -> None:
         if self._on_progress is not None:
@@ -198,8 +214,12 @@ class _Text:
             self._on_progress("profile: each layer at one bit", self._number * steps + step, self._count * steps)
 
     def _cache(self, replaced: dict[tuple[int, str], Tensor]) -> Any:
-        """A copy of the dense cache with the keys or values at ``replaced``; the tensors of the others are shared."""
-        fresh: Any = dense_cache(self.loaded.model)
-        for index, (old, new) in enumerate(zip(self.dense.layers, fresh.layers, strict=True)):
-            new.update(replaced.get((index, "keys"), old.keys), replaced.get((index, "values"), old.values))
+        """A copy of the dense cache with the keys or values at ``replaced``; the tensors of the others are shared.
+
+        Layers of other kinds, which may change their state in place, are copied whole.
+        """
+        fresh = copy.copy(self.dense)
+        fresh.layers = [(copy.copy if i in self.rebuilt else copy.deepcopy)(old) for i, old in enumerate(fresh.layers)]
+        for (index, name), states in replaced.items():
+            setattr(fresh.layers[index], name, states)
         return fresh

@@ -147,10 +147,10 @@ void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8
     const int room = round_up(std::max(2 * pairs + LANES, num_others), 4 * LANES);
     projection.turned.assign(room, 0.0f);
     projection.dims_stride = room / 4;
-    for (auto& weights : projection.dims) weights.assign(4 * projection.dims_stride, 0);
+    for (auto& weights : projection.dims) weights.assign(ROWS_TOGETHER * projection.dims_stride, 0);
     projection.vector_scales.assign(width, 0.0f);
     std::copy(vector_scales, vector_scales + count, projection.vector_scales.begin());
-    projection.projected.assign(4 * width, 0.0f);
+    projection.projected.assign(ROWS_TOGETHER * width, 0.0f);
     projection.fixed.assign(w.call.num_rows * width, 0.0f);
     projection.most.assign(w.call.num_rows, 0.0f);
     projection.pairs_stride = round_up(pairs, LANES);

@@ -36,7 +36,7 @@ inline void attend_coded(Worker& w, const Block& block, int64_t b, int64_t h, in
             fetch(levels_of(w, block, b, tile + 1), w.components.count);
         }
         w.next_values.expect(value_streams + done / TILE * value_stride, value_bytes);
-        start_tile(w, block, b, tile);
+        start_tile(w, block, b, tile, first_row, num_rows);
         read_components(w, streams, tile ? streams - tile_bytes : nullptr, carries);
         by_rows(num_rows, [&](auto rows, int row) {
             score_tile<decltype(rows)::value>(w, block, first_row + row, std::min(TILE, length - done),

@@ -27,8 +27,8 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     const Rotation& rotation = block.rotation;
     const int pairs = static_cast<int>(rotation.num_pairs);
     start_components(w.components, block.keys, h);
-    w.projection.scaled.assign(4 * w.components.width, 0.0f);
-    for (auto& weights : w.projection.weights) weights.assign(w.components.width, 0);
+    w.projection.scaled.assign(ROWS_TOGETHER * w.components.width, 0.0f);
+    for (auto& weights : w.projection.weights) weights.assign(ROWS_TOGETHER * w.components.width / 4, 0);
     const int64_t first_component = b * block.keys.num_components + w.components.first;
     start_projection(w, rotation, b, block.keys.vectors + first_component * call.key_dim,
                      block.keys.vector_scales + first_component);
@@ -62,8 +62,9 @@ INLINE const uint8_t* levels_of(const Worker& w, const Block& block, int64_t b, 
     return block.keys.scales + (b * tiles + tile) * block.keys.num_components + w.components.first;
 }
 
-// Prepares a tile: the rotation of its first token, the mean's term relative to that rotation, and the tile's scales.
-void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
+// Prepares a tile for `num_rows` rows from `first_row` on: the rotation of its first token, the mean's term relative to
+// that rotation, and the tile's scales.
+void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile, int64_t first_row, int num_rows) {
     Angles& a = w.angles;
     const int pairs = static_cast<int>(block.rotation.num_pairs);
     if (pairs) {
@@ -87,7 +88,7 @@ void start_tile(Worker& w, const Block& block, int64_t b, int64_t tile) {
         a.tile_float.resize(2 * pairs + LANES);
         for (int p = 0; p < 2 * pairs; ++p) a.tile_float[p] = static_cast<float>(a.tile[p]);
         // (a - io)(c + is) = a' - io'.
-        for (int64_t row = 0; row < w.call.num_rows; ++row)
+        for (int64_t row = first_row; row < first_row + num_rows; ++row)
             rotate_back(a.cosine.data() + row * pairs, a.sine.data() + row * pairs, a.tile_float.data(),
                         a.tile_float.data() + pairs, a.tile_cosine.data() + row * pairs,
                         a.tile_sine.data() + row * pairs, pairs);

@@ -19,7 +19,7 @@ INLINE int64_t heights_per_row(const Rotation& rotation) { return rotation.num_w
 void start_waves(Worker& w, const Rotation& rotation, int64_t b) {
     const int pairs = static_cast<int>(rotation.num_pairs), fast = static_cast<int>(rotation.num_fast);
     const int slow = pairs - fast;
-    w.waves.heights.assign(4 * heights_per_row(rotation), 0);
+    w.waves.heights.assign(ROWS_TOGETHER * heights_per_row(rotation), 0);
     for (int64_t row = 0; row < w.call.num_rows; ++row) {
         float *cosine = &w.angles.cosine[row * pairs], *sine = &w.angles.sine[row * pairs];
         float total = 0.0f, most = 0.0f, smooth[MAX_SMOOTH] = {};

@@ -341,6 +341,19 @@ def test_heads_that_matter_more_get_more_bits() -> None:
     assert int((widths[0] > 1).sum()) > HEAD_DIM // 4
 
 
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_a_process_with_some_of_the_heads_takes_their_mean(num_heads: int) -> None:
+    """With tensor parallelism the profile is of all heads."""
+    variances = spectrum(0, components=num_heads * HEAD_DIM).view(num_heads, HEAD_DIM)
+    known = tuple(variances.flatten().tolist())
+    allocated = []
+    for heads in ((1.0, 3.0), (2.0,) * num_heads):
+        profile = ModelProfile((0.0,), (heads,), (known * 2 * HEADS,))
+        allocated.append(Budget(3.0, 1, profile).allocate(0, variances, 1.1, 8.0))
+    assert torch.equal(*allocated)
+    assert allocated[0].shape == variances.shape
+
+
 def test_values_that_do_not_matter_get_one_bit() -> None:
     profile, layers = known_model(6)
     profile = ModelProfile((0.0,) * 6, profile.key_sensitivities, profile.key_variances)

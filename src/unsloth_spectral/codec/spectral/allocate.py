@@ -114,6 +114,9 @@ class Budget:
         if self.profile is None:
             return variances.float()
         sensitivities = torch.tensor(self.profile.key_sensitivities[layer], dtype=torch.float32, device="cpu")
+        if len(sensitivities) != len(variances):
+            # With tensor parallelism the profile is of all heads, and each process has some of them.
+            sensitivities = sensitivities.mean(0, keepdim=True)
         return variances.float() * sensitivities.to(variances.device)[:, None]
 
     def level_of(self, layer: int) -> float:
