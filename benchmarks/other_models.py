@@ -23,7 +23,7 @@ from unsloth_spectral.cli.eval import chosen_methods
 from unsloth_spectral.cli.shared import out
 from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.methods import registry
-from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
+from unsloth_spectral.eval.profile import TEXTS, measure_profile
 from unsloth_spectral.eval.results import read_results
 from unsloth_spectral.eval.runner import run_evaluation
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
@@ -75,7 +75,7 @@ def profile(loaded: LoadedModel) -> None:
     measured = measure_profile(loaded, on_progress=progress)
     facts = {
         "model": loaded.name,
-        "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
+        "texts": TEXTS,
         "environment": environment(),
     }
     save_profile(loaded.model, measured, facts)

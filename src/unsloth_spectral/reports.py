@@ -166,7 +166,7 @@ def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable
 
 def profile_table(model: str, profile: ModelProfile) -> RenderableType:
     """The table of ``profile``: one row per layer, with bars for what its errors cost."""
-    table = Table(title=f"{model}: KL in nats, one layer's values or one head's keys quantized coarsely")
+    table = Table(title=f"{model}: what coarse values and keys cost, nats of KL")
     table.add_column("layer", justify="right")
     table.add_column("values at one bit", justify="right")
     table.add_column("")

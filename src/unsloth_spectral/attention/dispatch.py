@@ -15,8 +15,8 @@ from unsloth_spectral.native import library
 # Rebuilding a tile costs the same for any number of queries; the direct path's products grow with it. The two take
 # equal time at 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
 DIRECT_QUERY_LENGTH = 32
-# The compiled kernel is faster than rebuilding up to some 64 queries at 1,024 tokens on Llama-3-8B's shape, and beyond
-# 256 at 8,192 (benchmarks/attention_paths.py). It takes this many, and one for every 32 tokens up to twice as many.
+# The compiled kernel takes this many queries, or one for every 32 tokens where that is more, up to twice as many
+# (benchmarks/attention_paths.py).
 NATIVE_QUERY_LENGTH = 64
 _REBUILT_TOKENS = 1024  # at a time, on the "tiles" path
 

@@ -16,13 +16,13 @@ def command(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure once how much errors in each layer's keys and values matter.
+    """Measure once how much errors in each layer's values and each head's keys matter.
 
-    Later spectral caches of this model spend more bits on the layers that matter more.
+    Later spectral caches of this model spend more bits where errors matter more.
     """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.environment import environment
-    from unsloth_spectral.eval.profile import CONTINUATION, PREFIX, STARTS, measure_profile
+    from unsloth_spectral.eval.profile import TEXTS, measure_profile
     from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, save_profile
 
     check_outputs(json_file)
@@ -32,7 +32,7 @@ def command(
         measured = measure_profile(loaded, on_progress=report)
     facts = {
         "model": loaded.name,
-        "texts": {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION},
+        "texts": TEXTS,
         "environment": environment(),
     }
     out.print(reports.profile_table(loaded.name, measured))

@@ -1,4 +1,4 @@
-"""A model's profile: how much errors in each layer and head matter. It hardly depends on the texts of one kind."""
+"""A model's profile: how much errors in each layer and head matter (eval/profile.py measures it)."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,9 @@ from unsloth_spectral.fields import Field, Fields
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
     """Attributes:
-    value_sensitivities: for each full-attention layer, KL to the dense cache in nats with only that layer's values
-        quantized, to one bit.
-    key_sensitivities: for each layer and head, KL in nats per unit of score variance lost, with only that head's keys
-        quantized.
+    value_sensitivities: for each full-attention layer, what its values at one bit cost, in nats of KL to the dense
+        cache.
+    key_sensitivities: for each layer and head, what a unit of score variance lost in its keys costs, in nats.
     key_variances: for each layer, the variances of its keys' components in the scores, head by head: an estimate for
         layers that are still to be sealed.
     """

@@ -30,7 +30,15 @@ STARTS = (5_000, 35_000, 65_000)
 PREFIX, CONTINUATION = 2048, 128
 # Texts that repeat facts, and the weight of their damages beside those of the other texts. The few heads that find far
 # tokens again hardly matter in other texts.
-NUM_RECALLS, RECALL_SHARE = 2, 0.05
+NUM_RECALLS, RECALL_WEIGHT = 2, 0.05
+# What a stored profile tells about its measurement.
+TEXTS = {
+    "starts": STARTS,
+    "prefix": PREFIX,
+    "continuation": CONTINUATION,
+    "recalls": NUM_RECALLS,
+    "recall_weight": RECALL_WEIGHT,
+}
 # About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
 # As a share of the mean, so that a head that did not matter in these texts still gets some bits.
@@ -93,8 +101,8 @@ def measure_profile(
 
     KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn; gradients divide the damage of a
     layer's keys among its heads. Figures are means over the texts that begin at tokens ``starts`` of ``document``
-    (None: the default one). A small share comes from texts that repeat facts from everywhere in their prefix, measured
-    by gradients alone.
+    (None: the default one). Texts that repeat facts from everywhere in their prefix, measured by gradients alone, are
+    added with a small weight.
 
     Raises:
         LoadError: the document is too short.
@@ -125,7 +133,7 @@ def measure_profile(
 
 
 def _with_recalls(plain: list[Tensor], recall: list[Tensor]) -> list[Tensor]:
-    return [layer + RECALL_SHARE * of_recalls for layer, of_recalls in zip(plain, recall, strict=True)]
+    return [layer + RECALL_WEIGHT * of_recalls for layer, of_recalls in zip(plain, recall, strict=True)]
 
 
 class _Text:
@@ -211,7 +219,9 @@ class _Text:
     def _report(self, step: int) -> None:
         if self._on_progress is not None:
             steps = 2 * len(self.layers)
-            self._on_progress("profile: each layer at one bit", self._number * steps + step, self._count * steps)
+            self._on_progress(
+                "profile: each layer and head at one bit", self._number * steps + step, self._count * steps
+            )
 
     def _cache(self, replaced: dict[tuple[int, str], Tensor]) -> Any:
         """A copy of the dense cache with the keys or values at ``replaced``; the tensors of the others are shared.
