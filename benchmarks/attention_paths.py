@@ -11,12 +11,7 @@ from decode import SHAPES, sealed_layers
 from harness import alternate, arguments, finish
 
 from unsloth_spectral.attention import cpu, direct
-from unsloth_spectral.attention.dispatch import (
-    DIRECT_QUERY_LENGTH,
-    NATIVE_QUERY_LENGTH,
-    native_query_length,
-    rebuilt_tiles,
-)
+from unsloth_spectral.attention.dispatch import DIRECT_QUERY_LENGTH, NATIVE_QUERY_LENGTH, rebuilt_tiles
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.codec.block import Block
 
@@ -51,11 +46,10 @@ def main() -> None:
                     contenders["direct"] = partial(direct.attend, *given)
                 timings = alternate(contenders, options.repeats)
                 milliseconds = {path: timing.median for path, timing in timings.items()}
-                row = {"shape": name, "query_length": query_length, "kv_length": length, "ms": milliseconds}
-                rows.append(row | {"native_up_to": native_query_length(blocks)})
+                rows.append({"shape": name, "query_length": query_length, "kv_length": length, "ms": milliseconds})
                 shown = "".join(f"  {path} {ms:8.2f} ms" for path, ms in milliseconds.items())
                 print(f"{name:>13} {length:>6} tokens {query_length:>4} queries:{shown}")
-    limits = {"direct_up_to": DIRECT_QUERY_LENGTH, "native_query_length": NATIVE_QUERY_LENGTH}
+    limits = {"direct_up_to": DIRECT_QUERY_LENGTH, "native_up_to": NATIVE_QUERY_LENGTH}
     finish(options.json, {"benchmark": "attention_paths", "rows": rows, **limits}, [])
 
 

@@ -15,9 +15,9 @@ from unsloth_spectral.native import library
 # Rebuilding a tile costs the same for any number of queries; the direct path's products grow with it. The two take
 # equal time at 16 queries on SmolLM2's shapes and between 32 and 64 on Llama-3-8B's (benchmarks/attention_paths.py).
 DIRECT_QUERY_LENGTH = 32
-# The compiled kernel takes this many queries, or one for every 32 tokens where that is more, up to twice as many
-# (benchmarks/attention_paths.py).
-NATIVE_QUERY_LENGTH = 64
+# The compiled kernel is 2.5 to 4.5 times as fast as rebuilding at 256 queries (benchmarks/attention_paths.py), with
+# AVX-512; where it is built for less, the gain is smaller.
+NATIVE_QUERY_LENGTH = 256
 _REBUILT_TOKENS = 1024  # at a time, on the "tiles" path
 
 
@@ -38,8 +38,8 @@ def available_paths() -> tuple[AttentionPath, ...]:
         AttentionPath("tiles", f"more queries: blocks rebuilt {_REBUILT_TOKENS:,} tokens at a time"),
         AttentionPath(
             "native",
-            f"up to {NATIVE_QUERY_LENGTH} queries at a time on a CPU, with many tokens {2 * NATIVE_QUERY_LENGTH}: a "
-            "compiled kernel on the spectral codec's codes" + (f" ({library.chosen()})" if library.chosen() else ""),
+            f"up to {NATIVE_QUERY_LENGTH} queries at a time on a CPU: a compiled kernel on the spectral codec's codes"
+            + (f" ({library.chosen()})" if library.chosen() else ""),
             library.obstacle(),
         ),
         AttentionPath(
@@ -56,7 +56,7 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
     ``mask`` is ``[B or 1, 1, Q, kv_length]`` in the order of ``blocks``, bool or additive, or None for no mask at all.
     """
     with no_autocast(query.device):
-        if query.shape[2] <= native_query_length(blocks) and cpu.obstacle(query, blocks) is None:
+        if query.shape[2] <= NATIVE_QUERY_LENGTH and cpu.obstacle(query, blocks) is None:
             return cpu.attend(query, blocks, mask, options).to(query.dtype)
         if query.shape[2] > DIRECT_QUERY_LENGTH:
             return direct.attend(query, rebuilt_tiles(blocks), mask, options).to(query.dtype)
@@ -68,12 +68,6 @@ def attend(query: Tensor, blocks: Sequence[Block], mask: Tensor | None, options:
             except Exception as error:  # a compiler may raise anything on an untested card
                 gpu.give_up(query.device, error)
         return direct.attend(query, blocks, mask, options).to(query.dtype)
-
-
-def native_query_length(blocks: Sequence[Block]) -> int:
-    """How many queries at a time the compiled kernel serves."""
-    num_tokens = sum(block.num_tokens for block in blocks)
-    return max(NATIVE_QUERY_LENGTH, min(2 * NATIVE_QUERY_LENGTH, num_tokens // 32))
 
 
 def rebuilt_tiles(blocks: Sequence[Block]) -> Iterator[Block]:
