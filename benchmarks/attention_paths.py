@@ -17,7 +17,7 @@ from unsloth_spectral.codec.block import Block
 
 LENGTHS = (1024, 8192)
 QUERY_LENGTHS = (1, 4, 16, 32, 64, 128, 256, 512)
-MOST_DIRECT = 64  # queries: far beyond what it is used for
+MOST_DIRECT = 64  # queries for which the direct path is timed: twice as many as it serves
 
 
 def by_tiles(
@@ -37,13 +37,13 @@ def main() -> None:
             for query_length in QUERY_LENGTHS:
                 query = torch.randn(1, query_heads, query_length, head_dim)
                 mask = None if query_length == 1 else causal_mask(query_length, length, query.device)
-                given = (query, blocks, mask, ScoreOptions(head_dim**-0.5))
+                call_arguments = (query, blocks, mask, ScoreOptions(head_dim**-0.5))
                 contenders: dict[str, Callable[[], object]] = {
-                    "tiles": partial(by_tiles, *given),
-                    "native": partial(cpu.attend, *given),
+                    "tiles": partial(by_tiles, *call_arguments),
+                    "native": partial(cpu.attend, *call_arguments),
                 }
                 if query_length <= MOST_DIRECT:
-                    contenders["direct"] = partial(direct.attend, *given)
+                    contenders["direct"] = partial(direct.attend, *call_arguments)
                 timings = alternate(contenders, options.repeats)
                 milliseconds = {path: timing.median for path, timing in timings.items()}
                 rows.append({"shape": name, "query_length": query_length, "kv_length": length, "ms": milliseconds})

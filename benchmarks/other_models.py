@@ -21,9 +21,8 @@ from harness import RESULTS
 from unsloth_spectral import reports
 from unsloth_spectral.cli.eval import chosen_methods
 from unsloth_spectral.cli.shared import out
-from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.methods import registry
-from unsloth_spectral.eval.profile import TEXTS, measure_profile
+from unsloth_spectral.eval.profile import facts_of, measure_profile
 from unsloth_spectral.eval.results import read_results
 from unsloth_spectral.eval.runner import run_evaluation
 from unsloth_spectral.eval.tasks.fidelity import Fidelity
@@ -73,12 +72,7 @@ def prepare(name: str, models: Path) -> LoadedModel:
 def profile(loaded: LoadedModel) -> None:
     """Measure the profile of the model, and store it where spectral caches look for it."""
     measured = measure_profile(loaded, on_progress=progress)
-    facts = {
-        "model": loaded.name,
-        "texts": TEXTS,
-        "environment": environment(),
-    }
-    save_profile(loaded.model, measured, facts)
+    save_profile(loaded.model, measured, facts_of(loaded))
     out.print(reports.profile_table(loaded.name, measured))
 
 

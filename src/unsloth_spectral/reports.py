@@ -165,12 +165,12 @@ def choices_table(tasks: dict[str, str], methods: dict[str, Method], unavailable
 
 
 def profile_table(model: str, profile: ModelProfile) -> RenderableType:
-    """The table of ``profile``: one row per layer, with bars for what its errors cost."""
-    table = Table(title=f"{model}: what coarse values and keys cost, nats of KL")
+    """The table of ``profile``: one row per layer, with bars that show its sensitivities."""
+    table = Table(title=f"{model}: KL in nats from coarse values and keys")
     table.add_column("layer", justify="right")
     table.add_column("values at one bit", justify="right")
     table.add_column("")
-    table.add_column("keys of the head that matters most, per unit of score variance lost", justify="right")
+    table.add_column("keys per unit of score variance lost, largest of the heads", justify="right")
     table.add_column("")
     keys = [max(heads) for heads in profile.key_sensitivities]
     rows = zip(profile.value_sensitivities, keys, strict=True)

@@ -48,7 +48,7 @@ def check(query, blocks, mask, options, variant, assert_close, of_codec: bool = 
 
 @every_variant
 def test_masked_tokens_have_no_share_at_all(variant: str) -> None:
-    """A share of the least number would not be visible, but numbers so small take many times as long."""
+    """Their shares are exactly zero: arithmetic with denormal numbers takes many times as long."""
     values = torch.zeros(1, 1, 300, 64)
     values[:, :, 10:] = 3e38
     mask = torch.ones(1, 1, 1, 300, dtype=torch.bool)

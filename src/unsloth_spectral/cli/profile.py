@@ -21,8 +21,7 @@ def command(
     Later spectral caches of this model spend more bits where errors matter more.
     """
     from unsloth_spectral import reports
-    from unsloth_spectral.eval.environment import environment
-    from unsloth_spectral.eval.profile import TEXTS, measure_profile
+    from unsloth_spectral.eval.profile import facts_of, measure_profile
     from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, save_profile
 
     check_outputs(json_file)
@@ -30,11 +29,7 @@ def command(
         loaded = load(model, report)
         profile_target(loaded.model)
         measured = measure_profile(loaded, on_progress=report)
-    facts = {
-        "model": loaded.name,
-        "texts": TEXTS,
-        "environment": environment(),
-    }
+    facts = facts_of(loaded)
     out.print(reports.profile_table(loaded.name, measured))
     write_json({**asdict(measured), **facts}, json_file)
     path = save_profile(loaded.model, measured, facts)

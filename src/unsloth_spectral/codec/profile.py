@@ -1,4 +1,4 @@
-"""A model's profile: how much errors in each layer and head matter (eval/profile.py measures it)."""
+"""A model's profile: the KL divergence from errors in each layer and head, measured by eval/profile.py."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,8 @@ from unsloth_spectral.fields import Field, Fields
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
     """Attributes:
-    value_sensitivities: for each full-attention layer, what its values at one bit cost, in nats of KL to the dense
-        cache.
-    key_sensitivities: for each layer and head, what a unit of score variance lost in its keys costs, in nats.
+    value_sensitivities: for each full-attention layer, KL to the dense cache in nats with its values at one bit.
+    key_sensitivities: for each layer and head, KL in nats per unit of score variance that its keys lose.
     key_variances: for each layer, the variances of its keys' components in the scores, head by head: an estimate for
         layers that are still to be sealed.
     """

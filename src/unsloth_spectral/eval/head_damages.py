@@ -1,4 +1,4 @@
-"""What errors in each head's keys and values cost, for all heads at once, by the Fisher information.
+"""KL divergence caused by errors in each head's keys and values, estimated for all heads at once from gradients.
 
 For small errors d of the cache the KL divergence is half of d F d, where F, the Fisher information, is the mean of the
 squared gradients of log p(y) over tokens y that the model itself draws (Martens 2020, "New insights and perspectives on
@@ -14,13 +14,13 @@ from torch import Tensor
 def head_damages(
     logits_of: Callable[[list[Tensor]], Tensor], cached: list[Tensor], errors: list[Tensor], draws: int
 ) -> list[Tensor]:
-    """KL in nats per position that each of ``errors`` costs, by head: ``[num_heads]`` float32 each.
+    """Estimate the KL divergence, in nats per position, from each of ``errors``: ``[num_heads]`` float32 each.
 
     Args:
         logits_of: the logits ``[positions, vocabulary]`` behind a cache of such tensors, differentiable in them.
         cached: keys or values of a layer, ``[1, num_heads, n, D]`` each.
         errors: what is added to each of ``cached``, in the same shapes.
-        draws: how many texts y are drawn. The same ones each time.
+        draws: number of texts y, drawn from a fixed seed.
 
     Raises:
         RuntimeError: no gradient reaches the cache.
@@ -34,8 +34,8 @@ def head_damages(
         probabilities = log_probabilities.detach().exp().cpu()
         for draw in range(draws):
             drawn = torch.multinomial(probabilities, 1, generator=generator).to(log_probabilities.device)
-            total = log_probabilities.gather(-1, drawn).sum()
-            gradients = torch.autograd.grad(total, inputs, retain_graph=draw + 1 < draws, allow_unused=True)
+            log_likelihood = log_probabilities.gather(-1, drawn).sum()
+            gradients = torch.autograd.grad(log_likelihood, inputs, retain_graph=draw + 1 < draws, allow_unused=True)
             if all(gradient is None for gradient in gradients):
                 raise RuntimeError("no gradient reaches the cache")
             for damage, gradient, error in zip(damages, gradients, errors, strict=True):

@@ -1,4 +1,4 @@
-"""Measure a model's profile: how much errors in each layer's values and each head's keys matter."""
+"""Measure a model's profile: the KL divergence from errors in each layer's values and in each head's keys."""
 
 import copy
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from unsloth_spectral.codec.spectral.codec import SpectralCodec
 from unsloth_spectral.errors import UnsupportedModelError
 from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
+from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.head_damages import head_damages
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.recall_text import recall_text
@@ -31,14 +32,6 @@ PREFIX, CONTINUATION = 2048, 128
 # Texts that repeat facts, and the weight of their damages beside those of the other texts. The few heads that find far
 # tokens again hardly matter in other texts.
 NUM_RECALLS, RECALL_WEIGHT = 2, 0.05
-# What a stored profile tells about its measurement.
-TEXTS = {
-    "starts": STARTS,
-    "prefix": PREFIX,
-    "continuation": CONTINUATION,
-    "recalls": NUM_RECALLS,
-    "recall_weight": RECALL_WEIGHT,
-}
 # About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
 # As a share of the mean, so that a head that did not matter in these texts still gets some bits.
@@ -72,6 +65,13 @@ class _Measured:
     def mean(cls, texts: list["_Measured"]) -> "_Measured":
         columns = (zip(*(getattr(text, name) for text in texts), strict=True) for name in cls.__slots__)
         return cls(*([torch.stack(layer).mean(0) for layer in column] for column in columns))
+
+
+def facts_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Facts about the measurement, ready for JSON, to be stored beside the profile of ``loaded``."""
+    texts = {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION}
+    recalls = {"recalls": NUM_RECALLS, "recall_weight": RECALL_WEIGHT}
+    return {"model": loaded.name, "texts": {**texts, **recalls}, "environment": environment()}
 
 
 class _RecordingBudget(Budget):
@@ -113,7 +113,7 @@ def measure_profile(
     texts = [ids[:, start : start + prefix + continuation + 1] for start in starts]
     recalls = [recall_text(loaded, texts[seed % len(texts)], prefix, continuation, seed) for seed in range(NUM_RECALLS)]
     count = len(texts) + len(recalls)
-    plain = _Measured.mean(
+    prose = _Measured.mean(
         [_Text(loaded, text, prefix, on_progress, number, count).measure() for number, text in enumerate(texts)]
     )
     recall = _Measured.mean(
@@ -122,18 +122,18 @@ def measure_profile(
             for number, text in enumerate(recalls)
         ]
     )
-    values = _with_recalls(plain.value_damages, recall.value_damages)
-    keys = _with_recalls(plain.key_sensitivities, recall.key_sensitivities)
+    values = _with_recalls(prose.value_damages, recall.value_damages)
+    keys = _with_recalls(prose.key_sensitivities, recall.key_sensitivities)
     least = max(_LEAST_SENSITIVITY * float(torch.cat(keys).mean()), torch.finfo(torch.float32).tiny)
     return ModelProfile(
         tuple(map(float, values)),
         tuple(tuple(heads.clamp_min(least).tolist()) for heads in keys),
-        tuple(tuple(variances.tolist()) for variances in plain.variances),
+        tuple(tuple(variances.tolist()) for variances in prose.variances),
     )
 
 
-def _with_recalls(plain: list[Tensor], recall: list[Tensor]) -> list[Tensor]:
-    return [layer + RECALL_WEIGHT * of_recalls for layer, of_recalls in zip(plain, recall, strict=True)]
+def _with_recalls(prose: list[Tensor], recall: list[Tensor]) -> list[Tensor]:
+    return [in_prose + RECALL_WEIGHT * in_recall for in_prose, in_recall in zip(prose, recall, strict=True)]
 
 
 class _Text:
@@ -178,7 +178,7 @@ class _Text:
 
     def measure(self) -> _Measured:
         """Damages of whole layers, those of keys divided among heads by gradients."""
-        estimated = self._by_gradients().key_damages
+        (estimated,) = self._by_gradients("keys")
         dense = continue_on(self.loaded, self._cache({}), self.continuation)
         damages: dict[str, list[float]] = {"values": [], "keys": []}
         for done, index in enumerate(self.layers):
@@ -189,19 +189,21 @@ class _Text:
                 damages[name].append(max(0.0, compare_logits(dense, logits, self.targets).kl))
                 self._report(2 * done + step + 1)
         values, keys = (list(torch.tensor(numbers, dtype=torch.float32, device="cpu")) for numbers in damages.values())
-        # Equal shares where gradients tell nothing.
-        shares = [heads.clamp_min(torch.finfo(torch.float32).tiny) for heads in estimated]
-        of_heads = [damage * heads / heads.sum() for damage, heads in zip(keys, shares, strict=True)]
-        return _Measured(values, of_heads, self.lost, self.variances)
+        # Heads share equally where gradients are zero.
+        positive = [heads.clamp_min(torch.finfo(torch.float32).tiny) for heads in estimated]
+        key_damages = [damage * heads / heads.sum() for damage, heads in zip(keys, positive, strict=True)]
+        return _Measured(values, key_damages, self.lost, self.variances)
 
     def estimate(self) -> _Measured:
         """Damages by gradients alone."""
-        damages = self._by_gradients()
+        values, keys = self._by_gradients("values", "keys")
         self._report(2 * len(self.layers))
-        return damages
+        return _Measured([heads.sum() for heads in values], keys, self.lost, self.variances)
 
-    def _by_gradients(self) -> _Measured:
-        places = [(index, name) for name in ("values", "keys") for index in self.layers]
+    def _by_gradients(self, *names: str) -> list[list[Tensor]]:
+        """For each of ``names``, "values" or "keys": for each layer, the damages of its heads ``[H]``; zeros without
+        gradients."""
+        places = [(index, name) for name in names for index in self.layers]
         cached = [getattr(self.dense.layers[index], name) for index, name in places]
         errors = [self.rebuilt[index][name] - exact for (index, name), exact in zip(places, cached, strict=True)]
 
@@ -210,11 +212,11 @@ class _Text:
 
         try:
             damages = head_damages(logits_of, cached, errors, _DRAWS)
-        except RuntimeError as error:  # operations without a derivative, or too little memory
-            warn_once("the profile does not tell a layer's heads apart: there are no gradients (%s)", error)
+        except RuntimeError as failure:  # operations without a derivative, or too little memory
+            warn_once("the profile does not tell a layer's heads apart: there are no gradients (%s)", failure)
             damages = [torch.zeros(error.shape[1], dtype=torch.float32, device="cpu") for error in errors]
         count = len(self.layers)
-        return _Measured([heads.sum() for heads in damages[:count]], damages[count:], self.lost, self.variances)
+        return [damages[place : place + count] for place in range(0, len(damages), count)]
 
     def _report(self, step: int) -> None:
         if self._on_progress is not None:

@@ -1,4 +1,4 @@
-"""Texts that repeat, at their end, facts from all their parts: what attention to single far tokens is needed for."""
+"""Texts that repeat earlier facts at their end, so that predicting them needs attention to single far tokens."""
 
 import random
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.eval.tasks.asking import ids_of
-from unsloth_spectral.eval.tasks.haystack import made_up_words
+from unsloth_spectral.eval.tasks.haystack import inserted, made_up_words
 from unsloth_spectral.integrations.models import LoadedModel
 
 _NUM_FACTS = 24
@@ -21,17 +21,16 @@ def recall_text(loaded: LoadedModel, text: Tensor, prefix: int, continuation: in
     """
     generator = random.Random(seed)
     names = made_up_words(_NUM_FACTS, generator)
-    facts = [f"{n.capitalize()} has {generator.randrange(100, 1000)} {generator.choice(_THINGS)}." for n in names]
-    hidden = [ids_of(loaded, f"\n\n{fact}\n\n") for fact in facts]
+    facts = [f"{name.capitalize()} has {generator.randrange(100, 1000)} {generator.choice(_THINGS)}." for name in names]
+    fact_ids = [ids_of(loaded, f"\n\n{fact}\n\n").to(text.device) for fact in facts]
     # At most half of the prefix, and at least one.
-    while len(hidden) > 1 and sum(ids.shape[1] for ids in hidden) > prefix // 2:
-        hidden.pop()
-    told = facts[: len(hidden)]
-    room = max(0, prefix - sum(ids.shape[1] for ids in hidden))
-    stops = [round(room * place / len(hidden)) for place in range(len(hidden) + 1)]
-    pieces = [part for i, ids in enumerate(hidden) for part in (text[:, stops[i] : stops[i + 1]], ids.to(text.device))]
-    generator.shuffle(told)
-    recalled = ids_of(loaded, " ".join(told)).to(text.device)
-    times = -(-(continuation + 1) // recalled.shape[1])
-    context = torch.cat(pieces, dim=1)[:, :prefix]
-    return torch.cat([context, recalled.repeat(1, times)[:, : continuation + 1]], dim=1)
+    while len(fact_ids) > 1 and sum(ids.shape[1] for ids in fact_ids) > prefix // 2:
+        fact_ids.pop()
+    hidden_facts = facts[: len(fact_ids)]
+    room = max(0, prefix - sum(ids.shape[1] for ids in fact_ids))
+    places = [round(room * number / len(fact_ids)) for number in range(1, len(fact_ids) + 1)]
+    context = inserted(text[:, :room], fact_ids, places)[:, :prefix]
+    generator.shuffle(hidden_facts)
+    recalled_ids = ids_of(loaded, " ".join(hidden_facts)).to(text.device)
+    repeats = -(-(continuation + 1) // recalled_ids.shape[1])
+    return torch.cat([context, recalled_ids.repeat(1, repeats)[:, : continuation + 1]], dim=1)

@@ -181,7 +181,7 @@ INLINE Floats exponential(Floats x) {
     const __m512 octaves = bits<__m512>(larger(all(-200.0f), x * OCTAVES));
     const __m512 whole = _mm512_roundscale_ps(octaves, 0);
     const Floats power = power_of_two(bits<Floats>(_mm512_sub_ps(octaves, whole)));
-    // Zero instead of numbers below the normal ones, which take many times as long; NaN is not less than anything.
+    // Zero instead of denormal numbers, which take many times as long. NaN passes, because no comparison holds for it.
     const __mmask16 is_normal = _mm512_cmp_ps_mask(octaves, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);
     return bits<Floats>(_mm512_maskz_scalef_ps(is_normal, bits<__m512>(power), whole));
 #else

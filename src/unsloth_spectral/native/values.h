@@ -12,7 +12,8 @@
 namespace spectral {
 namespace {
 
-// The codes of a head's values in a run, whose streams go on from `carries` or, where that is null, from the tile before.
+// The codes of a head's values in a run, as stored: streams that go on from `carries` or, where that is null, from the
+// tile before.
 template <int NBITS>
 struct ValueStreams {
     static constexpr int STREAM = NBITS * ROW;
@@ -28,7 +29,7 @@ struct ValueStreams {
     }
 };
 
-// The codes of `count` dimensions from `first` on in a run, read before.
+// The codes of the dimensions from `first` on in a run, already read into `values`.
 struct ReadValues {
     const Bytes* values;
     int first;
@@ -78,12 +79,13 @@ INLINE void add_dimensions(Worker& w, const Source& source, int d0, int count, i
     }
     for (int r = 0; r < ROWS; ++r) {
         float* to = partials[row + r].coded + d0;
-        const Weighed& by = weighed[row + r];
-        store(to, load<Floats>(to) + (sums(totals[r]) - zero * by.sum) * by.worth);
+        const Weighed& share = weighed[row + r];
+        store(to, load<Floats>(to) + (sums(totals[r]) - zero * share.sum) * share.worth);
     }
 }
 
-// Adds the values of a run to all of `num_rows` rows. Where these are more than go together, codes are read once for all.
+// Adds the values of a run to all of `num_rows` rows. Codes are read once, before the products, if there are more than
+// ROWS_TOGETHER rows.
 template <int NBITS>
 void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const uint8_t* carries, int length,
                 int num_rows, const Weighed* weighed, const Partial* partials) {
@@ -96,7 +98,8 @@ void add_values(Worker& w, const uint8_t* streams, int64_t tile_stride, const ui
         const int count = std::min(LANES, dims - d0);
         const auto add = [&](const auto& source) {
             by_rows(num_rows, [&](auto rows, int row) {
-                add_dimensions<IS_ROUGH, decltype(rows)::value>(w, source, d0, count, tiles, zero, row, weighed, partials);
+                add_dimensions<IS_ROUGH, decltype(rows)::value>(w, source, d0, count, tiles, zero, row, weighed,
+                                                                partials);
             });
         };
         if (num_rows <= ROWS_TOGETHER) {

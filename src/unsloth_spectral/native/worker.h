@@ -90,7 +90,7 @@ struct Waves {
     std::vector<int32_t> heights;  // [row of a chunk, wave] heights in the mean's term, two integers of 16 bits each
 };
 
-// Calls function(constant, row) for the rows from 0 on, up to four at a time: the constant is how many.
+// Calls function(count, row) for the rows from 0 on, ROWS_TOGETHER or fewer at a time; `count` is a constant.
 template <typename Function>
 INLINE void by_rows(int num_rows, const Function& function) {
     int row = 0;

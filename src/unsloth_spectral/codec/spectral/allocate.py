@@ -113,11 +113,7 @@ class Budget:
         """``variances`` in the unit of the level: nats if there is a profile, else unchanged."""
         if self.profile is None:
             return variances.float()
-        sensitivities = torch.tensor(self.profile.key_sensitivities[layer], dtype=torch.float32, device="cpu")
-        if len(sensitivities) != len(variances):
-            # With tensor parallelism the profile is of all heads, and each process has some of them.
-            sensitivities = sensitivities.mean(0, keepdim=True)
-        return variances.float() * sensitivities.to(variances.device)[:, None]
+        return _weighted_by_head(variances.float(), self.profile.key_sensitivities[layer])
 
     def level_of(self, layer: int) -> float:
         """The water level of a layer that ``allocate`` has seen."""
@@ -172,14 +168,24 @@ class Budget:
         return ratio * torch.cat([by_layer[layer][0] for layer in layers])
 
 
+def _weighted_by_head(variances: Tensor, sensitivities: Sequence[float]) -> Tensor:
+    """``variances [H, D]`` float32 times their heads' ``sensitivities``, or times the mean of another number of them.
+
+    With tensor parallelism the profile is of all heads, and each process has some of them.
+    """
+    by_head = torch.tensor(sensitivities, dtype=torch.float32, device="cpu")
+    if len(by_head) != len(variances):
+        by_head = by_head.mean(0, keepdim=True)
+    return variances * by_head.to(variances.device)[:, None]
+
+
 @lru_cache(maxsize=4)
 def _profile_variances(profile: ModelProfile) -> list[tuple[Tensor, float]]:
     """For each layer, the profile's key variances, weighted, and their unweighted sum."""
     by_layer = []
-    for weights, numbers in zip(profile.key_sensitivities, profile.key_variances, strict=True):
-        variances = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(len(weights), -1)
-        weighted = variances * torch.tensor(weights, dtype=torch.float32, device="cpu")[:, None]
-        by_layer.append((weighted.flatten(), float(variances.sum())))
+    for sensitivities, numbers in zip(profile.key_sensitivities, profile.key_variances, strict=True):
+        variances = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(len(sensitivities), -1)
+        by_layer.append((_weighted_by_head(variances, sensitivities).flatten(), float(variances.sum())))
     return by_layer
 
 

@@ -63,11 +63,18 @@ def hide(
         )
     text = _tokens(loaded, document, room)
     start = generator.randrange(text.shape[1] - room + 1)
-    stops = [start, *(start + round(depth * room) for depth in depths), start + room]
-    pieces = [opening]
-    for index, ids in enumerate(hidden):
-        pieces += [text[:, stops[index] : stops[index + 1]], ids]
-    return torch.cat([*pieces, text[:, stops[-2] : stops[-1]]], dim=1)
+    places = [round(depth * room) for depth in depths]
+    return torch.cat([opening, inserted(text[:, start : start + room], hidden, places)], dim=1)
+
+
+def inserted(text: Tensor, pieces: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """``text [1, n]`` with each of ``pieces [1, m]`` before the token at its place, ``[1, n + all m]``.
+
+    ``places`` ascend, from 0 to ``n``.
+    """
+    stops = [0, *places]
+    joined = [part for i, piece in enumerate(pieces) for part in (text[:, stops[i] : stops[i + 1]], piece)]
+    return torch.cat([*joined, text[:, stops[-1] :]], dim=1)
 
 
 def _tokens(loaded: LoadedModel, document: str | None, needed: int) -> Tensor:
