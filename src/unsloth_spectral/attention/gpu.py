@@ -253,7 +253,7 @@ def _prepare(block: SpectralBlock) -> _Coded:
     fixed, turning = _rotation(codes, key_dim)
     mean = _strided(codes.mean, 1)
     # Slices of a block are views: batches, tiles and heads come with their strides.
-    vectors, vector_scales = _strided(codes.vectors, 1), _strided(codes.vector_scales, 1)
+    vectors, vector_scales = _basis(codes, device), _strided(codes.vector_scales, 1)
     basis = (*vectors, *vector_scales, *mean, heads, fixed, *_anchors(codes, key_dim))
     arguments = (
         *_strided(codes.streams, 2),
@@ -278,6 +278,14 @@ def _prepare(block: SpectralBlock) -> _Coded:
         "VALUE_STEPS": values.STEPS_PER_OCTAVE,
     }
     return _Coded(basis, arguments, num_pairs, any(codes.spans), constants)
+
+
+def _basis(codes: KeyCodes, device: torch.device) -> tuple[Any, ...]:
+    """The basis, the stride of its batches, and each component's row of it."""
+    if codes.rows is not None:
+        return codes.rows.basis.on(device).vectors, 0, codes.rows.numbers(device)
+    vectors, stride = _strided(codes.vectors, 1)
+    return vectors, stride, torch.arange(vectors.shape[1], dtype=torch.int32, device=device)
 
 
 def _strided(tensor: Tensor, leading: int) -> tuple[Any, ...]:

@@ -138,6 +138,7 @@ def project(
     query,
     vectors,
     vectors_batch,
+    vector_rows,
     vector_scales,
     vector_scales_batch,
     mean,
@@ -170,6 +171,7 @@ def project(
     slots = begin + tl.arange(0, CHUNK)
     is_slot = slots < tl.load(heads + head * 2 + 1)
     number = tl.load(heads + head * 2) + slots
+    vector = tl.load(vector_rows + number, mask=is_slot, other=0).to(tl.int64)
     result = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
     constant = tl.zeros([ROWS], dtype=tl.float32)
     for first in range(0, key_dim, CHUNK):
@@ -188,7 +190,7 @@ def project(
         start_imaginary = tl.load(start + 1, mask=is_dim, other=0.0)
         cosine, sine = _rotation_of(tile * TILE, step, start_real, start_imaginary)
         unrotated = query_chunk * cosine[None, :] + across * sine[None, :]
-        row = vectors + batch * vectors_batch + number[None, :] * key_dim + dims[:, None]
+        row = vectors + batch * vectors_batch + vector[None, :] * key_dim + dims[:, None]
         result += _dot_codes(unrotated, tl.load(row, mask=is_slot[None, :] & is_dim[:, None], other=0))
         is_fixed = tl.load(fixed + dims, mask=is_dim, other=0) != 0
         fixed_mean = tl.load(means + dims, mask=is_dim & is_fixed, other=0.0).to(tl.float32)

@@ -1,6 +1,5 @@
 """``unsloth-spectral profile``."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -22,7 +21,7 @@ def command(
     """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.profile import facts_of, measure_profile
-    from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, save_profile
+    from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, profile_to_json, save_profile
 
     check_outputs(json_file)
     with progress_shown() as report:
@@ -31,6 +30,6 @@ def command(
         measured = measure_profile(loaded, on_progress=report)
     facts = facts_of(loaded)
     out.print(reports.profile_table(loaded.name, measured))
-    write_json({**asdict(measured), **facts}, json_file)
+    write_json({**profile_to_json(measured), **facts}, json_file)
     path = save_profile(loaded.model, measured, facts)
     err.print(f"profile written to {plain(path)}", highlight=False, soft_wrap=True)

@@ -1,10 +1,13 @@
 """A model's profile: the KL divergence from errors in each layer and head, measured by eval/profile.py."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.fields import Field, Fields
 
 
@@ -15,11 +18,13 @@ class ModelProfile:
     key_sensitivities: for each layer and head, KL in nats per unit of score variance that its keys lose.
     key_variances: for each layer, the variances of its keys' components in the scores, head by head: an estimate for
         layers that are still to be sealed.
+    bases: for each layer, the basis that its keys share over texts; empty if none was measured.
     """
 
     value_sensitivities: tuple[float, ...]
     key_sensitivities: tuple[tuple[float, ...], ...]
     key_variances: tuple[tuple[float, ...], ...]
+    bases: tuple[ModelBasis, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -30,7 +35,15 @@ class ModelProfile:
         """True if every table has a row for each layer, and the variances are of as many heads as the sensitivities."""
         rows = zip(self.key_sensitivities, self.key_variances, strict=False)
         fits = all(heads and variances and len(variances) % len(heads) == 0 for heads, variances in rows)
+        fits = fits and len(self.bases) in (0, self.num_layers)
         return fits and self.num_layers == len(self.key_sensitivities) == len(self.key_variances)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits, a hash of all that is measured."""
+        names = [basis.digest for basis in self.bases]
+        measured = (self.value_sensitivities, self.key_sensitivities, self.key_variances, names)
+        return hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:16]
 
     def to_fields(self) -> dict[str, Field]:
         # As tensors: the variances are thousands of numbers.
@@ -38,6 +51,7 @@ class ModelProfile:
             "value_sensitivities": _numbers(self.value_sensitivities),
             "key_sensitivities": [_numbers(heads) for heads in self.key_sensitivities],
             "key_variances": [_numbers(variances) for variances in self.key_variances],
+            "bases": [basis.to_fields() for basis in self.bases],
         }
 
     @classmethod
@@ -47,7 +61,8 @@ class ModelProfile:
             [tuple(row.tolist()) for row in fields.tensors(name, torch.float64, (None,), on_host=True)]
             for name in ("key_sensitivities", "key_variances")
         )
-        profile = cls(tuple(values.tolist()), tuple(keys), tuple(variances))
+        bases = tuple(ModelBasis.from_fields(basis) for basis in fields.subs("bases"))
+        profile = cls(tuple(values.tolist()), tuple(keys), tuple(variances), bases)
         fields.require(profile.is_consistent, f"sensitivities and variances of the heads of {num_layers} layers")
         return profile
 

@@ -17,9 +17,11 @@ from unsloth_spectral.eval.agreement import compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.environment import environment
 from unsloth_spectral.eval.head_damages import head_damages
+from unsloth_spectral.eval.kinds_of_text import texts_by_kind
+from unsloth_spectral.eval.model_bases import measure_bases
 from unsloth_spectral.eval.progress import OnProgress
 from unsloth_spectral.eval.recall_text import recall_text
-from unsloth_spectral.eval.tasks.asking import continue_on, fill
+from unsloth_spectral.eval.tasks.asking import continue_on, fill, ids_of, positions_of
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache, dense_cache
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
 from unsloth_spectral.integrations.models import LoadedModel
@@ -32,6 +34,8 @@ PREFIX, CONTINUATION = 2048, 128
 # Texts that repeat facts, and the weight of their damages beside those of the other texts. The few heads that find far
 # tokens again hardly matter in other texts.
 NUM_RECALLS, RECALL_WEIGHT = 2, 0.05
+# Of each text of the bases, at most.
+BASIS_TOKENS = 1024
 # About one bit each for keys and values.
 _COARSE = SpectralConfig(bits_per_element=1.2)
 # As a share of the mean, so that a head that did not matter in these texts still gets some bits.
@@ -70,7 +74,7 @@ class _Measured:
 def facts_of(loaded: LoadedModel) -> dict[str, Any]:
     """Facts about the measurement, ready for JSON, to be stored beside the profile of ``loaded``."""
     texts = {"starts": STARTS, "prefix": PREFIX, "continuation": CONTINUATION}
-    recalls = {"recalls": NUM_RECALLS, "recall_weight": RECALL_WEIGHT}
+    recalls = {"recalls": NUM_RECALLS, "recall_weight": RECALL_WEIGHT, "basis_tokens": BASIS_TOKENS}
     return {"model": loaded.name, "texts": {**texts, **recalls}, "environment": environment()}
 
 
@@ -102,7 +106,7 @@ def measure_profile(
     KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn; gradients divide the damage of a
     layer's keys among its heads. Figures are means over the texts that begin at tokens ``starts`` of ``document``
     (None: the default one). Texts that repeat facts from everywhere in their prefix, measured by gradients alone, are
-    added with a small weight.
+    added with a small weight. Bases for the keys come from texts of many kinds.
 
     Raises:
         LoadError: the document is too short.
@@ -124,11 +128,16 @@ def measure_profile(
     )
     values = _with_recalls(prose.value_damages, recall.value_damages)
     keys = _with_recalls(prose.key_sensitivities, recall.key_sensitivities)
+    kinds = texts_by_kind(loaded.tokenizer.decode(texts[0][0]))
+    most = min(BASIS_TOKENS, positions_of(loaded) or BASIS_TOKENS)
+    basis_texts = [ids_of(loaded, text)[:, :most] for text in kinds.values()]
+    bases = measure_bases(loaded, basis_texts, on_progress)
     least = max(_LEAST_SENSITIVITY * float(torch.cat(keys).mean()), torch.finfo(torch.float32).tiny)
     return ModelProfile(
         tuple(map(float, values)),
         tuple(tuple(heads.clamp_min(least).tolist()) for heads in keys),
         tuple(tuple(variances.tolist()) for variances in prose.variances),
+        bases,
     )
 
 

@@ -24,7 +24,8 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(const uint8_t*, streams)      /* [batch, tile, row, 16 bytes] */                                          \
     FIELD(const uint8_t*, carries)      /* [batch, component] the bytes before the first tile */                    \
     FIELD(const uint8_t*, scales)       /* [batch, tile, component] */                                              \
-    FIELD(const int8_t*, vectors)       /* [batch, component, dim] */                                               \
+    FIELD(const int8_t*, vectors)       /* [batch, component, dim], or the rows of the model's basis, [row, dim] */ \
+    FIELD(const int32_t*, rows)         /* [component] each one's row of the model's basis; null for own vectors */ \
     FIELD(const float*, vector_scales)  /* [batch, component] */                                                    \
     FIELD(const uint16_t*, mean)        /* [batch, head, dim] half precision */                                     \
     FIELD(const int32_t*, counts)       /* [head, 9]: components of each width */                                   \

@@ -50,6 +50,7 @@ class CodedKeys(_Structure):
         ("carries", c_void_p),
         ("scales", c_void_p),
         ("vectors", c_void_p),
+        ("rows", c_void_p),
         ("vector_scales", c_void_p),
         ("mean", c_void_p),
         ("counts", c_void_p),

@@ -23,8 +23,16 @@ inline std::vector<bool> dimensions_of_pairs(const Rotation& rotation, int64_t p
     return is_rotary;
 }
 
+// The vectors of a head's components.
+struct Vectors {
+    const int8_t* all;
+    const int32_t* rows;  // of each component in `all`; null if component follows component
+
+    const int8_t* at(int i, int64_t key_dim) const { return all + (rows ? rows[i] : i) * key_dim; }
+};
+
 // The columns of `dims` as bytes, four dimensions to a lane: [dims / 4, component]. 128 is added to each number.
-inline void take_columns(std::vector<uint8_t>& columns, const std::vector<int32_t>& dims, const int8_t* vectors,
+inline void take_columns(std::vector<uint8_t>& columns, const std::vector<int32_t>& dims, const Vectors& vectors,
                          int64_t key_dim, int count, int width) {
     const int num_dims = static_cast<int>(dims.size()), quads = (num_dims + 3) / 4;
     columns.assign(static_cast<size_t>(quads) * width * 4, 128);
@@ -36,14 +44,14 @@ inline void take_columns(std::vector<uint8_t>& columns, const std::vector<int32_
         if (present == 4 && from[1] == from[0] + 1 && from[2] == from[0] + 2 && from[3] == from[0] + 3) {
             for (int i = 0; i < count; ++i) {
                 uint32_t together;
-                std::memcpy(&together, vectors + i * key_dim + from[0], 4);
+                std::memcpy(&together, vectors.at(i, key_dim) + from[0], 4);
                 together ^= 0x80808080u;
                 std::memcpy(to + 4 * i, &together, 4);
             }
         } else {
             for (int i = 0; i < count; ++i)
                 for (int j = 0; j < present; ++j)
-                    to[4 * i + j] = static_cast<uint8_t>(vectors[i * key_dim + from[j]] + 128);
+                    to[4 * i + j] = static_cast<uint8_t>(vectors.at(i, key_dim)[from[j]] + 128);
         }
     }
 }
@@ -133,7 +141,7 @@ INLINE void rotate_back(const float* a, const float* b, const float* c, const fl
 }
 
 // Prepares the projection of a head's queries, and projects the dimensions that no anchor un-rotates.
-void start_projection(Worker& w, const Rotation& rotation, int64_t b, const int8_t* vectors,
+void start_projection(Worker& w, const Rotation& rotation, int64_t b, const Vectors& vectors,
                       const float* vector_scales) {
     Projection& projection = w.projection;
     const int dims = static_cast<int>(w.call.key_dim), count = w.components.count, width = w.components.width;

@@ -30,8 +30,10 @@ void start_block(Worker& w, const Block& block, int64_t b, int64_t h) {
     w.projection.scaled.assign(ROWS_TOGETHER * w.components.width, 0.0f);
     for (auto& weights : w.projection.weights) weights.assign(ROWS_TOGETHER * w.components.width / 4, 0);
     const int64_t first_component = b * block.keys.num_components + w.components.first;
-    start_projection(w, rotation, b, block.keys.vectors + first_component * call.key_dim,
-                     block.keys.vector_scales + first_component);
+    const Vectors vectors = block.keys.rows
+                                ? Vectors{block.keys.vectors, block.keys.rows + w.components.first}
+                                : Vectors{block.keys.vectors + first_component * call.key_dim, nullptr};
+    start_projection(w, rotation, b, vectors, block.keys.vector_scales + first_component);
     read_mean(w, block, b, h);
     const float* mean = w.mean.data();
     const std::vector<bool> rotates = dimensions_of_pairs(rotation, 0, call.key_dim);

@@ -144,7 +144,7 @@ def test_scales_are_unbiased(nbits: int, assert_close: Callable[..., None]) -> N
     keys, _ = dense_keys(256, 16, 1, "none")
     encoded_keys, plan, x, metric = encoded(keys, None, "none", nbits)
     exact = x @ codec.projection((plan.vectors.float() * plan.row_scales)[:, None], metric)
-    stored = encoded_keys.components()[0] * plan.tops[:, None]
+    stored = encoded_keys.components()[0] * (plan.vector_scales / plan.row_scales)[:, None]
     both = (exact.mT * stored).unflatten(-1, (-1, 128)).sum(-1)
     ratio = both / exact.mT.square().unflatten(-1, (-1, 128)).sum(-1)
     assert_close(ratio, torch.ones_like(ratio), 0.35 / 32 + 1e-4)
@@ -222,7 +222,7 @@ def test_appended_keys_follow(frame: str, assert_close: Callable[..., None]) -> 
     first, plan, _, _ = encoded(keys, rotation, frame, uneven_widths(HEADS, 16))
     second, same, _, _ = encoded(later, then, frame, plan=plan, mean=first.mean, carries=first.carries_at(256))
     assert same.vectors is plan.vectors
-    assert same.tops is plan.tops
+    assert same.vector_scales is plan.vector_scales is second.vector_scales
     joined = first.append(second)
     assert joined.num_tokens == 392
     assert_close(joined.reconstruct(), torch.cat([first.reconstruct(), second.reconstruct()], -2), 1e-3)

@@ -37,7 +37,7 @@ class LayerShape:
     @property
     def component_bytes(self) -> int:
         """What a component of the keys takes beside its codes: a row of the basis, its scale, the groups' scales."""
-        return KeyCodes.bytes_per("components", self._key_sizes)
+        return KeyCodes.bytes_per("components", self._key_sizes) + KeyCodes.bytes_per("vectors", self._key_sizes)
 
     @property
     def bit_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """The spectral codec: one water level for the keys of all layers, one basis for the blocks of each."""
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from unsloth_spectral.codec.block import Block, ExactBlock, SealedBlock
 from unsloth_spectral.codec.codec import Codec, LayerCodec
 from unsloth_spectral.codec.config import GROUP_SIZE, PRESETS, SpectralConfig
+from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.codec.observed import Observed
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral import keys as key_codec
@@ -27,6 +29,8 @@ from unsloth_spectral.rope import join_in_kind, spans_of
 # Tokens sealed while decoding get their own basis if that lowers their error by this factor: for a block of 512 tokens
 # a basis costs as much as 0.7 bits per element, and these would lower the error 2.6 times.
 _WORTH_A_BASIS = 3.0
+# The first tokens of a layer get the model's basis without a look at one of their own if they are fewer.
+_LEAST_TOKENS_OF_A_BASIS = 1024
 
 
 class SpectralCodec(Codec):
@@ -37,6 +41,7 @@ class SpectralCodec(Codec):
         budget: for the keys of all layers or, with a profile, for keys and values.
         short_budget: the same for prefills shorter than a block.
         value_nbits: width of all values; None with a profile, by which the budget decides.
+        on_statistics: called with the number of a layer and the statistics of the keys that it seals, or None.
     """
 
     name = "spectral"
@@ -53,8 +58,15 @@ class SpectralCodec(Codec):
         if profile is None:
             self.value_nbits = uniform_value_width(config.target_bits)
             bits -= self.value_nbits
-        self.config = config
+        self.config, self._profile = config, profile
+        self.on_statistics: Callable[[int, KeyStatistics], None] | None = None
         self.budget, self.short_budget = Budget(bits, num_layers, profile), Budget(bits, num_layers, profile)
+
+    def basis_of(self, layer: int, run: KeyStatistics) -> ModelBasis | None:
+        """The model's basis for the keys of ``run``; None if the profile has none, or one of other heads."""
+        bases = () if self._profile is None else self._profile.bases
+        fits = bool(bases) and bases[layer].shape == (run.x.shape[1], run.x.shape[-1])
+        return bases[layer] if fits else None
 
     def layer(self, number: int) -> "SpectralLayerCodec":
         return SpectralLayerCodec(self, number)
@@ -70,7 +82,9 @@ class SpectralCodec(Codec):
 class SpectralLayerCodec(LayerCodec):
     """One layer. The prefill's mean and basis serve later blocks too, while they capture the energy of their keys.
 
-    A prefill shorter than a block spends so many bits on its basis that it can pay for few components. Later blocks,
+    With a profile the first tokens take the model's basis, unless one of their own would save more bits than it takes.
+
+    Without one, a prefill shorter than a block spends so many bits on its basis that it can pay for few components. Later blocks,
     with more tokens, can pay for more, so neither that basis nor its water level serves them.
     """
 
@@ -85,8 +99,7 @@ class SpectralLayerCodec(LayerCodec):
     @property
     def nbytes(self) -> int:
         # The blocks count the rest of the plan, the mean and the largest scale.
-        tensors = () if self._plan is None else (self._plan.row_scales, self._plan.tops, *(self._ends or ()))
-        return storage_bytes(*(tensor for tensor in tensors if tensor is not None))
+        return 0 if self._plan is None else storage_bytes(self._plan.row_scales, *(self._ends or ()))
 
     def unit(self, is_first: bool) -> int:
         return GROUP_SIZE if is_first else self._codec.config.block_size
@@ -94,23 +107,23 @@ class SpectralLayerCodec(LayerCodec):
     def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
         config = self._codec.config
         spans = spans_of(observed.rotation)
-        metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], spans)
-        run = KeyStatistics.of(tokens.keys, metric, observed.rotation, spans, self._mean, real)
-        basis = run.basis()
-        keys, plan = self._encode_keys(run, basis, tokens.values)
+        run = KeyStatistics.of(tokens.keys, self._metric(tokens, observed), observed.rotation, spans, self._mean, real)
+        if self._codec.on_statistics is not None:
+            self._codec.on_statistics(self._number, run)
+        keys, plan = self._encode_keys(run, tokens.values)
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
         largest, carries = (self._largest, self._ends and self._ends[1]) if is_by_plan else (None, None)
-        values = value_codec.encode(tokens.values, self._value_nbits(run), largest, carries)
+        values = value_codec.encode(tokens.values, self._value_nbits(run, plan), largest, carries)
         limit = config.error_limit
         if limit is not None:
-            keys, plan = self._keys_within(limit, run, basis, keys, plan)
+            keys, plan = self._keys_within(limit, run, keys, plan)
             values = _values_within(limit, tokens.values, values)
             if max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
                 return None
         block = SpectralBlock(keys, values, tokens.keys.dtype)
         # The plan of a row that is padding alone cannot serve its later tokens.
         is_of_all_rows = bool(run.has_tokens.all())
-        if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run):
+        if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run, plan):
             self._plan, self._mean, self._largest = plan, run.mean, values.largest
         if self._plan is not None and keys.vectors is self._plan.vectors:
             self._ends = keys.carries_at(block.num_tokens), values.carries_at(block.num_tokens)
@@ -119,7 +132,8 @@ class SpectralLayerCodec(LayerCodec):
     def join(self, last: Block, new: Block) -> Block | None:
         if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
             return None
-        same_keys = last.keys.vectors is new.keys.vectors and last.keys.spans == new.keys.spans
+        # Scales are those of the plan, so they are one object where the plan is one.
+        same_keys = last.keys.vector_scales is new.keys.vector_scales and last.keys.spans == new.keys.spans
         same_values = last.values.nbits == new.values.nbits and last.values.largest is new.values.largest
         fills_groups = last.num_tokens % GROUP_SIZE == 0
         if not same_keys or not same_values or not fills_groups:
@@ -136,8 +150,7 @@ class SpectralLayerCodec(LayerCodec):
         plan, mean, largest = self._plan, self._mean, self._largest
         if plan is None or mean is None or largest is None:
             return
-        tops = None if plan.tops is None else function(plan.tops)
-        self._plan = replace(plan.map_tensors(function), tops=tops)
+        self._plan = plan.map(function)
         self._mean, self._largest = function(mean), function(largest)
         self._ends = self._ends and (function(self._ends[0]), function(self._ends[1]))
 
@@ -166,35 +179,88 @@ class SpectralLayerCodec(LayerCodec):
             key_ends = fields.tensor("key_ends", torch.uint8, (shape.batch, components))
             self._ends = key_ends, fields.tensor("value_ends", torch.uint8, (*rows, shape.value_dim))
 
-    def _encode_keys(self, run: KeyStatistics, basis: Basis, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
+    def _metric(self, tokens: ExactBlock, observed: Observed) -> Tensor:
+        """The queries' metric; for later tokens in the model's basis, the one under which that is orthonormal."""
+        if self._plan is not None and self._plan.rows is not None:
+            return self._plan.rows.basis.on(tokens.keys.device).metric
+        return metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], spans_of(observed.rotation))
+
+    def _encode_keys(self, run: KeyStatistics, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
         """Encode the keys in the basis of earlier blocks or, if it does not suit every row, in a basis of their own."""
+        if self._plan is None:
+            return key_codec.encode(run, self._first_plan(run, values))
+        if self._plan.rows is not None:
+            return key_codec.encode(run, self._plan, self._ends and self._ends[0])
+        basis = run.basis()
         if not bool(run.has_tokens.any()):
-            # All rows are padding: there is no variance to allocate bits by.
-            widths, level = torch.zeros_like(run.over_tokens(basis.variances), dtype=torch.int64), 1.0
-        elif self._plan is None:
-            budget, elements = self._budget(run), values.shape[1] * values.shape[-1]
-            variances = run.over_tokens(basis.variances)
-            fixed_cost = self._fixed_cost(run, values.shape[-1])
-            widths = budget.allocate(self._number, variances, self._first_bit_cost(run), fixed_cost, elements)
-            level = budget.level_of(self._number)
-        else:
-            level = self._plan.level
-            widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
-            keys, plan = key_codec.encode(run, self._plan, self._ends and self._ends[0])
-            # Row by row: an average over rows would hide a row that the basis does not suit.
-            lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
-            expected = key_codec.expected_error(basis.variances, widths).sum(-1)
-            if bool((lost <= _WORTH_A_BASIS * expected).all()):
-                return keys, plan
+            return key_codec.encode(run, _empty_plan(run, basis))
+        level = self._plan.level
+        widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
+        keys, plan = key_codec.encode(run, self._plan, self._ends and self._ends[0])
+        # Row by row: an average over rows would hide a row that the basis does not suit.
+        lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
+        expected = key_codec.expected_error(basis.variances, widths).sum(-1)
+        if bool((lost <= _WORTH_A_BASIS * expected).all()):
+            return keys, plan
         return key_codec.encode(run, key_codec.plan(basis, widths, level))
 
+    def _first_plan(self, run: KeyStatistics, values: Tensor) -> KeyPlan:
+        """The plan of a layer's first tokens: in the model's basis or, if that pays, in one of their own."""
+        if not bool(run.has_tokens.any()):
+            # All rows are padding: there is no variance to allocate bits by.
+            return _empty_plan(run, run.basis())
+        shared = self._codec.basis_of(self._number, run)
+        if shared is not None:
+            matrices = shared.on(run.x.device)
+            variances = run.variances_in(matrices.rows, matrices.inverse)
+            widths, level = self._allocate(self._codec.budget, run, variances, values, has_vectors=False)
+            plan = key_codec.plan_of_model(shared, widths, level, run.x)
+            if run.num_tokens < _LEAST_TOKENS_OF_A_BASIS or not self._is_own_basis_worth(run, variances, plan):
+                return plan
+            self._codec.budget.forget(self._number)
+        basis = run.basis()
+        budget = self._codec.short_budget if self._is_short(run) else self._codec.budget
+        widths, level = self._allocate(budget, run, basis.variances, values)
+        return key_codec.plan(basis, widths, level)
+
+    def _allocate(
+        self, budget: Budget, run: KeyStatistics, variances: Tensor, values: Tensor, has_vectors: bool = True
+    ) -> tuple[Tensor, float]:
+        """Widths ``[H, D]`` of components of ``variances [B, H, D]``, and their level."""
+        first_bit_cost = self._first_bit_cost(run, has_vectors)
+        fixed_cost, elements = self._fixed_cost(run, values.shape[-1]), values.shape[1] * values.shape[-1]
+        widths = budget.allocate(self._number, run.over_tokens(variances), first_bit_cost, fixed_cost, elements)
+        return widths, budget.level_of(self._number)
+
+    def _is_own_basis_worth(self, run: KeyStatistics, variances: Tensor, plan: KeyPlan) -> bool:
+        """True if a basis of their own would save more bits than it takes: ``variances [B, H, D]`` are those of the
+        components in the model's basis.
+
+        At equal error a Gaussian takes log2(1 + variance / noise) / 2 bits in each component (Cover & Thomas, theorem
+        10.3.3), and in a basis of its own the sum of these logarithms is that of a determinant.
+        """
+        if not bool(run.has_tokens.all()):
+            return False
+        # A bit more lowers the noise by 2 ln 2 times the noise, which is what the level asks for.
+        noise = plan.level / (2 * math.log(2)) / self._codec.budget.weighted(self._number, torch.ones_like(variances[0]))
+        in_model = (1 + variances / noise).log2().sum(-1)
+        root = torch.linalg.cholesky_ex(run.metric).L
+        own = root.mT @ run.covariance @ root / noise[..., None]
+        own.diagonal(dim1=-2, dim2=-1).add_(1)
+        factor = torch.linalg.cholesky_ex((own + own.mT) / 2).L
+        in_own = 2 * factor.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(factor.dtype).tiny).log2().sum(-1)
+        saved = float((in_model - in_own).sum()) / 2 * run.num_tokens
+        sizes = key_codec.key_sizes(len(run.x), run.x.shape[-1], plan.widths)
+        return saved > 8 * (KeyPlan.bytes_of("vectors", sizes) + KeyPlan.bytes_of("row_scales", sizes))
+
     def _keys_within(
-        self, limit: float, run: KeyStatistics, basis: Basis, keys: KeyCodes, plan: KeyPlan
+        self, limit: float, run: KeyStatistics, keys: KeyCodes, plan: KeyPlan
     ) -> tuple[KeyCodes, KeyPlan]:
         """Raise the widths bit by bit until the error is within the limit or every component has eight bits."""
-        widths, level = None, plan.level
+        widths, level, basis = None, plan.level, None
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):
             level /= 4
+            basis = run.basis() if basis is None else basis
             widths = self._widths_at(level, run, basis, 1.0)
             keys, plan = key_codec.encode(run, key_codec.plan(basis, widths, level))
         return keys, plan
@@ -203,26 +269,28 @@ class SpectralLayerCodec(LayerCodec):
         variances = self._codec.budget.weighted(self._number, run.over_tokens(basis.variances))
         return widths_at(level, variances, first_bit_cost)
 
-    def _value_nbits(self, run: KeyStatistics) -> int:
+    def _value_nbits(self, run: KeyStatistics, plan: KeyPlan) -> int:
         if self._codec.value_nbits is not None:
             return self._codec.value_nbits
-        return self._budget(run).value_nbits_of(self._number) if bool(run.has_tokens.any()) else 1
+        if not bool(run.has_tokens.any()):
+            return 1
+        is_short = self._plan is None and self._is_short(run, plan)
+        budget = self._codec.short_budget if is_short else self._codec.budget
+        return budget.value_nbits_of(self._number)
 
-    def _budget(self, run: KeyStatistics) -> Budget:
-        is_short = self._plan is None and self._is_short(run)
-        return self._codec.short_budget if is_short else self._codec.budget
+    def _is_short(self, run: KeyStatistics, plan: KeyPlan | None = None) -> bool:
+        """True if a basis of their own costs these tokens so much that later ones should get another."""
+        return run.num_tokens < self._codec.config.block_size and (plan is None or plan.rows is None)
 
-    def _is_short(self, run: KeyStatistics) -> bool:
-        return run.num_tokens < self._codec.config.block_size
-
-    def _first_bit_cost(self, run: KeyStatistics) -> float:
+    def _first_bit_cost(self, run: KeyStatistics, has_vectors: bool = True) -> float:
         """Bits per token of a component's first bit, which also pays for its scales, its carry, its row of the basis
-        and, if the plan is kept, two float32 numbers and the byte that the next block's stream goes on from."""
-        sizes, plan_bytes = self._key_sizes(run), 0
-        if not self._is_short(run):
-            one = {**sizes, "components": 1}
-            plan_bytes = 2 * KeyPlan.bytes_of("row_scales", one) + KeyCodes.bytes_of("carries", one)
-        return 1 + 8 * (KeyCodes.bytes_per("components", sizes) + plan_bytes) / run.num_tokens
+        (``has_vectors``) and, if the plan is kept, the scale of that row and the byte that the next block's stream goes
+        on from."""
+        one = {**self._key_sizes(run), "components": 1, "vectors": int(has_vectors)}
+        nbytes = KeyCodes.bytes_per("components", one) + KeyCodes.bytes_of("vectors", one)
+        if not has_vectors or run.num_tokens >= self._codec.config.block_size:
+            nbytes += KeyPlan.bytes_of("row_scales", one) + KeyCodes.bytes_of("carries", one)
+        return 1 + 8 * nbytes / run.num_tokens
 
     def _fixed_cost(self, run: KeyStatistics, value_dim: int) -> float:
         """Bits per token besides the widths: the keys' mean, this layer's share of the positions, the values' scales
@@ -241,6 +309,11 @@ class SpectralLayerCodec(LayerCodec):
         """The sizes of one row's codes, without components."""
         _, heads, num_tokens, head_dim = run.x.shape
         return key_codec.key_sizes(1, head_dim, ((),) * heads, num_tokens)
+
+
+def _empty_plan(run: KeyStatistics, basis: Basis) -> KeyPlan:
+    widths = torch.zeros(basis.variances.shape[1:], dtype=torch.int64, device=run.x.device)
+    return key_codec.plan(basis, widths, 1.0)
 
 
 def _values_within(limit: float, values: Tensor, codes: ValueCodes) -> ValueCodes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.config import GROUP_SIZE
+from unsloth_spectral.codec.model_basis import BasisRows, ModelBasis, Places, row_numbers
 from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, last_bytes, num_tiles, pack, unpack
@@ -38,7 +39,7 @@ class KeyCodes(StoredTensors):
         streams: ``[B, tiles, sum of widths, 16]`` uint8, see ``packing``.
         carries: ``[B, C]`` uint8, the bytes that the streams go on from.
         scales: ``[B, tiles, C]`` uint8, see ``scales``; the tokens of a tile share a scale.
-        vectors: ``[B, C, D]`` int8, the basis.
+        vectors: ``[B, C, D]`` int8, the basis; ``[B, 0, D]`` if it is the model's.
         vector_scales: ``[B, C, 1]`` float32, of the basis rows, times the largest scale of each component.
         mean: ``[B, H, D]`` float16, un-rotated.
         relative_error: ``[B, H]`` float16, under the query metric.
@@ -46,12 +47,13 @@ class KeyCodes(StoredTensors):
         num_tokens: the number of tokens.
         rotation: the tokens' positions; None for a model without rotary embeddings.
         spans: of the anchors that the components are un-rotated by, see ``rope.anchors``.
+        rows: the components' rows of the model's basis; None if the basis is the keys' own.
     """
 
     streams: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "rows", ROW_BYTES))]
     carries: Annotated[Tensor, Stored(torch.uint8, ("batch", "components"))]
     scales: Annotated[Tensor, Stored(torch.uint8, ("batch", "tiles", "components"))]
-    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
+    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "vectors", "key_dim"))]
     vector_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "components", 1))]
     mean: Annotated[Tensor, Stored(torch.float16, ("batch", "heads", "key_dim"))]
     relative_error: Annotated[Tensor, Stored(torch.float16, ("batch", "heads"), is_statistic=True)]
@@ -59,6 +61,7 @@ class KeyCodes(StoredTensors):
     num_tokens: int
     rotation: Rotation | None
     spans: Spans
+    rows: BasisRows | None = None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -69,6 +72,11 @@ class KeyCodes(StoredTensors):
         """Bits per token of all heads together, without metadata."""
         return sum(map(sum, self.widths))
 
+    @property
+    def basis_vectors(self) -> Tensor:
+        """The basis, ``[B, C, D]`` int8 or, if it is the model's, ``[1, C, D]``."""
+        return self.vectors if self.rows is None else self.rows.vectors(self.vectors.device)
+
     def components(self) -> tuple[Tensor, Tensor]:
         """Coefficients ``[B, H, K, num_tokens]`` and their basis ``[B, H, K, D]``, both float32.
 
@@ -77,7 +85,7 @@ class KeyCodes(StoredTensors):
         widths = flat_widths(self.widths)
         scales = decode_scales(self.scales.mT, STEPS_PER_OCTAVE)
         coefficients = dequantize(unpack(self.streams, self.carries, widths), widths, scales)
-        basis = self.vectors.float() * self.vector_scales
+        basis = self.basis_vectors.float() * self.vector_scales
         return _by_head(coefficients, self.widths)[..., : self.num_tokens], _by_head(basis, self.widths)
 
     def reconstruct(self) -> Tensor:
@@ -160,35 +168,42 @@ class KeyCodes(StoredTensors):
     def to_fields(self) -> dict[str, Field]:
         rotation = None if self.rotation is None else self.rotation.to_fields()
         more: dict[str, Field] = {"widths": self.widths, "num_tokens": self.num_tokens, "spans": self.spans}
-        return {**self.tensors_to_fields(), **more, "rotation": rotation}
+        rows = None if self.rows is None else self.rows.to_fields()
+        return {**self.tensors_to_fields(), **more, "rotation": rotation, "rows": rows}
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyCodes":
         widths, num_tokens, rotation = _widths_of(fields, shape), fields.integer("num_tokens", 1), None
+        rows = _rows_of(fields, shape, widths)
         if fields.has("rotation"):
             rotation = Rotation.from_fields(fields.sub("rotation"), shape.key_dim, shape.batch, num_tokens)
-        tensors = cls.tensors_from_fields(fields, key_sizes(shape.batch, shape.key_dim, widths, num_tokens))
+        sizes = key_sizes(shape.batch, shape.key_dim, widths, num_tokens, rows is None)
+        tensors = cls.tensors_from_fields(fields, sizes)
         spans = fields.integers("spans")
         fields.require(len(spans) == (0 if rotation is None else rotation.num_pairs), "a span for each rotary pair")
         fields.require({0, 1, SPAN}.issuperset(spans), f"spans among 0, 1 and {SPAN}")
-        return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, spans=spans)
+        return cls(**tensors, widths=widths, num_tokens=num_tokens, rotation=rotation, spans=spans, rows=rows)
 
 
-def key_sizes(batch: int, key_dim: int, widths: Widths, num_tokens: int = 0) -> dict[str, int]:
-    """The sizes that the declarations of ``KeyCodes`` and ``KeyPlan`` name."""
+def key_sizes(
+    batch: int, key_dim: int, widths: Widths, num_tokens: int = 0, has_vectors: bool = True
+) -> dict[str, int]:
+    """The sizes that the declarations of ``KeyCodes`` and ``KeyPlan`` name; ``has_vectors`` is False with the model's
+    basis."""
     return {
         "batch": batch,
         "heads": len(widths),
         "key_dim": key_dim,
         "tiles": num_tiles(num_tokens),
         "components": sum(map(len, widths)),
+        "vectors": sum(map(len, widths)) if has_vectors else 0,
         "rows": sum(map(sum, widths)),
     }
 
 
 def fixed_bytes(sizes: Sizes) -> int:
     """Bytes of the keys' codes that do not depend on the widths, without statistics."""
-    return KeyCodes.bytes_without(("components", "rows"), sizes)
+    return KeyCodes.bytes_without(("components", "vectors", "rows"), sizes)
 
 
 def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
@@ -196,6 +211,12 @@ def _widths_of(fields: Fields, shape: TokenShape) -> Widths:
     falling = all(list(row) == sorted(row, reverse=True) and len(row) <= shape.key_dim for row in widths)
     fields.require(len(widths) == shape.heads and falling, f"falling widths of {shape.heads} heads")
     return widths
+
+
+def _rows_of(fields: Fields, shape: TokenShape, widths: Widths) -> BasisRows | None:
+    if not fields.has("rows"):
+        return None
+    return BasisRows.from_fields(fields.sub("rows"), shape.heads, shape.key_dim, tuple(map(len, widths)))
 
 
 def flat_widths(widths: Widths) -> tuple[int, ...]:
@@ -231,61 +252,94 @@ class KeyPlan(StoredTensors):
     """The plan by which keys are coded: components, their widths and the rounded basis.
 
     Attributes:
-        vectors: ``[B, C, D]`` int8, head by head, by falling width.
-        row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``.
-        tops: ``[B, C, 1]`` float32, the largest scale that can be coded; None until the first tokens are coded.
+        vectors: ``[B, C, D]`` int8, head by head, by falling width; ``[B, 0, D]`` if the basis is the model's.
+        row_scales: ``[B, C, 1]`` float32, of the rows of ``vectors``; ``[B, 0, 1]`` if the basis is the model's.
+        vector_scales: ``[B, C, 1]`` float32, those of the codes; None until the first tokens are coded.
         widths: bits of each component.
         level: the water level that gave the widths.
+        rows: the components' rows of the model's basis, or None.
     """
 
-    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "components", "key_dim"))]
-    row_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "components", 1))]
-    tops: Tensor | None
+    vectors: Annotated[Tensor, Stored(torch.int8, ("batch", "vectors", "key_dim"))]
+    row_scales: Annotated[Tensor, Stored(torch.float32, ("batch", "vectors", 1))]
+    vector_scales: Tensor | None
     widths: Widths
     level: float
+    rows: BasisRows | None = None
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """The basis, ``[B or 1, C, D]`` int8, and the scales of its rows, ``[B or 1, C, 1]`` float32."""
+        if self.rows is None:
+            return self.vectors, self.row_scales
+        device = self.vectors.device
+        return self.rows.vectors(device), self.rows.row_scales(device)
+
+    def map(self, function: TensorFunction) -> "KeyPlan":
+        """``function`` applied along the batch dimension of each tensor."""
+        scales = None if self.vector_scales is None else function(self.vector_scales)
+        return replace(self.map_tensors(function), vector_scales=scales)
 
     def to_fields(self) -> dict[str, Field]:
-        return {**self.tensors_to_fields(), "tops": self.tops, "widths": self.widths, "level": self.level}
+        more: dict[str, Field] = {"vector_scales": self.vector_scales, "widths": self.widths, "level": self.level}
+        return {**self.tensors_to_fields(), **more, "rows": None if self.rows is None else self.rows.to_fields()}
 
     @classmethod
     def from_fields(cls, fields: Fields, shape: TokenShape) -> "KeyPlan":
         widths = _widths_of(fields, shape)
-        sizes = key_sizes(shape.batch, shape.key_dim, widths)
-        like_rows = cls.declarations()["row_scales"].sizes(sizes)
-        tops = fields.tensor("tops", torch.float32, like_rows) if fields.has("tops") else None
-        return cls(**cls.tensors_from_fields(fields, sizes), tops=tops, widths=widths, level=fields.number("level"))
+        rows = _rows_of(fields, shape, widths)
+        sizes = key_sizes(shape.batch, shape.key_dim, widths, has_vectors=rows is None)
+        tensors, scales = cls.tensors_from_fields(fields, sizes), None
+        if fields.has("vector_scales"):
+            like_codes = KeyCodes.declarations()["vector_scales"].sizes(sizes)
+            scales = fields.tensor("vector_scales", torch.float32, like_codes)
+        return cls(**tensors, vector_scales=scales, widths=widths, level=fields.number("level"), rows=rows)
 
 
 def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
     """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
-    falling: Widths = tuple(tuple(sorted((width for width in row if width), reverse=True)) for row in widths.tolist())
-    order = (widths.argsort(dim=-1, descending=True, stable=True) + _first_of(widths)).flatten()
-    order = order[widths.flatten()[order] > 0]
-    rows = basis.vectors.flatten(1, 2)[:, order]
+    falling, places = _falling(widths)
+    rows = basis.vectors.flatten(1, 2)[:, row_numbers(places, widths.shape[1], basis.vectors.device).long()]
     peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     vectors = (rows * (127 / peak)).round().to(torch.int8)
     return KeyPlan(vectors, peak / 127, None, falling, level)
 
 
-def _first_of(widths: Tensor) -> Tensor:
-    """``[H, 1]``, the place of each head's first component among those of all heads."""
-    return torch.arange(len(widths), dtype=torch.int64, device=widths.device)[:, None] * widths.shape[1]
+def plan_of_model(basis: ModelBasis, widths: Tensor, level: float, like: Tensor) -> KeyPlan:
+    """The plan of ``widths [H, D]`` for the rows of a model's basis, for a batch and on a device as those of ``like``."""
+    falling, places = _falling(widths)
+    empty = like.new_empty(len(like), 0, basis.shape[1], dtype=torch.int8)
+    no_scales = like.new_empty(len(like), 0, 1, dtype=torch.float32)
+    return KeyPlan(empty, no_scales, None, falling, level, BasisRows(basis, places))
+
+
+def _falling(widths: Tensor) -> tuple[Widths, Places]:
+    """``widths [H, D]`` above zero in falling order, and the places where they were."""
+    rows: list[list[int]] = widths.tolist()
+    places: Places = tuple(
+        tuple(sorted((place for place, width in enumerate(row) if width), key=lambda place: -row[place]))
+        for row in rows
+    )
+    return tuple(tuple(row[place] for place in order) for row, order in zip(rows, places, strict=True)), places
 
 
 def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = None) -> tuple[KeyCodes, KeyPlan]:
     """Code the keys of ``statistics`` by ``plan``, going on from ``carries [B, C]`` uint8, which are free if not given;
-    the second result is the plan with its ``tops``."""
+    the second result is the plan with its ``vector_scales``."""
     x, metric = statistics.x, statistics.metric
     num_tokens, widths = statistics.num_tokens, flat_widths(plan.widths)
-    rows = plan.vectors.float() * plan.row_scales
-    basis = _by_head(rows, plan.widths)
+    vectors, row_scales = plan.basis
+    basis = _by_head(vectors.float() * row_scales, plan.widths)
     project = projection(basis, metric)
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
     encoded = (kernel.encode_keys if kernel.is_available() else quantize)(coefficients, widths, CLIPS, carries)
     sums = encoded.energies, encoded.overlaps, encoded.squares
     scales = unbiased_scales(*sums)
     # Twice the largest: later tokens coded in the same basis may need more.
-    tops = 2 * scales.amax(-1, keepdim=True) if plan.tops is None else plan.tops
+    vector_scales = plan.vector_scales
+    if vector_scales is None:
+        vector_scales = 2 * scales.amax(-1, keepdim=True) * row_scales
+    tops = vector_scales / row_scales
     scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
     rounding = squared_errors(*sums, stored).sum(-1) / num_tokens
@@ -297,15 +351,16 @@ def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = No
         carries=encoded.carries,
         scales=scale_codes.mT.contiguous(),
         vectors=plan.vectors,
-        vector_scales=plan.row_scales * tops,
+        vector_scales=vector_scales,
         mean=statistics.mean,
         relative_error=error,
         widths=plan.widths,
         num_tokens=num_tokens,
         rotation=statistics.rotation,
         spans=statistics.spans,
+        rows=plan.rows,
     )
-    return codes, replace(plan, tops=tops)
+    return codes, replace(plan, vector_scales=vector_scales)
 
 
 def quantize(

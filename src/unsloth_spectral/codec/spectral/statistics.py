@@ -74,6 +74,12 @@ class KeyStatistics:
         """Principal axes under the metric."""
         return principal_basis(self.covariance, self.metric)
 
+    def variances_in(self, rows: Tensor, inverse: Tensor) -> Tensor:
+        """The part of the scores' variance along each of ``rows [H, D, D]``, ``[B, H, D]``, if components are coded one
+        by one; ``inverse`` is that of the rows."""
+        variances = (inverse.mT @ self.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
+        return variances * (rows @ self.metric @ rows.mT).diagonal(dim1=-2, dim2=-1)
+
     def over_tokens(self, variances: Tensor) -> Tensor:
         """The mean of ``variances [B, H, D]`` over the tokens of all rows without padding, ``[H, D]``."""
         return variances.sum(0) / self.shares.sum().clamp_min(torch.finfo(self.shares.dtype).tiny)

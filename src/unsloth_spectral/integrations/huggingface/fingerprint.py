@@ -1,18 +1,22 @@
 """Recognising a model, and storing the profile measured for it."""
 
+import base64
 import hashlib
 import json
-from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
+from unsloth_spectral.codec.tensors import raw_bytes
+from unsloth_spectral.errors import InvalidArgumentError, LoadError, UnsupportedModelError
 from unsloth_spectral.files import check_target, replacing
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.huggingface.weights import plain_tensors, sample
@@ -20,7 +24,8 @@ from unsloth_spectral.log import warn_once
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
-_VERSION = 3
+_VERSION = 4
+_TABLES = ("value_sensitivities", "key_sensitivities", "key_variances")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -124,12 +129,45 @@ def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str,
         OSError: the disk is full or the like.
     """
     path = profile_target(model)
-    record = {"version": _VERSION, **asdict(profile), **facts}
+    record = {"version": _VERSION, **profile_to_json(profile), **facts}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 
+def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
+    """The contents of ``profile``, ready for JSON; tensors as base64."""
+    tables = {name: getattr(profile, name) for name in _TABLES}
+    bases = [
+        {"shape": basis.shape, "vectors": _text_of(basis.vectors), "row_scales": _text_of(basis.row_scales)}
+        for basis in profile.bases
+    ]
+    return {**tables, "bases": bases, "digest": profile.digest}
+
+
+def _text_of(tensor: Tensor) -> str:
+    return base64.b64encode(raw_bytes(tensor)).decode()
+
+
+def _basis(entry: Any) -> ModelBasis:
+    """The basis in ``entry``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        heads, dims = map(int, entry["shape"])
+        vectors, row_scales = (
+            torch.frombuffer(bytearray(base64.b64decode(entry[name], validate=True)), dtype=dtype)
+            for name, dtype in (("vectors", torch.int8), ("row_scales", torch.float32))
+        )
+        return ModelBasis.of(vectors.view(heads, dims, dims), row_scales.view(heads, dims, 1))
+    except (LoadError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError("has a damaged basis") from error
+
+
+# Of the content, so that the file is parsed once however many caches there are.
+@lru_cache(maxsize=4)
 def _profile(content: bytes, num_layers: int) -> ModelProfile:
     """The profile in ``content``.
 
@@ -141,14 +179,17 @@ def _profile(content: bytes, num_layers: int) -> ModelProfile:
     except (ValueError, RecursionError):
         raise ValueError("is no JSON") from None
     entries: dict[str, Any] = record if isinstance(record, dict) else {}
-    values, *tables = (entries.get(field.name, []) for field in fields(ModelProfile))
+    values, *tables = (entries.get(name, []) for name in _TABLES)
     good = entries.get("version") == _VERSION and _are_numbers(values)
     if not good or not all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in tables):
         raise ValueError("is no profile of this version")
     keys, variances = (tuple(tuple(map(float, row)) for row in rows) for rows in tables)
-    profile = ModelProfile(tuple(map(float, values)), keys, variances)
+    bases = tuple(map(_basis, entries.get("bases", [])))
+    profile = ModelProfile(tuple(map(float, values)), keys, variances, bases)
     if not profile.is_consistent:
         raise ValueError("is no profile of this version")
+    if entries.get("digest") != profile.digest:
+        raise ValueError("was altered")
     if len(values) != num_layers:
         raise ValueError(f"is of {len(values)} layers, not {num_layers}")
     return profile

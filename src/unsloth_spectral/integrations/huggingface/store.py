@@ -203,6 +203,6 @@ def _check(model: PreTrainedModel, config: CodecConfig, input_ids: Tensor) -> No
 
 def _key(model: PreTrainedModel, fresh: SpectralCache) -> str:
     """Sixteen digits, a hash of everything that a cache depends on besides its tokens."""
-    profile = None if fresh.profile is None else asdict(fresh.profile)
+    profile = None if fresh.profile is None else fresh.profile.digest
     record = json.dumps([snapshot.VERSION, identify(model), asdict(cast(Any, fresh.config)), profile], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""Measure a model's bases: the principal axes of keys under the queries' metric, averaged over texts."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.model_basis import ModelBasis
+from unsloth_spectral.codec.spectral.codec import SpectralCodec
+from unsloth_spectral.codec.spectral.statistics import KeyStatistics, principal_basis
+from unsloth_spectral.eval.progress import OnProgress
+from unsloth_spectral.eval.tasks.asking import fill
+from unsloth_spectral.integrations.huggingface.cache import SpectralCache
+from unsloth_spectral.integrations.models import LoadedModel
+from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
+
+
+def measure_bases(
+    loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None
+) -> tuple[ModelBasis, ...]:
+    """One basis for each full-attention layer, from the prefills of ``texts``, ``[1, n]`` token ids each.
+
+    Empty if the texts are too short to be sealed. Covariances of the keys, each around its text's own mean, and metrics of the queries are averaged over the texts.
+    """
+    covariances: dict[int, list[Tensor]] = defaultdict(list)
+    metrics: dict[int, list[Tensor]] = defaultdict(list)
+
+    def note(layer: int, statistics: KeyStatistics) -> None:
+        covariances[layer].append(statistics.covariance[0].cpu())
+        metrics[layer].append(statistics.metric[0].cpu())
+
+    num_layers = 0
+    for number, text in enumerate(texts):
+        cache: Any = SpectralCache(loaded.model, config=SpectralConfig(), use_profile=False)
+        assert isinstance(cache.codec, SpectralCodec)
+        cache.codec.on_statistics, num_layers = note, cache.codec.budget.num_layers
+        fill(loaded, cache, text.to(loaded.model.device), "profile: prefill", None)
+        if on_progress is not None:
+            on_progress("profile: a basis over texts", number + 1, len(texts))
+    unpatch_unsloth_attention(loaded.model)
+    vectors = [
+        principal_basis(_mean(covariances[layer]), _mean(metrics[layer])).vectors for layer in sorted(covariances)
+    ]
+    # Texts that are too short are not sealed, and what is not finite stays exact.
+    is_whole = len(vectors) == num_layers and all(bool(torch.isfinite(rows).all()) for rows in vectors)
+    return tuple(map(ModelBasis.rounded, vectors)) if is_whole else ()
+
+
+def _mean(matrices: list[Tensor]) -> Tensor:
+    return torch.stack(matrices).mean(0)
