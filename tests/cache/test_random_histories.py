@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from unsloth_spectral.codec.block import ExactBlock
 from unsloth_spectral.codec.config import SpectralConfig
+from unsloth_spectral.codec.model_basis import ModelBasis
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.registry import make_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
 from unsloth_spectral.integrations.huggingface.layers import SpectralCacheLayer
@@ -43,7 +45,13 @@ CONFIGS = {
     "sinks": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
     "no sinks": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8, num_sink_tokens=0),
     "rank": SpectralConfig(HEAD_DIM, HEAD_DIM, BLOCK, 3, RESIDUAL),
+    "model": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
 }
+# The tokens sealed together, at first and later.
+UNITS = {"rank": (BLOCK, BLOCK), "model": (32, 32)}
+AXES = torch.linalg.qr(torch.randn(1, HEAD_DIM, HEAD_DIM, generator=GENERATOR)).Q
+BASIS = ModelBasis.rounded(AXES, torch.ones(1, HEAD_DIM))
+PROFILES = {"model": ModelProfile((1.0,), ((1.0,),), ((1.0,) * HEAD_DIM,), (BASIS,))}
 
 # Counts just below, at and just above the sizes at which tokens are sealed, and any others.
 EDGES = sorted(
@@ -87,6 +95,7 @@ class Dense:
     """The expected cache: all tokens, and how many of them are in each tier."""
 
     config: SpectralConfig
+    units: tuple[int, int]
     begins: torch.Tensor
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
     values: torch.Tensor = field(default_factory=lambda: torch.empty(1, 1, 0, HEAD_DIM))
@@ -113,11 +122,11 @@ class Dense:
         sealed = self.num_sinks + self.num_cold > 0
         sinks = self.num_sinks if sealed else self.config.num_sink_tokens
         old = self.num_tokens - sinks - self.num_cold - self.config.residual_length
-        unit = BLOCK if self.config.codec == "rank" else UNIT
-        is_due = old >= BLOCK or (not sealed and self.newest >= unit and old >= unit)
+        first, later = self.units
+        is_due = old >= later or (not sealed and self.newest >= first and old >= first)
         if is_due:
-            self.num_sinks = sinks
-            self.num_cold += old // (BLOCK if sealed else unit) * (BLOCK if sealed else unit)
+            self.num_sinks, unit = sinks, later if sealed else first
+            self.num_cold += old // unit * unit
 
     def crop(self, num_tokens: int) -> None:
         self.keys, self.values = self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens]
@@ -133,8 +142,11 @@ class Dense:
 class Pair:
     """A layer and its dense model, which take the same operations."""
 
-    def __init__(self, config: SpectralConfig, begins: torch.Tensor) -> None:
-        self.layer, self.dense = SpectralCacheLayer(config, make_codec(config, 1).layer(0)), Dense(config, begins)
+    def __init__(self, name: str, begins: torch.Tensor) -> None:
+        config = CONFIGS[name]
+        codec = make_codec(config, 1, PROFILES.get(name))
+        self.layer = SpectralCacheLayer(config, codec.layer(0))
+        self.dense = Dense(config, UNITS.get(name, (UNIT, BLOCK)), begins)
         self.place = self.next_place = 0
 
     def run(self, kind: str, amount: Any) -> None:
@@ -154,7 +166,7 @@ class Pair:
             self.dense.seal()  # as `crop` does, for assisted decoding
         elif kind == "reset":
             self.layer.reset()
-            self.dense = Dense(self.dense.config, self.dense.begins)
+            self.dense = Dense(self.dense.config, self.dense.units, self.dense.begins)
         elif kind == "jump":
             self.next_place = amount
         elif kind == "deepcopy":
@@ -259,7 +271,7 @@ def test_every_step_of_a_history_is_that_of_a_dense_cache(name: str, allocated_b
         history=st.lists(operations, min_size=6, max_size=16),
     )
     def histories(prefill: int, rows: list[int], history: list[tuple[str, Any]]) -> None:
-        pair, most_cold = Pair(CONFIGS[name], torch.tensor(rows)), 0
+        pair, most_cold = Pair(name, torch.tensor(rows)), 0
         for kind, amount in [("feed", prefill), *history]:
             pair.run(kind, amount)
             pair.check(allocated_bytes)

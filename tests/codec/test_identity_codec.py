@@ -85,7 +85,9 @@ class IdentityLayer(LayerCodec):
     def unit(self, is_first: bool) -> int:
         return self._codec.config.block_size
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
+    def seal(
+        self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: Block | None = None
+    ) -> SealedBlock | None:
         self._codec.num_sealed += tokens.num_tokens
         return IdentityBlock(tokens.map_batch(torch.clone))
 

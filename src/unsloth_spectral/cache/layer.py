@@ -10,7 +10,7 @@ from unsloth_spectral.autocast import no_autocast
 from unsloth_spectral.cache.heap import released
 from unsloth_spectral.cache.layer_stats import SharedBytes, count
 from unsloth_spectral.cache.residual import ResidualBuffer, check_tokens
-from unsloth_spectral.cache.sealing import Sealing, join_last, without_padding
+from unsloth_spectral.cache.sealing import Sealing, without_padding
 from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.cache.stats import LayerStats
 from unsloth_spectral.cache.tiers import Tiers, padding_within
@@ -142,7 +142,8 @@ class SpectralLayer:
         new = query.shape[2]
         tiers.positions.append(None, tiers.residual.num_tokens - new - tiers.positions.num_tokens)
         tiers.positions.append(rotation, new)
-        tiers.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
+        if self._codec.wants_queries:
+            tiers.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
@@ -180,11 +181,9 @@ class SpectralLayer:
             hidden = None if padding is None else (padding - start - first).clamp(0, last - first)
             return Observed(rotation, queries, distances, hidden)
 
-        with no_autocast(old.keys.device):
-            blocks = list(Sealing(self._codec, old, real, observe, unit, config.block_size).blocks())
         cold = list(tiers.cold)
-        for block in blocks:
-            join_last(self._codec, cold, block)
+        with no_autocast(old.keys.device):
+            blocks = Sealing(self._codec, old, real, observe, unit, config.block_size, cold).run()
         rest, positions = residual.copy(stop, residual.num_tokens), copy(tiers.positions)
         positions.drop(stop)
         tally = tiers.tally.add(blocks, config.block_size, time.perf_counter() - started)
@@ -286,7 +285,7 @@ class SpectralLayer:
         old, unit = self._tiers.residual.num_tokens - num_exact, self._codec.unit(True)
         # A prefill is recognised by many tokens that come at once, in one piece or several.
         is_prefill = not self.is_sealed and self._tiers.newest >= unit
-        return 0 if is_prefill and old >= unit else max(0, self.config.block_size - old)
+        return 0 if is_prefill and old >= unit else max(0, self._codec.unit(False) - old)
 
 
 def _once_each(function: TensorFunction) -> TensorFunction:

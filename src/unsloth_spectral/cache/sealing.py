@@ -23,6 +23,7 @@ class Sealing:
     observe: returns the positions and queries of tokens ``start`` to ``stop`` of these.
     unit: tokens that are checked together for being finite; ``tokens`` are a multiple of it.
     block_size: tokens that are sealed together when sealing all together fails.
+    cold: the blocks before these tokens, oldest first; ``run`` adds to it.
     """
 
     codec: LayerCodec
@@ -31,9 +32,31 @@ class Sealing:
     observe: Callable[[int, int], Observed]
     unit: int
     block_size: int
+    cold: list[Block]
 
-    def blocks(self) -> Iterator[Block]:
-        """The tokens as blocks, oldest first."""
+    def run(self) -> list[Block]:
+        """Add the tokens to ``cold``, as blocks or to the last one; returns the blocks that they became."""
+        blocks = []
+        for block, num_tokens in self._blocks():
+            self._add(block, num_tokens)
+            blocks.append(block)
+        return blocks
+
+    def _add(self, block: Block, num_tokens: int) -> None:
+        """Add ``block``, of the next ``num_tokens`` tokens and perhaps the last block's."""
+        cold = self.cold
+        if block.num_tokens > num_tokens:
+            cold[-1] = block
+            return
+        joined = self.codec.join(cold[-1], block) if cold else None
+        if joined is None:
+            cold.append(block)
+        else:
+            cold[-1] = joined
+
+    def _blocks(self) -> Iterator[tuple[Block, int]]:
+        """Blocks, oldest first, and how many of the tokens each has; the caller adds each before it asks for the
+        next."""
         finite = _finite_blocks(self.tokens, self.unit)
         first = 0
         for last in range(1, len(finite) + 1):
@@ -43,11 +66,11 @@ class Sealing:
             yield from self._run(start, stop) if finite[first] else [self._exact(start, stop)]
             first = last
 
-    def _run(self, start: int, stop: int) -> Iterator[Block]:
+    def _run(self, start: int, stop: int) -> Iterator[tuple[Block, int]]:
         """Seal finite tokens together or, if that fails, block by block."""
         sealed = self._try(start, stop)
         if sealed is not None:
-            yield sealed
+            yield sealed, stop - start
         elif stop - start <= self.block_size:
             yield self._exact(start, stop)
         else:
@@ -57,7 +80,8 @@ class Sealing:
     def _try(self, start: int, stop: int) -> SealedBlock | None:
         real = None if self.real is None else self.real[:, start:stop]
         try:
-            sealed = self.codec.seal(self.tokens.slice(start, stop), real, self.observe(start, stop))
+            last = self.cold[-1] if self.cold else None
+            sealed = self.codec.seal(self.tokens.slice(start, stop), real, self.observe(start, stop), last)
         except InvalidArgumentError:
             raise
         except (RuntimeError, MemoryError) as error:  # a LinAlgError, or no memory for the factorization
@@ -68,17 +92,8 @@ class Sealing:
             return None
         return sealed
 
-    def _exact(self, start: int, stop: int) -> ExactBlock:
-        return self.tokens.slice(start, stop).map_batch(torch.clone)
-
-
-def join_last(codec: LayerCodec, cold: list[Block], block: Block) -> None:
-    """Append ``block`` to ``cold``, joined with the last block if the codec can join them."""
-    joined = codec.join(cold[-1], block) if cold else None
-    if joined is None:
-        cold.append(block)
-    else:
-        cold[-1] = joined
+    def _exact(self, start: int, stop: int) -> tuple[Block, int]:
+        return self.tokens.slice(start, stop).map_batch(torch.clone), stop - start
 
 
 def without_padding(tokens: ExactBlock, real: Tensor) -> ExactBlock:

@@ -61,11 +61,19 @@ class LayerCodec(ABC):
         """The number of sealed tokens is a multiple of this; ``is_first`` for the first sealing of a layer."""
 
     @abstractmethod
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
+    def seal(
+        self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: Block | None = None
+    ) -> SealedBlock | None:
         """A sealed block of finite ``tokens``; None where the codec's error limit cannot be met.
 
-        ``real [B, n]`` bool leaves out padding. ``observed`` holds the positions and queries of these tokens.
+        ``real [B, n]`` bool leaves out padding. ``observed`` holds the positions and queries of these tokens. ``last``
+        is the block before them: the new block may hold its tokens too, in front, and then takes its place.
         """
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether the next sealing uses queries."""
+        return True
 
     def join(self, last: Block, new: Block) -> Block | None:
         """Both blocks as one, or None if they cannot be joined."""

@@ -45,7 +45,7 @@ class SpectralConfig:
     rank_values: int | None = None
     block_size: int = 512
     num_sink_tokens: int = 4
-    residual_length: int = 64
+    residual_length: int = 48
     preset: str | None = None
     bits_per_element: float | None = None
     compression_factor: float | None = None

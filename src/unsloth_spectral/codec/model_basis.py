@@ -27,32 +27,38 @@ class ModelBasis:
     Attributes:
         vectors: ``[H, D, D]`` int8 on the CPU, for each head rows in order of falling variance.
         row_scales: ``[H, D, 1]`` float32 on the CPU, of the rows.
-        digest: hexadecimal digits, a hash of both.
+        variances: ``[H, D]`` float32 on the CPU, the part of the scores' variance along each row.
+        digest: the sizes, and hexadecimal digits, a hash of the tensors.
     """
 
     vectors: Tensor
     row_scales: Tensor
+    variances: Tensor
     digest: str
     _copies: dict[torch.device, "_OnDevice"] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, vectors: Tensor, row_scales: Tensor) -> "ModelBasis":
+    def of(cls, vectors: Tensor, row_scales: Tensor, variances: Tensor) -> "ModelBasis":
         """The basis with these tensors, one object for equal ones.
 
         Raises:
             LoadError: they are of other dtypes or shapes, or not finite.
         """
         heads, rows, key_dim = vectors.shape if vectors.ndim == 3 else (0, 0, -1)
-        good = vectors.dtype == torch.int8 and row_scales.dtype == torch.float32 and rows == key_dim
-        if not good or row_scales.shape != (heads, rows, 1) or not bool(torch.isfinite(row_scales).all()):
-            raise LoadError("a model's basis must be square matrices of bytes with a finite scale for each row")
-        vectors, row_scales = vectors.cpu().contiguous(), row_scales.cpu().contiguous()
-        digest = hashlib.sha256(raw_bytes(vectors))
-        digest.update(raw_bytes(row_scales))
+        good = vectors.dtype == torch.int8 and rows == key_dim
+        for numbers, shape in ((row_scales, (heads, rows, 1)), (variances, (heads, rows))):
+            good = good and numbers.dtype == torch.float32 and numbers.shape == shape
+            good = good and bool((torch.isfinite(numbers) & (numbers >= 0)).all())
+        if not good:
+            raise LoadError("a model's basis must be square matrices of bytes, with a scale and a variance for each row")
+        vectors, row_scales, variances = (tensor.cpu().contiguous() for tensor in (vectors, row_scales, variances))
+        digest = hashlib.sha256()
+        for tensor in (vectors, row_scales, variances):
+            digest.update(raw_bytes(tensor))
         name = f"{heads}x{rows}-{digest.hexdigest()[:_DIGITS]}"
         known = _known.get(name)
         if known is None:
-            known = _known[name] = cls(vectors, row_scales, name)
+            known = _known[name] = cls(vectors, row_scales, variances, name)
         return known
 
     @classmethod
@@ -61,10 +67,10 @@ class ModelBasis:
         return _known.get(digest)
 
     @classmethod
-    def rounded(cls, vectors: Tensor) -> "ModelBasis":
-        """The basis of ``vectors [H, D, D]`` float32, rounded to int8."""
+    def rounded(cls, vectors: Tensor, variances: Tensor) -> "ModelBasis":
+        """The basis of ``vectors [H, D, D]`` float32, rounded to int8, with their ``variances [H, D]``."""
         peak = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-        return cls.of((vectors * (127 / peak)).round().to(torch.int8), (peak / 127).float())
+        return cls.of((vectors * (127 / peak)).round().to(torch.int8), (peak / 127).float(), variances.float())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +81,7 @@ class ModelBasis:
     def nbytes(self) -> int:
         """Bytes of all tensors, on all devices."""
         copies = [tensor for copy in self._copies.values() for tensor in copy]
-        return storage_bytes(self.vectors, self.row_scales, *copies)
+        return storage_bytes(self.vectors, self.row_scales, self.variances, *copies)
 
     def on(self, device: torch.device) -> "_OnDevice":
         """The basis on ``device``, the same object every time."""
@@ -83,12 +89,12 @@ class ModelBasis:
             rows = self.vectors.float() * self.row_scales
             matrices = (rows, torch.linalg.pinv(rows))
             self._copies[device] = _OnDevice(
-                *(tensor.to(device) for tensor in (self.vectors, self.row_scales, *matrices))
+                *(tensor.to(device) for tensor in (self.vectors, self.row_scales, self.variances, *matrices))
             )
         return self._copies[device]
 
     def to_fields(self) -> dict[str, Field]:
-        return {"vectors": self.vectors, "row_scales": self.row_scales}
+        return {"vectors": self.vectors, "row_scales": self.row_scales, "variances": self.variances}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "ModelBasis":
@@ -98,7 +104,8 @@ class ModelBasis:
             LoadError: a tensor is missing, or does not fit the other.
         """
         vectors = fields.tensor("vectors", torch.int8, (None, None, None), on_host=True)
-        return cls.of(vectors, fields.tensor("row_scales", torch.float32, (None, None, 1), on_host=True))
+        row_scales = fields.tensor("row_scales", torch.float32, (None, None, 1), on_host=True)
+        return cls.of(vectors, row_scales, fields.tensor("variances", torch.float32, (None, None), on_host=True))
 
     def __deepcopy__(self, memo: object) -> "ModelBasis":
         return self
@@ -108,13 +115,14 @@ class _OnDevice(NamedTuple):
     """A basis on a device.
 
     Attributes:
-        vectors, row_scales: as in ``ModelBasis``.
+        vectors, row_scales, variances: as in ``ModelBasis``.
         rows: ``[H, D, D]`` float32, their product.
         inverse: ``[H, D, D]`` float32, by which keys become coefficients.
     """
 
     vectors: Tensor
     row_scales: Tensor
+    variances: Tensor
     rows: Tensor
     inverse: Tensor
 

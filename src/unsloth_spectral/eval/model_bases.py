@@ -41,12 +41,10 @@ def measure_bases(
         if on_progress is not None:
             on_progress("profile: a basis over texts", number + 1, len(texts))
     unpatch_unsloth_attention(loaded.model)
-    vectors = [
-        principal_basis(_mean(covariances[layer]), _mean(metrics[layer])).vectors for layer in sorted(covariances)
-    ]
+    bases = [principal_basis(_mean(covariances[layer]), _mean(metrics[layer])) for layer in sorted(covariances)]
     # Texts that are too short are not sealed, and what is not finite stays exact.
-    is_whole = len(vectors) == num_layers and all(bool(torch.isfinite(rows).all()) for rows in vectors)
-    return tuple(map(ModelBasis.rounded, vectors)) if is_whole else ()
+    is_whole = len(bases) == num_layers and all(bool(torch.isfinite(basis.vectors).all()) for basis in bases)
+    return tuple(ModelBasis.rounded(*basis) for basis in bases) if is_whole else ()
 
 
 def _mean(matrices: list[Tensor]) -> Tensor:

@@ -108,6 +108,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
     FIELD(float*, overlaps)             /* [batch, component, tile] products with the reconstructions */            \
     FIELD(float*, squares)              /* [batch, component, tile] squared lengths of the reconstructions */       \
     FIELD(const float*, clips)          /* [num_clips] clipping points to try, as shares of the largest */          \
+    FIELD(const float*, inverses)       /* [batch, component] one over the first tile's scales; null to choose */   \
     FIELD(int64_t, batch)                                                                                           \
     FIELD(int64_t, num_components)                                                                                  \
     FIELD(int64_t, num_tokens)                                                                                      \

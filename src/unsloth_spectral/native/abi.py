@@ -151,6 +151,7 @@ class KeyEncoding(_Structure):
         ("overlaps", c_void_p),
         ("squares", c_void_p),
         ("clips", c_void_p),
+        ("inverses", c_void_p),
         ("batch", c_int64),
         ("num_components", c_int64),
         ("num_tokens", c_int64),

@@ -99,10 +99,11 @@ INLINE int uniform_code(float x, float inverse, float half) {
     return std::min(static_cast<int>(scaled + half), static_cast<int>(2.0f * half) - 1);
 }
 
-// A tile of one component, `count` tokens: uniform codes at the clipping point of least error, as windows, and what they
-// stand for.
-void quantize_uniformly(const float* x, int count, int nbits, const float* clips, int64_t num_clips, uint8_t* windows,
+// A full tile of one component: uniform codes at the clipping point of least error, as windows, and what they stand for.
+// A tile that is not full gets its step from the standard deviation, because of the tokens that are still to come.
+void quantize_uniformly(const float* x, int nbits, const float* clips, int64_t num_clips, uint8_t* windows,
                         float* reconstructed) {
+    constexpr int count = TILE;
     const float half = static_cast<float>(1 << (nbits - 1));
     const float most = peak(x, count);
     double best = -1.0;
@@ -152,18 +153,30 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                 const int count = static_cast<int>(std::min<int64_t>(TILE, call.num_tokens - tile * TILE));
                 const double energy = dot(from, from, count);
                 call.energies[row * tiles + tile] = static_cast<float>(energy);
-                if (nbits > MAX_TRELLIS_NBITS) {
-                    quantize_uniformly(from, count, nbits, call.clips, call.num_clips,
-                                       coder.windows.data() + tile * TILE, coder.reconstructed.data() + tile * TILE);
-                } else {
-                    // Padding is zero.
-                    const auto zeros = std::count(from, from + count, 0.0f);
-                    const double numbers = static_cast<double>(std::max<int64_t>(count - zeros, 1));
-                    const float deviation = static_cast<float>(std::sqrt(energy / numbers));
-                    const float inverse = std::min({call.trellis.units[nbits - 1] / std::max(deviation, TINY),
-                                                    call.trellis.reaches[nbits - 1] / std::max(peak(from, count), TINY),
-                                                    LARGEST_INVERSE});
-                    for (int t = 0; t < count; ++t) coder.inputs[tile * TILE + t] = input_of(from[t], inverse);
+                const bool is_uniform = nbits > MAX_TRELLIS_NBITS, is_given = call.inverses && !tile;
+                if (is_uniform && !is_given && count == TILE) {
+                    quantize_uniformly(from, nbits, call.clips, call.num_clips, coder.windows.data() + tile * TILE,
+                                       coder.reconstructed.data() + tile * TILE);
+                    continue;
+                }
+                // Padding is zero.
+                const auto zeros = std::count(from, from + count, 0.0f);
+                const double numbers = static_cast<double>(std::max<int64_t>(count - zeros, 1));
+                const float deviation = static_cast<float>(std::sqrt(energy / numbers));
+                const float half = static_cast<float>(1 << (nbits - 1));
+                const float reach = is_uniform ? half : call.trellis.reaches[nbits - 1];
+                const float suited = std::min({call.trellis.units[nbits - 1] / std::max(deviation, TINY),
+                                               reach / std::max(peak(from, count), TINY), LARGEST_INVERSE});
+                const float inverse = is_given ? call.inverses[row] : suited;
+                for (int t = 0; t < count; ++t) {
+                    const int64_t place = tile * TILE + t;
+                    if (is_uniform) {
+                        const int code = uniform_code(from[t], inverse, half);
+                        coder.windows[place] = static_cast<uint8_t>(code << (8 - nbits));
+                        coder.reconstructed[place] = static_cast<float>(code) - half + 0.5f;
+                    } else {
+                        coder.inputs[place] = input_of(from[t], inverse);
+                    }
                 }
             }
             if (nbits <= MAX_TRELLIS_NBITS) {

@@ -100,7 +100,7 @@ def test_streams_that_go_on_join(variant: str) -> None:
     coefficients = heavy(2, len(WIDTHS), 400)
     first, rest = coefficients[..., :256], coefficients[..., 256:]
     before = kernel.encode_keys(first, WIDTHS, key_codec.CLIPS, variant=variant)
-    ends = last_bytes(before.streams, before.carries, WIDTHS, 2)
+    ends = last_bytes(before.streams, before.carries, WIDTHS, 256)
     behind = kernel.encode_keys(rest, WIDTHS, key_codec.CLIPS, ends, variant)
     assert torch.equal(behind.carries, ends)
     joined = unpack(torch.cat([before.streams, behind.streams], 1), before.carries, WIDTHS)

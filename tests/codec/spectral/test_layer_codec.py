@@ -57,8 +57,10 @@ def codec_layer(bits: float = 3.0, limit: float | None = None, layers: int = 1) 
     return make_codec(config, layers).layer(0)
 
 
-def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> SpectralBlock:
-    coded = codec.seal(block, None, Observed() if observed is None else observed)
+def sealed(
+    codec: Any, block: ExactBlock, observed: Observed | None = None, last: SpectralBlock | None = None
+) -> SpectralBlock:
+    coded = codec.seal(block, None, Observed() if observed is None else observed, last)
     assert isinstance(coded, SpectralBlock)
     return coded
 
@@ -67,7 +69,7 @@ def sealed(codec: Any, block: ExactBlock, observed: Observed | None = None) -> S
 def test_later_blocks_of_the_same_kind_share_the_basis_and_join(bits: float) -> None:
     codec = codec_layer(bits)
     first = sealed(codec, *rotated_tokens(512))
-    second = sealed(codec, *rotated_tokens(BLOCK, 512, seed=1))
+    second = sealed(codec, *rotated_tokens(BLOCK, 512, seed=1), last=first)
     assert second.keys.vectors is first.keys.vectors
     assert second.keys.mean is first.keys.mean
     assert second.values.largest is first.values.largest
@@ -76,7 +78,7 @@ def test_later_blocks_of_the_same_kind_share_the_basis_and_join(bits: float) -> 
     assert joined.nbytes < first.nbytes + second.nbytes - first.keys.vectors.nbytes
     for part, a, b in zip(joined.reconstruct(), first.reconstruct(), second.reconstruct(), strict=True):
         assert (part - torch.cat([a, b], -2)).abs().max() < 2e-3 * part.abs().max()
-    third = sealed(codec, *rotated_tokens(BLOCK, 768, seed=2))
+    third = sealed(codec, *rotated_tokens(BLOCK, 768, seed=2), last=joined)
     assert codec.join(joined, third).num_tokens == 1024
 
 
@@ -87,7 +89,7 @@ def test_a_block_of_another_kind_gets_its_own_basis() -> None:
     assert codec.join(first, limited) is None
     assert float(limited.keys.relative_error.max()) < 2.5 * float(first.keys.relative_error.max())
     # The first basis stays the one that is tried.
-    again = sealed(codec, tokens(BLOCK, seed=2))
+    again = sealed(codec, tokens(BLOCK, seed=2), last=first)
     assert again.keys.vectors is first.keys.vectors
     assert codec.join(first, again) is not None
 
@@ -128,10 +130,12 @@ def test_the_plan_follows_the_batch() -> None:
     repeated.map_batch(repeat)
     assert repeated.nbytes == 3 * nbytes // 2
     later, rows = tokens(BLOCK, seed=1), [1, 0, 1]
-    alone, later_block = sealed(plain, later), sealed(repeated, ExactBlock(later.keys[rows], later.values[rows]))
+    behind = before.map_batch(repeat)
+    alone = sealed(plain, later, last=first)
+    later_block = sealed(repeated, ExactBlock(later.keys[rows], later.values[rows]), last=behind)
     assert torch.equal(later_block.keys.streams, alone.keys.streams[rows])
     assert torch.equal(later_block.values.scales, alone.values.scales[rows])
-    joined = repeated.join(before.map_batch(repeat), later_block)
+    joined = repeated.join(behind, later_block)
     assert joined is not None
     assert torch.equal(joined.keys.streams, plain.join(first, alone).keys.streams[rows])
 

@@ -105,6 +105,6 @@ def test_tiles_read_from_the_byte_before_them() -> None:
     windows = unpack(streams, carries, widths)
     for first in range(6):
         for last in range(first + 1, 7):
-            before = last_bytes(streams, carries, widths, first)
+            before = last_bytes(streams, carries, widths, 128 * first)
             part = unpack(streams[:, first:last], before, widths)
             assert torch.equal(part, windows[..., first * 128 : last * 128])

@@ -23,7 +23,9 @@ class RankLayer(LayerCodec):
     def unit(self, is_first: bool) -> int:
         return self._config.block_size
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
+    def seal(
+        self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: Block | None = None
+    ) -> SealedBlock | None:
         return seal(tokens.keys, tokens.values, self._config)
 
     def join(self, last: Block, new: Block) -> Block | None:

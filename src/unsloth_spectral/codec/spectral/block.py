@@ -107,6 +107,14 @@ class SpectralBlock:
         """These tokens followed by ``other``'s, coded in the same basis; codes are copied, not encoded again."""
         return SpectralBlock(self.keys.append(other.keys), self.values.append(other.values), self.dtype)
 
+    def carries_at(self, token: int) -> tuple[Tensor, Tensor]:
+        """What the keys' and the values' streams go on from at ``token``, a multiple of 8, see ``packing``."""
+        return self.keys.carries_at(token), self.values.carries_at(token)
+
+    def fill(self, other: "SpectralBlock") -> "SpectralBlock":
+        """As ``append``, for tokens that have room in the last tile and were coded at its scales."""
+        return SpectralBlock(self.keys.fill(other.keys), self.values.fill(other.values), self.dtype)
+
     def to_fields(self) -> dict[str, Field]:
         return {"keys": self.keys.to_fields(), "values": self.values.to_fields()}
 

@@ -24,13 +24,17 @@ from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
 from unsloth_spectral.codec.spectral.values import ValueCodes
 from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, storage_bytes
 from unsloth_spectral.fields import Field, Fields
-from unsloth_spectral.rope import join_in_kind, spans_of
+from unsloth_spectral.rope import Rotation, join_in_kind, spans_of
 
 # Tokens sealed while decoding get their own basis if that lowers their error by this factor: for a block of 512 tokens
 # a basis costs as much as 0.7 bits per element, and these would lower the error 2.6 times.
 _WORTH_A_BASIS = 3.0
 # The first tokens of a layer get the model's basis without a look at one of their own if they are fewer.
 _LEAST_TOKENS_OF_A_BASIS = 1024
+# In the model's basis, the variances of its texts count as those of so many tokens.
+_EXPECTED_TOKENS = 128
+# Tokens sealed together in a known basis.
+UNIT = 32
 
 
 class SpectralCodec(Codec):
@@ -62,10 +66,15 @@ class SpectralCodec(Codec):
         self.on_statistics: Callable[[int, KeyStatistics], None] | None = None
         self.budget, self.short_budget = Budget(bits, num_layers, profile), Budget(bits, num_layers, profile)
 
-    def basis_of(self, layer: int, run: KeyStatistics) -> ModelBasis | None:
-        """The model's basis for the keys of ``run``; None if the profile has none, or one of other heads."""
+    @property
+    def has_bases(self) -> bool:
+        """True if the profile has bases for the keys."""
+        return self._profile is not None and bool(self._profile.bases)
+
+    def basis_of(self, layer: int, tokens: ExactBlock) -> ModelBasis | None:
+        """The model's basis for the keys of ``tokens``; None if the profile has none, or one of other heads."""
         bases = () if self._profile is None else self._profile.bases
-        fits = bool(bases) and bases[layer].shape == (run.x.shape[1], run.x.shape[-1])
+        fits = bool(bases) and bases[layer].shape == (tokens.keys.shape[1], tokens.keys.shape[-1])
         return bases[layer] if fits else None
 
     def layer(self, number: int) -> "SpectralLayerCodec":
@@ -80,12 +89,14 @@ class SpectralCodec(Codec):
 
 
 class SpectralLayerCodec(LayerCodec):
-    """One layer. The prefill's mean and basis serve later blocks too, while they capture the energy of their keys.
+    """One layer. The first tokens' mean and basis serve later tokens too, while they capture the energy of their keys.
 
-    With a profile the first tokens take the model's basis, unless one of their own would save more bits than it takes.
+    With a profile that has a basis for the layer, the first tokens take that basis unless one of their own would save
+    more bits than it takes. Then sealing is coding alone, so it takes 32 tokens at a time, which go on in the last
+    block's tile; only after tokens that the basis does not suit, a whole block decides whether it gets its own.
 
-    Without one, a prefill shorter than a block spends so many bits on its basis that it can pay for few components. Later blocks,
-    with more tokens, can pay for more, so neither that basis nor its water level serves them.
+    Without one, a prefill shorter than a block spends so many bits on its basis that it can pay for few components.
+    Later blocks, with more tokens, can pay for more, so neither that basis nor its water level serves them.
     """
 
     def __init__(self, codec: SpectralCodec, number: int) -> None:
@@ -93,41 +104,119 @@ class SpectralLayerCodec(LayerCodec):
         self._plan: KeyPlan | None = None
         self._mean: Tensor | None = None
         self._largest: Tensor | None = None
-        # The bytes that the streams of the next block's keys and values go on from, to join the last one's.
-        self._ends: tuple[Tensor, Tensor] | None = None
+        # The mean square of the relative errors of the first tokens' keys; and whether later ones had larger errors.
+        self._usual_error, self._waits = 0.0, False
 
     @property
     def nbytes(self) -> int:
         # The blocks count the rest of the plan, the mean and the largest scale.
-        return 0 if self._plan is None else storage_bytes(self._plan.row_scales, *(self._ends or ()))
+        return 0 if self._plan is None else storage_bytes(self._plan.row_scales)
 
     def unit(self, is_first: bool) -> int:
+        if self._codec.has_bases and not self._waits:
+            return UNIT
         return GROUP_SIZE if is_first else self._codec.config.block_size
 
-    def seal(self, tokens: ExactBlock, real: Tensor | None, observed: Observed) -> SealedBlock | None:
-        config = self._codec.config
+    @property
+    def wants_queries(self) -> bool:
+        return self._plan is None or not self._codec.has_bases or self._waits
+
+    def seal(
+        self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: Block | None = None
+    ) -> SealedBlock | None:
+        last = last if isinstance(last, SpectralBlock) and self._is_by_plan(last) else None
+        shared = self._codec.basis_of(self._number, tokens)
+        if self._plan is not None and shared is not None and not self._waits:
+            block: SpectralBlock | None = self._go_on(tokens, real, observed.rotation, last, shared)
+        else:
+            block = self._seal(tokens, real, observed, last)
+        limit = self._codec.config.error_limit
+        if limit is not None and block is not None:
+            if max(float(block.keys.relative_error.max()), float(block.values.relative_error.max())) > limit:
+                return None
+        return block
+
+    def _seal(
+        self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: SpectralBlock | None
+    ) -> SpectralBlock:
+        """The tokens as a block, in the basis of earlier ones if it suits them."""
         spans = spans_of(observed.rotation)
-        run = KeyStatistics.of(tokens.keys, self._metric(tokens, observed), observed.rotation, spans, self._mean, real)
+        metric = metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], spans)
+        run = KeyStatistics.of(tokens.keys, metric, observed.rotation, spans, self._mean, real)
         if self._codec.on_statistics is not None:
             self._codec.on_statistics(self._number, run)
-        keys, plan = self._encode_keys(run, tokens.values)
+        # A tile that is not full has other anchors.
+        carries = None if last is None or last.num_tokens % GROUP_SIZE else last.carries_at(last.num_tokens)
+        keys, plan = self._encode_keys(run, tokens, None if carries is None else carries[0])
         is_by_plan = self._plan is not None and keys.vectors is self._plan.vectors
-        largest, carries = (self._largest, self._ends and self._ends[1]) if is_by_plan else (None, None)
-        values = value_codec.encode(tokens.values, self._value_nbits(run, plan), largest, carries)
-        limit = config.error_limit
+        largest, value_carries = (self._largest, carries and carries[1]) if is_by_plan else (None, None)
+        values = value_codec.encode(tokens.values, self._value_nbits(run, plan), largest, value_carries)
+        limit = self._codec.config.error_limit
         if limit is not None:
             keys, plan = self._keys_within(limit, run, keys, plan)
             values = _values_within(limit, tokens.values, values)
-            if max(float(keys.relative_error.max()), float(values.relative_error.max())) > limit:
-                return None
         block = SpectralBlock(keys, values, tokens.keys.dtype)
         # The plan of a row that is padding alone cannot serve its later tokens.
         is_of_all_rows = bool(run.has_tokens.all())
-        if self._plan is None and block.is_finite and is_of_all_rows and not self._is_short(run, plan):
+        is_first = self._plan is None and not self._is_short(run, plan)
+        if (is_first or self._waits) and block.is_finite and is_of_all_rows:
             self._plan, self._mean, self._largest = plan, run.mean, values.largest
-        if self._plan is not None and keys.vectors is self._plan.vectors:
-            self._ends = keys.carries_at(block.num_tokens), values.carries_at(block.num_tokens)
+            self._usual_error = float(keys.relative_error.float().square().mean())
+            # Units need a basis of the model: its metric stands for that of the queries.
+            self._waits = self._codec.has_bases and self._codec.basis_of(self._number, tokens) is None
         return block
+
+    def _go_on(
+        self,
+        tokens: ExactBlock,
+        real: Tensor | None,
+        rotation: Rotation | None,
+        last: SpectralBlock | None,
+        shared: ModelBasis,
+    ) -> SpectralBlock:
+        """The tokens coded by the plan, behind those of ``last`` if they can go on from it."""
+        assert self._plan is not None
+        if last is not None and not _runs_on(last.keys.rotation, rotation):
+            last = None
+        metric, spans = shared.on(tokens.keys.device).metric, spans_of(rotation)
+        nbits = self._value_nbits_of_plan(tokens) if last is None else last.values.nbits
+        start = 0 if last is None else last.num_tokens % GROUP_SIZE
+        block, first = last, 0
+        # First what has room in the last tile, then the others.
+        for stop in sorted({min(GROUP_SIZE - start if start else 0, tokens.num_tokens), tokens.num_tokens} - {0}):
+            part, here = tokens.slice(first, stop), None if rotation is None else rotation.slice(first, stop)
+            before, scale_codes = None, None
+            carries = (None, None) if block is None else block.carries_at(block.num_tokens)
+            if block is not None and block.num_tokens % GROUP_SIZE:
+                filled = block.num_tokens // GROUP_SIZE * GROUP_SIZE
+                earlier = block.keys.rotation
+                before = None if earlier is None else earlier.slice(filled, block.num_tokens)
+                scale_codes = block.keys.scales[:, -1, :, None]
+            values = value_codec.encode(part.values, nbits, self._largest, carries[1])
+            if values.largest is not self._largest:
+                # Later blocks take the larger scale; these tokens begin a block.
+                self._largest = values.largest
+                rest = None if rotation is None else rotation.slice(first, tokens.num_tokens)
+                hidden = None if real is None else real[:, first:]
+                return self._go_on(tokens.slice(first, tokens.num_tokens), hidden, rest, None, shared)
+            shown = None if real is None else real[:, first:stop]
+            run = KeyStatistics.of(part.keys, metric, here, spans, self._mean, shown, before)
+            keys, _ = key_codec.encode(run, self._plan, carries[0], scale_codes)
+            if float(keys.relative_error.float().square().mean(1).max()) > _WORTH_A_BASIS * self._usual_error:
+                self._waits = True
+            piece = SpectralBlock(keys, values, tokens.keys.dtype)
+            if block is None:
+                block = piece
+            else:
+                block = block.append(piece) if scale_codes is None else block.fill(piece)
+            first = stop
+        assert block is not None
+        return block
+
+    def _is_by_plan(self, block: SpectralBlock) -> bool:
+        plan = self._plan
+        is_same = plan is not None and block.keys.vector_scales is plan.vector_scales
+        return is_same and block.values.largest is self._largest
 
     def join(self, last: Block, new: Block) -> Block | None:
         if not isinstance(last, SpectralBlock) or not isinstance(new, SpectralBlock):
@@ -138,24 +227,20 @@ class SpectralLayerCodec(LayerCodec):
         fills_groups = last.num_tokens % GROUP_SIZE == 0
         if not same_keys or not same_values or not fills_groups:
             return None
-        goes_on = torch.equal(last.keys.carries_at(last.num_tokens), new.keys.carries)
-        if not goes_on or not torch.equal(last.values.carries_at(last.num_tokens), new.values.carries):
+        ends = last.carries_at(last.num_tokens)
+        if not torch.equal(ends[0], new.keys.carries) or not torch.equal(ends[1], new.values.carries):
             return None
-        before, behind = last.keys.rotation, new.keys.rotation
-        if before is None or behind is None:
-            return last.append(new) if before is behind else None
-        return None if join_in_kind(before, behind) is None else last.append(new)
+        return last.append(new) if _runs_on(last.keys.rotation, new.keys.rotation) else None
 
     def map_batch(self, function: TensorFunction) -> None:
         plan, mean, largest = self._plan, self._mean, self._largest
         if plan is None or mean is None or largest is None:
             return
-        self._plan = plan.map(function)
-        self._mean, self._largest = function(mean), function(largest)
-        self._ends = self._ends and (function(self._ends[0]), function(self._ends[1]))
+        self._plan, self._mean, self._largest = plan.map(function), function(mean), function(largest)
 
     def forget(self) -> None:
-        self._plan = self._mean = self._largest = self._ends = None
+        self._plan = self._mean = self._largest = None
+        self._usual_error, self._waits = 0.0, False
 
     def reset(self) -> None:
         self.forget()
@@ -164,9 +249,8 @@ class SpectralLayerCodec(LayerCodec):
 
     def to_fields(self) -> dict[str, Field]:
         plan = None if self._plan is None else self._plan.to_fields()
-        key_ends, value_ends = self._ends or (None, None)
-        ends = {"key_ends": key_ends, "value_ends": value_ends}
-        return {"plan": plan, "mean": self._mean, "largest": self._largest, **ends}
+        more: dict[str, Field] = {"usual_error": self._usual_error, "waits": self._waits}
+        return {"plan": plan, "mean": self._mean, "largest": self._largest, **more}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:
         self.forget()
@@ -175,61 +259,56 @@ class SpectralLayerCodec(LayerCodec):
             mean = fields.tensor("mean", torch.float16, (*rows, shape.key_dim))
             largest = fields.tensor("largest", torch.float32, (*rows, 1))
             self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
-            components = sum(map(len, self._plan.widths))
-            key_ends = fields.tensor("key_ends", torch.uint8, (shape.batch, components))
-            self._ends = key_ends, fields.tensor("value_ends", torch.uint8, (*rows, shape.value_dim))
+            self._usual_error, self._waits = fields.number("usual_error"), fields.flag("waits")
 
-    def _metric(self, tokens: ExactBlock, observed: Observed) -> Tensor:
-        """The queries' metric; for later tokens in the model's basis, the one under which that is orthonormal."""
-        if self._plan is not None and self._plan.rows is not None:
-            return self._plan.rows.basis.on(tokens.keys.device).metric
-        return metric_of(observed, tokens.keys.shape[1], tokens.keys.shape[-1], spans_of(observed.rotation))
-
-    def _encode_keys(self, run: KeyStatistics, values: Tensor) -> tuple[KeyCodes, KeyPlan]:
-        """Encode the keys in the basis of earlier blocks or, if it does not suit every row, in a basis of their own."""
+    def _encode_keys(self, run: KeyStatistics, tokens: ExactBlock, carries: Tensor | None) -> tuple[KeyCodes, KeyPlan]:
+        """Encode the keys in the basis of earlier blocks, going on from ``carries``, or, if it does not suit every row,
+        in a basis of their own."""
         if self._plan is None:
-            return key_codec.encode(run, self._first_plan(run, values))
-        if self._plan.rows is not None:
-            return key_codec.encode(run, self._plan, self._ends and self._ends[0])
+            return key_codec.encode(run, self._first_plan(run, tokens))
         basis = run.basis()
         if not bool(run.has_tokens.any()):
             return key_codec.encode(run, _empty_plan(run, basis))
         level = self._plan.level
         widths = self._widths_at(level, run, basis, self._first_bit_cost(run))
-        keys, plan = key_codec.encode(run, self._plan, self._ends and self._ends[0])
+        keys, _ = key_codec.encode(run, self._plan, carries)
         # Row by row: an average over rows would hide a row that the basis does not suit.
         lost = (keys.relative_error.float().square() * basis.variances.sum(-1)).sum(-1)
         expected = key_codec.expected_error(basis.variances, widths).sum(-1)
         if bool((lost <= _WORTH_A_BASIS * expected).all()):
-            return keys, plan
+            return keys, self._plan
         return key_codec.encode(run, key_codec.plan(basis, widths, level))
 
-    def _first_plan(self, run: KeyStatistics, values: Tensor) -> KeyPlan:
+    def _first_plan(self, run: KeyStatistics, tokens: ExactBlock) -> KeyPlan:
         """The plan of a layer's first tokens: in the model's basis or, if that pays, in one of their own."""
         if not bool(run.has_tokens.any()):
             # All rows are padding: there is no variance to allocate bits by.
             return _empty_plan(run, run.basis())
-        shared = self._codec.basis_of(self._number, run)
+        values, shared = tokens.values, self._codec.basis_of(self._number, tokens)
         if shared is not None:
             matrices = shared.on(run.x.device)
             variances = run.variances_in(matrices.rows, matrices.inverse)
-            widths, level = self._allocate(self._codec.budget, run, variances, values, has_vectors=False)
+            own = float(run.shares.sum()) * run.num_tokens
+            expected = (run.over_tokens(variances) * own + matrices.variances * _EXPECTED_TOKENS) / (
+                own + _EXPECTED_TOKENS
+            )
+            widths, level = self._allocate(self._codec.budget, run, expected, values, has_vectors=False)
             plan = key_codec.plan_of_model(shared, widths, level, run.x)
             if run.num_tokens < _LEAST_TOKENS_OF_A_BASIS or not self._is_own_basis_worth(run, variances, plan):
                 return plan
             self._codec.budget.forget(self._number)
         basis = run.basis()
         budget = self._codec.short_budget if self._is_short(run) else self._codec.budget
-        widths, level = self._allocate(budget, run, basis.variances, values)
+        widths, level = self._allocate(budget, run, run.over_tokens(basis.variances), values)
         return key_codec.plan(basis, widths, level)
 
     def _allocate(
         self, budget: Budget, run: KeyStatistics, variances: Tensor, values: Tensor, has_vectors: bool = True
     ) -> tuple[Tensor, float]:
-        """Widths ``[H, D]`` of components of ``variances [B, H, D]``, and their level."""
+        """Widths ``[H, D]`` of components of ``variances [H, D]``, and their level."""
         first_bit_cost = self._first_bit_cost(run, has_vectors)
-        fixed_cost, elements = self._fixed_cost(run, values.shape[-1]), values.shape[1] * values.shape[-1]
-        widths = budget.allocate(self._number, run.over_tokens(variances), first_bit_cost, fixed_cost, elements)
+        fixed_cost, elements = self._fixed_cost(run, values.shape[-1], has_vectors), values.shape[1] * values.shape[-1]
+        widths = budget.allocate(self._number, variances, first_bit_cost, fixed_cost, elements)
         return widths, budget.level_of(self._number)
 
     def _is_own_basis_worth(self, run: KeyStatistics, variances: Tensor, plan: KeyPlan) -> bool:
@@ -269,6 +348,12 @@ class SpectralLayerCodec(LayerCodec):
         variances = self._codec.budget.weighted(self._number, run.over_tokens(basis.variances))
         return widths_at(level, variances, first_bit_cost)
 
+    def _value_nbits_of_plan(self, tokens: ExactBlock) -> int:
+        """Width of later tokens' values."""
+        if self._codec.value_nbits is not None:
+            return self._codec.value_nbits
+        return self._codec.budget.value_nbits_of(self._number)
+
     def _value_nbits(self, run: KeyStatistics, plan: KeyPlan) -> int:
         if self._codec.value_nbits is not None:
             return self._codec.value_nbits
@@ -284,17 +369,16 @@ class SpectralLayerCodec(LayerCodec):
 
     def _first_bit_cost(self, run: KeyStatistics, has_vectors: bool = True) -> float:
         """Bits per token of a component's first bit, which also pays for its scales, its carry, its row of the basis
-        (``has_vectors``) and, if the plan is kept, the scale of that row and the byte that the next block's stream goes
-        on from."""
+        (``has_vectors``) and, if the plan is kept, the scale of that row."""
         one = {**self._key_sizes(run), "components": 1, "vectors": int(has_vectors)}
         nbytes = KeyCodes.bytes_per("components", one) + KeyCodes.bytes_of("vectors", one)
-        if not has_vectors or run.num_tokens >= self._codec.config.block_size:
-            nbytes += KeyPlan.bytes_of("row_scales", one) + KeyCodes.bytes_of("carries", one)
-        return 1 + 8 * nbytes / run.num_tokens
+        if run.num_tokens >= self._codec.config.block_size:
+            nbytes += KeyPlan.bytes_of("row_scales", one)
+        return 1 + 8 * nbytes / self._tokens_of_costs(run, has_vectors)
 
-    def _fixed_cost(self, run: KeyStatistics, value_dim: int) -> float:
-        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, the values' scales
-        and carries and, if the plan is kept, the bytes that the next block's values go on from.
+    def _fixed_cost(self, run: KeyStatistics, value_dim: int, has_vectors: bool = True) -> float:
+        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, and the values' scales
+        and carries.
 
         Uneven positions take more bytes; the budget does not pay for those.
         """
@@ -302,13 +386,23 @@ class SpectralLayerCodec(LayerCodec):
         positions = 8 * head_dim / self._codec.budget.num_layers
         keys = key_codec.fixed_bytes(self._key_sizes(run))
         sizes = value_codec.value_sizes(1, heads, value_dim, MAX_NBITS, num_tokens)
-        ends = 0 if self._is_short(run) else ValueCodes.bytes_of("carries", sizes)
-        return 8 * (positions + keys + value_codec.fixed_bytes(sizes) + ends) / num_tokens
+        return 8 * (positions + keys + value_codec.fixed_bytes(sizes)) / self._tokens_of_costs(run, has_vectors)
+
+    def _tokens_of_costs(self, run: KeyStatistics, has_vectors: bool) -> int:
+        """Among how many tokens costs are shared: in the model's basis, later tokens join these."""
+        return run.num_tokens if has_vectors else max(run.num_tokens, self._codec.config.block_size)
 
     def _key_sizes(self, run: KeyStatistics) -> dict[str, int]:
         """The sizes of one row's codes, without components."""
         _, heads, num_tokens, head_dim = run.x.shape
         return key_codec.key_sizes(1, head_dim, ((),) * heads, num_tokens)
+
+
+def _runs_on(before: Rotation | None, behind: Rotation | None) -> bool:
+    """True if tokens at ``behind`` can join tokens at ``before`` in one block."""
+    if before is None or behind is None:
+        return before is behind
+    return join_in_kind(before, behind) is not None
 
 
 def _empty_plan(run: KeyStatistics, basis: Basis) -> KeyPlan:

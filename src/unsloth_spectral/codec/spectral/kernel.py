@@ -48,9 +48,12 @@ def encode_keys(
     clips: Sequence[float],
     carries: Tensor | None = None,
     variant: str | None = None,
+    inverses: Tensor | None = None,
 ) -> Encoded:
     """Code ``coefficients [B, C, n]`` float32 with ``widths [C]`` bits, going on from ``carries [B, C]`` uint8, which
     are free if not given.
+
+    Coefficients of the first group are multiplied by ``inverses [B, C]`` float32, if given, in place of what suits them.
 
     Raises:
         InvalidArgumentError: the coefficients are not float32, or the widths or carries not theirs.
@@ -69,6 +72,7 @@ def encode_keys(
         torch.tensor(numbers, dtype=torch.int32, device="cpu")
         for numbers in (tuple(widths), list(accumulate(widths, initial=0))[:-1])
     )
+    inverses = None if inverses is None else inverses.cpu().contiguous()
     ratios = torch.tensor(clips, dtype=torch.float32, device="cpu")
     call = abi.KeyEncoding(
         coefficients=address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
@@ -80,6 +84,7 @@ def encode_keys(
         overlaps=address("overlaps", overlaps, torch.float32, by_tile),
         squares=address("squares", squares, torch.float32, by_tile),
         clips=address("clips", ratios, torch.float32, (len(clips),)),
+        inverses=None if inverses is None else address("inverses", inverses, torch.float32, (batch, count)),
         batch=batch,
         num_components=count,
         num_tokens=num_tokens,

@@ -13,7 +13,7 @@ from unsloth_spectral.codec.config import GROUP_SIZE
 from unsloth_spectral.codec.model_basis import BasisRows, ModelBasis, Places, row_numbers
 from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral.allocate import DISTORTION
-from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, last_bytes, num_tiles, pack, unpack
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, filled, last_bytes, num_tiles, pack, unpack
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, squared_errors, unbiased_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
@@ -22,6 +22,8 @@ from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import SPAN, Rotation, Spans, anchors_of, join_rotations, rotate, unrotate
 
 STEPS_PER_OCTAVE = 32
+# Later tokens coded in the same basis may need larger scales than the first ones.
+_ROOM = 4.0
 # Clipping points, as shares of a group's largest coefficient. Without clipping, rare huge coefficients set the step.
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32)
 
@@ -145,8 +147,8 @@ class KeyCodes(StoredTensors):
         return replace(self.slice_tensors(start, stop), carries=carries, num_tokens=stop - start, rotation=rotation)
 
     def carries_at(self, token: int) -> Tensor:
-        """The bytes ``[B, C]`` uint8 that streams go on from at ``token``, a multiple of the group size."""
-        return last_bytes(self.streams, self.carries, flat_widths(self.widths), token // GROUP_SIZE)
+        """The bytes ``[B, C]`` uint8 that streams go on from at ``token``, a multiple of 8."""
+        return last_bytes(self.streams, self.carries, flat_widths(self.widths), token)
 
     def map(self, function: TensorFunction) -> "KeyCodes":
         """``function`` applied along the batch dimension of each tensor."""
@@ -160,6 +162,21 @@ class KeyCodes(StoredTensors):
             rotation = join_rotations([rotation, other.rotation])
         return replace(
             self.append_tensors(other),
+            relative_error=joint_error(self, other),
+            num_tokens=self.num_tokens + other.num_tokens,
+            rotation=rotation,
+        )
+
+    def fill(self, other: "KeyCodes") -> "KeyCodes":
+        """These keys followed by ``other``'s, which were coded at the scales of the last group and have room in it."""
+        start = self.num_tokens % GROUP_SIZE
+        streams = filled(self.streams, other.streams, flat_widths(self.widths), start, other.num_tokens)
+        rotation = self.rotation
+        if rotation is not None and other.rotation is not None:
+            rotation = join_rotations([rotation, other.rotation])
+        return replace(
+            self,
+            streams=streams,
             relative_error=joint_error(self, other),
             num_tokens=self.num_tokens + other.num_tokens,
             rotation=rotation,
@@ -323,24 +340,37 @@ def _falling(widths: Tensor) -> tuple[Widths, Places]:
     return tuple(tuple(row[place] for place in order) for row, order in zip(rows, places, strict=True)), places
 
 
-def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = None) -> tuple[KeyCodes, KeyPlan]:
-    """Code the keys of ``statistics`` by ``plan``, going on from ``carries [B, C]`` uint8, which are free if not given;
-    the second result is the plan with its ``vector_scales``."""
+def encode(
+    statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = None, scale_codes: Tensor | None = None
+) -> tuple[KeyCodes, KeyPlan]:
+    """Code the keys of ``statistics`` by ``plan``; the second result is the plan with its ``vector_scales``.
+
+    Args:
+        statistics: of the keys.
+        plan: with its ``vector_scales`` where earlier keys were coded by it.
+        carries: ``[B, C]`` uint8, what the streams go on from; free if not given.
+        scale_codes: ``[B, C, 1]`` uint8, where the keys, at most a group, join earlier ones in their group.
+    """
     x, metric = statistics.x, statistics.metric
     num_tokens, widths = statistics.num_tokens, flat_widths(plan.widths)
     vectors, row_scales = plan.basis
     basis = _by_head(vectors.float() * row_scales, plan.widths)
     project = projection(basis, metric)
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
-    encoded = (kernel.encode_keys if kernel.is_available() else quantize)(coefficients, widths, CLIPS, carries)
+    vector_scales, inverses = plan.vector_scales, None
+    if scale_codes is not None:
+        assert vector_scales is not None, "earlier keys have scales"
+        given = decode_scales(scale_codes, STEPS_PER_OCTAVE) * (vector_scales / row_scales)
+        inverses = _inverses(given[..., 0], widths)
+    encode_all = kernel.encode_keys if kernel.is_available() else quantize
+    encoded = encode_all(coefficients, widths, CLIPS, carries, inverses=inverses)
     sums = encoded.energies, encoded.overlaps, encoded.squares
     scales = unbiased_scales(*sums)
-    # Twice the largest: later tokens coded in the same basis may need more.
-    vector_scales = plan.vector_scales
     if vector_scales is None:
-        vector_scales = 2 * scales.amax(-1, keepdim=True) * row_scales
+        vector_scales = _ROOM * scales.amax(-1, keepdim=True) * row_scales
     tops = vector_scales / row_scales
-    scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
+    if scale_codes is None:
+        scale_codes = encode_scales(scales, STEPS_PER_OCTAVE, tops)[0]
     stored = decode_scales(scale_codes, STEPS_PER_OCTAVE).mul_(tops)
     rounding = squared_errors(*sums, stored).sum(-1) / num_tokens
     error = _relative_error(
@@ -363,8 +393,20 @@ def encode(statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = No
     return codes, replace(plan, vector_scales=vector_scales)
 
 
+def _inverses(scales: Tensor, widths: Sequence[int]) -> Tensor:
+    """What coefficients are multiplied by to be coded at ``scales [B, C]``, which are unbiased."""
+    # Unbiased scales of a Gaussian are larger than its standard deviation by this factor.
+    shrinkage = [1 - DISTORTION[nbits] if nbits <= trellis.MAX_TRELLIS_NBITS else 1.0 for nbits in widths]
+    factors = torch.tensor(shrinkage, dtype=scales.dtype, device=scales.device)
+    return (1 / (scales * factors).clamp_min(1 / trellis.LARGEST_INVERSE)).contiguous()
+
+
 def quantize(
-    coefficients: Tensor, widths: Sequence[int], clips: Sequence[float], carries: Tensor | None = None
+    coefficients: Tensor,
+    widths: Sequence[int],
+    clips: Sequence[float],
+    carries: Tensor | None = None,
+    inverses: Tensor | None = None,
 ) -> kernel.Encoded:
     """``kernel.encode_keys`` in torch, plain and slow.
 
@@ -384,6 +426,15 @@ def quantize(
         x = groups[:, chosen]
         if nbits > trellis.MAX_TRELLIS_NBITS:
             codes = _uniform_codes(x, nbits, clips)
+            partial = num_tokens % GROUP_SIZE
+            if inverses is not None or partial:
+                # The tokens that a group still lacks are to be coded at its scale too.
+                number = 0 if inverses is not None else -1
+                at_deviation = (trellis.tables().units[nbits - 1] / deviations[:, chosen, number]).minimum(
+                    (1 << (nbits - 1)) / x[..., number, :].abs().amax(-1).clamp_min(torch.finfo(x.dtype).tiny)
+                )
+                steps = at_deviation.clamp_max(trellis.LARGEST_INVERSE) if inverses is None else inverses[:, chosen]
+                codes[..., number, :] = _codes_at(x[..., number, :], nbits, steps)
             windows[:, chosen] = codes << (MAX_NBITS - nbits)
             if is_free:
                 carries[:, chosen] = 0
@@ -391,6 +442,8 @@ def quantize(
             peaks = x.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
             by_peak, unit = trellis.REACHES[nbits - 1] / peaks, trellis.tables().units[nbits - 1]
             inverse = (unit / deviations[:, chosen]).minimum(by_peak).clamp_max(trellis.LARGEST_INVERSE)[..., None]
+            if inverses is not None:
+                inverse[:, :, 0, 0] = inverses[:, chosen]
             inputs = trellis.inputs_of(x, inverse).flatten(2)[..., :num_tokens]
             before = None if is_free else carries[:, chosen].flatten()
             found, before = trellis.search(inputs.flatten(0, 1), trellis.distances(nbits), nbits, before)
@@ -403,6 +456,13 @@ def quantize(
     codes = windows.flatten(2) >> shifts[:, None]
     overlaps, squares = (groups.double() * reconstructed).sum(-1), reconstructed.double().square().sum(-1)
     return kernel.Encoded(pack(codes, widths), carries, energies.float(), overlaps.float(), squares.float())
+
+
+def _codes_at(group: Tensor, nbits: int, inverses: Tensor) -> Tensor:
+    """Codes uint8 of a group ``[B, C, 128]`` at steps of one over ``inverses [B, C]``."""
+    half = 1 << (nbits - 1)
+    scaled = (group * inverses[..., None]).clamp(-half, half)
+    return (scaled + half).to(torch.int32).clamp_max(2 * half - 1).to(torch.uint8)
 
 
 def _uniform_codes(groups: Tensor, nbits: int, clips: Sequence[float]) -> Tensor:

@@ -8,6 +8,7 @@ what comes before, is kept apart: its carry.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -60,12 +61,40 @@ def unpack(streams: Tensor, carries: Tensor, widths: Sequence[int]) -> Tensor:
     return windows.flatten(2)
 
 
-def last_bytes(streams: Tensor, carries: Tensor, widths: Sequence[int], tiles: int) -> Tensor:
-    """The bytes ``[B, C]`` uint8 that streams go on from behind their first ``tiles``."""
-    if not tiles:
+def last_bytes(streams: Tensor, carries: Tensor, widths: Sequence[int], num_tokens: int) -> Tensor:
+    """The bytes ``[B, C]`` uint8 that streams go on from behind their first ``num_tokens``, a multiple of 8."""
+    if not num_tokens:
         return carries
-    ends = torch.tensor(widths, dtype=torch.int64, device=streams.device).cumsum(0) - 1
-    return streams[:, tiles - 1, ends, -1]
+    tile, within = (num_tokens - 1) // TILE_TOKENS, (num_tokens - 1) % TILE_TOKENS + 1
+    return streams[:, tile].flatten(1)[:, _last_places(tuple(widths), within, streams.device)]
+
+
+def filled(streams: Tensor, later: Tensor, widths: Sequence[int], start: int, count: int) -> Tensor:
+    """``streams [B, tiles, rows, 16]`` whose last tile has ``start`` tokens, and behind these ``count`` more, which are
+    the first ones of ``later [B, 1, rows, 16]``; both numbers are multiples of 8, and the tile has room."""
+    together = streams.clone()
+    into, out_of = (_byte_places(tuple(widths), first, first + count, streams.device) for first in (start, 0))
+    together[:, -1].view(len(streams), -1)[:, into] = later[:, 0].flatten(1)[:, out_of]
+    return together
+
+
+@lru_cache(maxsize=256)
+def _last_places(widths: tuple[int, ...], num_tokens: int, device: torch.device) -> Tensor:
+    """``[C]`` int64, places within a tile of the last bytes of each component's first ``num_tokens``."""
+    firsts = (last - nbits for last, nbits in zip(accumulate(widths), widths, strict=True))
+    places = [first * ROW_BYTES + num_tokens * nbits // 8 - 1 for first, nbits in zip(firsts, widths, strict=True)]
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _byte_places(widths: tuple[int, ...], start: int, stop: int, device: torch.device) -> Tensor:
+    """Places within a tile of the bytes of tokens ``start`` to ``stop``, component by component, int64."""
+    firsts = (last - nbits for last, nbits in zip(accumulate(widths), widths, strict=True))
+    runs = [
+        range(first * ROW_BYTES + start * nbits // 8, first * ROW_BYTES + stop * nbits // 8)
+        for first, nbits in zip(firsts, widths, strict=True)
+    ]
+    return torch.tensor([*chain.from_iterable(runs)], dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unsloth_spectral.rope import Rotation, Spans, anchors_of, minus_rotated, unrotate, unrotated_sum
+from unsloth_spectral.rope import Rotation, Spans, anchors_of, join_rotations, minus_rotated, unrotate, unrotated_sum
 
 
 class Basis(NamedTuple):
@@ -52,12 +52,14 @@ class KeyStatistics:
         spans: Spans,
         mean: Tensor | None = None,
         real: Tensor | None = None,
+        before: Rotation | None = None,
     ) -> "KeyStatistics":
         """Statistics of ``keys [B, H, n, D]`` around ``mean [B, H, D]`` float16; None: their own mean.
 
-        ``real [B, n]`` bool is False for padding.
+        ``real [B, n]`` bool is False for padding; ``before`` has the positions of the tokens that came before in the
+        first one's tile, if any.
         """
-        x, mean = centre(keys, mean, rotation, spans, real)
+        x, mean = centre(keys, mean, rotation, spans, real, before)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
         return cls(x, mean, covariance(x), metric.to(x.device), rotation, spans, shares)
 
@@ -86,12 +88,17 @@ class KeyStatistics:
 
 
 def centre(
-    keys: Tensor, mean: Tensor | None, rotation: Rotation | None, spans: Spans, real: Tensor | None
+    keys: Tensor,
+    mean: Tensor | None,
+    rotation: Rotation | None,
+    spans: Spans,
+    real: Tensor | None,
+    before: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``keys [B, H, n, D]`` minus their mean, un-rotated by their anchors, and that mean, ``[B, H, D]`` float16 (or the
     given one), un-rotated.
 
-    ``real [B, n]`` bool is False for padding, which becomes zero.
+    ``real [B, n]`` bool is False for padding, which becomes zero; ``before`` as in ``KeyStatistics.of``.
     """
     x = keys.float()
     weight = None if real is None else real[:, None, :, None].to(x.dtype)
@@ -102,7 +109,8 @@ def centre(
         table = rotation.table()[:, None]
         mean = _mean(x, weight, table, rotation).half() if mean is None else mean
         x = minus_rotated(x, mean.float()[:, :, None], table, rotation)
-        x = unrotate(x, anchors_of(rotation, spans)[:, None], rotation)
+        whole = rotation if before is None else join_rotations([before, rotation])
+        x = unrotate(x, anchors_of(whole, spans)[:, None, -rotation.num_tokens :], rotation)
     return (x if weight is None else x * weight), mean
 
 

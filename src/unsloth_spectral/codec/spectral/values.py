@@ -13,6 +13,7 @@ from unsloth_spectral.codec.spectral.packing import (
     MAX_NBITS,
     ROW_BYTES,
     TILE_TOKENS,
+    filled,
     last_bytes,
     num_tiles,
     pack,
@@ -68,8 +69,8 @@ class ValueCodes(StoredTensors):
         return replace(self.slice_tensors(start, stop), carries=self.carries_at(start), num_tokens=stop - start)
 
     def carries_at(self, token: int) -> Tensor:
-        """The bytes ``[B, H, D]`` uint8 that streams go on from at ``token``, a multiple of 128."""
-        carries = last_bytes(self.streams, self.carries.flatten(1), self._widths, token // TILE_TOKENS)
+        """The bytes ``[B, H, D]`` uint8 that streams go on from at ``token``, a multiple of 8."""
+        carries = last_bytes(self.streams, self.carries.flatten(1), self._widths, token)
         return carries.unflatten(1, (-1, self.head_dim))
 
     def map(self, function: TensorFunction) -> "ValueCodes":
@@ -80,6 +81,15 @@ class ValueCodes(StoredTensors):
         """These values followed by ``other``'s, of the same width and going on from these; these fill whole tiles."""
         num_tokens = self.num_tokens + other.num_tokens
         return replace(self.append_tensors(other), relative_error=joint_error(self, other), num_tokens=num_tokens)
+
+    def fill(self, other: "ValueCodes") -> "ValueCodes":
+        """These values followed by ``other``'s, of the same width and scale, which have room in the last tile."""
+        start, num_tokens = self.num_tokens % TILE_TOKENS, self.num_tokens + other.num_tokens
+        scales = self.scales.clone()
+        scales[..., self.num_tokens : num_tokens] = other.scales[..., : other.num_tokens]
+        streams = filled(self.streams, other.streams, self._widths, start, other.num_tokens)
+        error = joint_error(self, other)
+        return replace(self, streams=streams, scales=scales, relative_error=error, num_tokens=num_tokens)
 
     def to_fields(self) -> dict[str, Field]:
         return {**self.tensors_to_fields(), "nbits": self.nbits, "num_tokens": self.num_tokens}

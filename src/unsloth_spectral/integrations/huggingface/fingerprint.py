@@ -25,6 +25,7 @@ from unsloth_spectral.log import warn_once
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
 _VERSION = 4
+_DTYPES = {"vectors": torch.int8, "row_scales": torch.float32, "variances": torch.float32}
 _TABLES = ("value_sensitivities", "key_sensitivities", "key_variances")
 
 
@@ -139,8 +140,7 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
     """The contents of ``profile``, ready for JSON; tensors as base64."""
     tables = {name: getattr(profile, name) for name in _TABLES}
     bases = [
-        {"shape": basis.shape, "vectors": _text_of(basis.vectors), "row_scales": _text_of(basis.row_scales)}
-        for basis in profile.bases
+        {"shape": basis.shape, **{name: _text_of(getattr(basis, name)) for name in _DTYPES}} for basis in profile.bases
     ]
     return {**tables, "bases": bases, "digest": profile.digest}
 
@@ -157,11 +157,13 @@ def _basis(entry: Any) -> ModelBasis:
     """
     try:
         heads, dims = map(int, entry["shape"])
-        vectors, row_scales = (
+        vectors, row_scales, variances = (
             torch.frombuffer(bytearray(base64.b64decode(entry[name], validate=True)), dtype=dtype)
-            for name, dtype in (("vectors", torch.int8), ("row_scales", torch.float32))
+            for name, dtype in _DTYPES.items()
         )
-        return ModelBasis.of(vectors.view(heads, dims, dims), row_scales.view(heads, dims, 1))
+        return ModelBasis.of(
+            vectors.view(heads, dims, dims), row_scales.view(heads, dims, 1), variances.view(heads, dims)
+        )
     except (LoadError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError("has a damaged basis") from error
 
