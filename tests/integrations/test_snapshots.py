@@ -295,11 +295,10 @@ def numbers_of(fields: Any, name: str) -> list[int]:
     return own + [number for part in fields.values() for number in numbers_of(part, name)]
 
 
-@pytest.mark.parametrize("name", ["carries", "key_ends", "value_ends"])
-def test_a_damaged_byte_that_streams_go_on_from_is_refused(saved: Path, name: str, tiny_llama: Build) -> None:
+def test_a_damaged_byte_that_streams_go_on_from_is_refused(saved: Path, tiny_llama: Build) -> None:
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
-    tensors, found = load_file(saved), numbers_of(json.loads(metadata["record"])["fields"], name)
+    tensors, found = load_file(saved), numbers_of(json.loads(metadata["record"])["fields"], "carries")
     assert found
     for number in found:
         damaged = tensors[str(number)].clone()
