@@ -1,10 +1,12 @@
 """Exact and coded blocks of any shape for tests of attention; the codec makes the coded ones."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from unsloth_spectral.codec.block import ExactBlock
+from unsloth_spectral.codec.model_basis import BasisRows, ModelBasis
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.block import SpectralBlock
@@ -74,3 +76,17 @@ def coded_block(
         widths = torch.randint(0, 9, (heads, head_dim), generator=generator)
     coded, _ = key_codec.encode(run, key_codec.plan(run.basis(), widths, math.nan))
     return SpectralBlock(coded, value_codec.encode(values, value_nbits), dtype)
+
+
+def in_model_basis(block: SpectralBlock) -> SpectralBlock:
+    """A block of one row with its vectors as rows of a model's basis, in any places."""
+    keys, dim = block.keys, block.keys.vectors.shape[-1]
+    vectors = torch.randint(-127, 128, (len(keys.widths), dim, dim), dtype=torch.int8)
+    places, first = [], 0
+    for head, row in enumerate(keys.widths):
+        places.append(tuple(torch.randperm(dim, generator=torch.Generator().manual_seed(head))[: len(row)].tolist()))
+        vectors[head, list(places[-1])] = keys.vectors[0, first : first + len(row)].cpu()
+        first += len(row)
+    scales = torch.ones(len(keys.widths), dim, 1)
+    basis = ModelBasis.of(vectors, scales, scales[..., 0])
+    return replace(block, keys=replace(keys, vectors=keys.vectors[:, :0], rows=BasisRows(basis, tuple(places))))

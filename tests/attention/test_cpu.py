@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from coded import coded_block, exact, random
+from coded import coded_block, exact, in_model_basis, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +138,16 @@ def test_the_kernel_adds_little_to_the_error_of_the_codes(variant: str, preset: 
     output = cpu.attend(query, [block], None, options, variant)
     assert block.keys.num_bits < 2 * 64 * 4
     assert (output - coded).norm() < 0.1 * (coded - dense).norm()
+
+
+@every_variant
+@pytest.mark.parametrize("query_length", [1, 9])
+def test_the_rows_of_a_models_basis(assert_close, variant: str, query_length: int) -> None:
+    for nbits, dim in ((2, 64), (3, 40), (5, 128)):
+        own = coded_block(1, 3, dim, 300, "anchored", nbits, seed=nbits)
+        block, query = in_model_basis(own), random(1, 6, query_length, dim)
+        check(query, [block], None, ScoreOptions(0.125), variant, assert_close)
+        assert_close(block.keys.reconstruct(), own.keys.reconstruct(), 1e-6)
 
 
 @every_variant

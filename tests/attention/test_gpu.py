@@ -58,6 +58,11 @@ def check(query, blocks, mask, options, assert_close, tolerance=TOLERANCE) -> No
     assert_close(output, expected, tolerance)
 
 
+def test_the_rows_of_a_models_basis(assert_close) -> None:
+    block = cpu.in_model_basis(coded(1, 2, 64, 200, "anchored", 3, 0))
+    check(random(1, 6, 2, 64), [block], None, ScoreOptions(0.125), assert_close)
+
+
 @pytest.mark.parametrize("seed", range(6 if IS_INTERPRETED else 60))
 def test_agrees_with_the_naive_path(assert_close, seed: int) -> None:
     draw = python_random.Random(seed)

@@ -19,6 +19,8 @@ class LayerStats:
         rank_keys, rank_values: ranks of the rank codec's blocks; None while there are none.
         bits_keys, bits_values: bits per element of the spectral codec's codes, without metadata; None while there are
             none.
+        basis: a hash of the model's basis, if the sealed keys are coded in it.
+        basis_bytes: its bytes. All caches of the model share it, so ``cold_bytes`` does not have them.
         error_keys, error_values: mean relative error of the sealed blocks; None while nothing is sealed. The
             norm is Frobenius, and that of the queries for the spectral codec's keys.
         exact_blocks: blocks kept exact because they held NaN or infinity, or could not be factorized.
@@ -39,6 +41,8 @@ class LayerStats:
     rank_values: int | None = None
     bits_keys: float | None = None
     bits_values: float | None = None
+    basis: str | None = None
+    basis_bytes: int = 0
     error_keys: float | None = None
     error_values: float | None = None
     exact_blocks: int = 0
@@ -55,6 +59,7 @@ class CacheStats:
     """The whole cache: the sums of its layers, and the layers.
 
     ``cold_bits_per_element`` covers the cold tier alone, metadata included; None while the tier is empty.
+    ``basis_bytes`` are kept once for all caches of the model, beside ``stored_bytes``.
     """
 
     layers: tuple[LayerStats, ...] = field(repr=False)
@@ -67,6 +72,7 @@ class CacheStats:
     svd_fallbacks: int
     seal_seconds: float
     cold_bits_per_element: float | None
+    basis_bytes: int
 
     @classmethod
     def of(cls, layers: list[LayerStats]) -> "CacheStats":
@@ -84,6 +90,7 @@ class CacheStats:
             cold_bits_per_element=_ratio(
                 8 * sum(layer.cold_bytes for layer in layers), sum(layer.cold_elements for layer in layers)
             ),
+            basis_bytes=sum(layer.basis_bytes for layer in layers),
             exact_blocks=sum(layer.exact_blocks for layer in layers),
             svd_fallbacks=sum(layer.svd_fallbacks for layer in layers),
             seal_seconds=sum(layer.seal_seconds for layer in layers),

@@ -65,12 +65,14 @@ class Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """Ranks or bits of a sealed block, as its codec has them; see ``LayerStats``."""
+    """Ranks or bits of a sealed block, as its codec has them, and the model's basis; see ``LayerStats``."""
 
     rank_keys: int | None = None
     rank_values: int | None = None
     bits_keys: float | None = None
     bits_values: float | None = None
+    basis: str | None = None
+    basis_bytes: int = 0
 
 
 class SealedBlock(Block, Protocol):

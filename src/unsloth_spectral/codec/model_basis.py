@@ -50,7 +50,9 @@ class ModelBasis:
             good = good and numbers.dtype == torch.float32 and numbers.shape == shape
             good = good and bool((torch.isfinite(numbers) & (numbers >= 0)).all())
         if not good:
-            raise LoadError("a model's basis must be square matrices of bytes, with a scale and a variance for each row")
+            raise LoadError(
+                "a model's basis must be square matrices of bytes, with a scale and a variance for each row"
+            )
         vectors, row_scales, variances = (tensor.cpu().contiguous() for tensor in (vectors, row_scales, variances))
         digest = hashlib.sha256()
         for tensor in (vectors, row_scales, variances):
@@ -87,7 +89,8 @@ class ModelBasis:
         """The basis on ``device``, the same object every time."""
         if device not in self._copies:
             rows = self.vectors.float() * self.row_scales
-            matrices = (rows, torch.linalg.pinv(rows))
+            inverse = torch.linalg.pinv(rows)
+            matrices = (rows, inverse, (inverse @ inverse.mT)[None])
             self._copies[device] = _OnDevice(
                 *(tensor.to(device) for tensor in (self.vectors, self.row_scales, self.variances, *matrices))
             )
@@ -118,6 +121,7 @@ class _OnDevice(NamedTuple):
         vectors, row_scales, variances: as in ``ModelBasis``.
         rows: ``[H, D, D]`` float32, their product.
         inverse: ``[H, D, D]`` float32, by which keys become coefficients.
+        metric: ``[1, H, D, D]`` float32, under which the rows are orthonormal.
     """
 
     vectors: Tensor
@@ -125,11 +129,7 @@ class _OnDevice(NamedTuple):
     variances: Tensor
     rows: Tensor
     inverse: Tensor
-
-    @property
-    def metric(self) -> Tensor:
-        """``[1, H, D, D]``: under this metric the rows are orthonormal."""
-        return (self.inverse @ self.inverse.mT)[None]
+    metric: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,18 @@ class BasisRows:
     def row_scales(self, device: torch.device) -> Tensor:
         """``[1, C, 1]`` float32."""
         return self.basis.on(device).row_scales.flatten(0, 1)[self.numbers(device).long()][None]
+
+    def spread(self, numbers: Places, device: torch.device) -> Tensor:
+        """``numbers``, one for each of these rows, as ``[H, D]`` int64 with zeros for the other rows."""
+        table = torch.zeros(self.basis.shape, dtype=torch.int64, device="cpu")
+        for head, (places, row) in enumerate(zip(self.places, numbers, strict=True)):
+            table[head, list(places)] = torch.tensor(row, dtype=torch.int64, device="cpu")
+        return table.to(device)
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """``[1, D, C]`` float32: what gives the rows' coefficients under the basis' own metric."""
+        columns = self.basis.on(device).inverse.mT.flatten(0, 1)
+        return columns[self.numbers(device).long()].mT[None]
 
     def to_fields(self) -> dict[str, Field]:
         """The basis by its digest alone: the profile carries it."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -95,6 +97,25 @@ def test_every_build_gives_the_same_codes_bit_for_bit(tokens: int) -> None:
 
 
 @every_variant
+@pytest.mark.parametrize("count", [8, 32, 96])
+def test_codes_at_given_scales_are_those_of_torch(variant: str, count: int) -> None:
+    """The first group takes the scales that it is given, so that its tokens can join earlier ones in their group."""
+    coefficients = heavy(2, len(WIDTHS), count)
+    inverses = random_inverses(coefficients)
+    carries = torch.arange(2 * len(WIDTHS), dtype=torch.uint8).view(2, -1)
+    actual = kernel.encode_keys(coefficients, WIDTHS, key_codec.CLIPS, carries, variant, inverses)
+    expected = key_codec.quantize(coefficients, WIDTHS, key_codec.CLIPS, carries, inverses)
+    assert torch.equal(actual.streams, expected.streams)
+    assert torch.equal(actual.overlaps, expected.overlaps)
+    assert not torch.equal(actual.streams, kernel.encode_keys(coefficients, WIDTHS, key_codec.CLIPS, carries).streams)
+
+
+def random_inverses(coefficients: torch.Tensor) -> torch.Tensor:
+    drawn = torch.rand(coefficients.shape[:2], generator=torch.Generator().manual_seed(3))
+    return 20 * (0.5 + drawn) / coefficients.std(-1)
+
+
+@every_variant
 def test_streams_that_go_on_join(variant: str) -> None:
     """Tokens coded in two pieces, the second going on from the first: together they read as they do apart."""
     coefficients = heavy(2, len(WIDTHS), 400)
@@ -124,6 +145,17 @@ class Spoiling(TorchFunctionMode):
         return result[..., :-1] if self._wrong == "size" else result.to("meta")
 
 
+@pytest.fixture
+def nothing_cached() -> Iterator[None]:
+    cached = (kernel._rows, kernel._ratios)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_cached")
 @pytest.mark.parametrize("wrong", ["dtype", "size", "device"])
 @pytest.mark.parametrize("factory", [torch.empty, torch.tensor])
 def test_the_encoders_refuse_tensors_made_for_the_call_that_are_not_theirs(factory: Any, wrong: str) -> None:

@@ -1,7 +1,7 @@
 """A run of tokens sealed by the spectral codec: coded keys beside coded values."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +72,11 @@ class SpectralBlock:
     @property
     def amounts(self) -> Amounts:
         elements = self.num_key_value_heads * self.keys.mean.shape[-1]
-        return Amounts(bits_keys=self.keys.num_bits / elements, bits_values=float(self.values.nbits))
+        amounts = Amounts(bits_keys=self.keys.num_bits / elements, bits_values=float(self.values.nbits))
+        if self.keys.rows is None:
+            return amounts
+        basis = self.keys.rows.basis
+        return replace(amounts, basis=basis.digest, basis_bytes=basis.nbytes)
 
     @property
     def num_fallbacks(self) -> int:

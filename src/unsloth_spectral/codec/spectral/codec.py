@@ -104,8 +104,8 @@ class SpectralLayerCodec(LayerCodec):
         self._plan: KeyPlan | None = None
         self._mean: Tensor | None = None
         self._largest: Tensor | None = None
-        # The mean square of the relative errors of the first tokens' keys; and whether later ones had larger errors.
-        self._usual_error, self._waits = 0.0, False
+        # The mean square of the relative errors of so many later units; and whether the last one had far larger errors.
+        self._usual_error, self._num_compared, self._waits = 0.0, 0, False
 
     @property
     def nbytes(self) -> int:
@@ -127,11 +127,11 @@ class SpectralLayerCodec(LayerCodec):
         last = last if isinstance(last, SpectralBlock) and self._is_by_plan(last) else None
         shared = self._codec.basis_of(self._number, tokens)
         if self._plan is not None and shared is not None and not self._waits:
-            block: SpectralBlock | None = self._go_on(tokens, real, observed.rotation, last, shared)
+            block = self._go_on(tokens, real, observed.rotation, last, shared)
         else:
             block = self._seal(tokens, real, observed, last)
         limit = self._codec.config.error_limit
-        if limit is not None and block is not None:
+        if limit is not None:
             if max(float(block.keys.relative_error.max()), float(block.values.relative_error.max())) > limit:
                 return None
         return block
@@ -161,7 +161,7 @@ class SpectralLayerCodec(LayerCodec):
         is_first = self._plan is None and not self._is_short(run, plan)
         if (is_first or self._waits) and block.is_finite and is_of_all_rows:
             self._plan, self._mean, self._largest = plan, run.mean, values.largest
-            self._usual_error = float(keys.relative_error.float().square().mean())
+            self._usual_error, self._num_compared = self._expected_error(run, plan, keys), 1
             # Units need a basis of the model: its metric stands for that of the queries.
             self._waits = self._codec.has_bases and self._codec.basis_of(self._number, tokens) is None
         return block
@@ -182,15 +182,18 @@ class SpectralLayerCodec(LayerCodec):
         nbits = self._value_nbits_of_plan(tokens) if last is None else last.values.nbits
         start = 0 if last is None else last.num_tokens % GROUP_SIZE
         block, first = last, 0
-        # First what has room in the last tile, then the others.
-        for stop in sorted({min(GROUP_SIZE - start if start else 0, tokens.num_tokens), tokens.num_tokens} - {0}):
+        # What has room in the last tile, then full tiles, then what begins another one.
+        room = min(GROUP_SIZE - start if start else 0, tokens.num_tokens)
+        full = room + (tokens.num_tokens - room) // GROUP_SIZE * GROUP_SIZE
+        for stop in sorted({room, full, tokens.num_tokens} - {0}):
             part, here = tokens.slice(first, stop), None if rotation is None else rotation.slice(first, stop)
-            before, scale_codes = None, None
+            before, scale_codes, is_filling = None, None, False
             carries = (None, None) if block is None else block.carries_at(block.num_tokens)
             if block is not None and block.num_tokens % GROUP_SIZE:
                 filled = block.num_tokens // GROUP_SIZE * GROUP_SIZE
                 earlier = block.keys.rotation
-                before = None if earlier is None else earlier.slice(filled, block.num_tokens)
+                before, is_filling = None if earlier is None else earlier.slice(filled, block.num_tokens), True
+            if block is not None and (is_filling or part.num_tokens < GROUP_SIZE):
                 scale_codes = block.keys.scales[:, -1, :, None]
             values = value_codec.encode(part.values, nbits, self._largest, carries[1])
             if values.largest is not self._largest:
@@ -201,17 +204,36 @@ class SpectralLayerCodec(LayerCodec):
                 return self._go_on(tokens.slice(first, tokens.num_tokens), hidden, rest, None, shared)
             shown = None if real is None else real[:, first:stop]
             run = KeyStatistics.of(part.keys, metric, here, spans, self._mean, shown, before)
-            keys, _ = key_codec.encode(run, self._plan, carries[0], scale_codes)
-            if float(keys.relative_error.float().square().mean(1).max()) > _WORTH_A_BASIS * self._usual_error:
-                self._waits = True
+            keys, _ = key_codec.encode(run, self._plan, carries[0], scale_codes, begins=not is_filling)
+            self._compare(keys.relative_error)
             piece = SpectralBlock(keys, values, tokens.keys.dtype)
             if block is None:
                 block = piece
             else:
-                block = block.append(piece) if scale_codes is None else block.fill(piece)
+                block = block.fill(piece) if is_filling else block.append(piece)
             first = stop
         assert block is not None
         return block
+
+    def _expected_error(self, run: KeyStatistics, plan: KeyPlan, keys: KeyCodes) -> float:
+        """The mean square of the relative errors of ``keys`` under the model's metric, in which those of later units are
+        measured."""
+        if plan.rows is None:
+            # Measured in this text's metric, it may be smaller.
+            return _WORTH_A_BASIS * float(keys.relative_error.float().square().mean())
+        inverse = plan.rows.basis.on(run.x.device).inverse
+        variances = (inverse.mT @ run.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
+        lost = key_codec.expected_error(variances, plan.rows.spread(plan.widths, run.x.device))
+        return float((lost / variances.sum(-1).clamp_min(torch.finfo(lost.dtype).tiny)).mean())
+
+    def _compare(self, errors: Tensor) -> None:
+        """Compare the relative errors ``[B, H]`` of a few tokens' keys with those of the tokens before."""
+        squares = errors.float().square().mean(1)
+        if float(squares.max()) > _WORTH_A_BASIS * self._usual_error:
+            self._waits = True
+            return
+        self._num_compared += 1
+        self._usual_error += (float(squares.mean()) - self._usual_error) / self._num_compared
 
     def _is_by_plan(self, block: SpectralBlock) -> bool:
         plan = self._plan
@@ -240,7 +262,7 @@ class SpectralLayerCodec(LayerCodec):
 
     def forget(self) -> None:
         self._plan = self._mean = self._largest = None
-        self._usual_error, self._waits = 0.0, False
+        self._usual_error, self._num_compared, self._waits = 0.0, 0, False
 
     def reset(self) -> None:
         self.forget()
@@ -249,8 +271,8 @@ class SpectralLayerCodec(LayerCodec):
 
     def to_fields(self) -> dict[str, Field]:
         plan = None if self._plan is None else self._plan.to_fields()
-        more: dict[str, Field] = {"usual_error": self._usual_error, "waits": self._waits}
-        return {"plan": plan, "mean": self._mean, "largest": self._largest, **more}
+        usual: dict[str, Field] = {"error": self._usual_error, "units": self._num_compared, "waits": self._waits}
+        return {"plan": plan, "mean": self._mean, "largest": self._largest, "usual": usual}
 
     def restore(self, fields: Fields, shape: TokenShape) -> None:
         self.forget()
@@ -259,7 +281,9 @@ class SpectralLayerCodec(LayerCodec):
             mean = fields.tensor("mean", torch.float16, (*rows, shape.key_dim))
             largest = fields.tensor("largest", torch.float32, (*rows, 1))
             self._plan, self._mean, self._largest = KeyPlan.from_fields(fields.sub("plan"), shape), mean, largest
-            self._usual_error, self._waits = fields.number("usual_error"), fields.flag("waits")
+            usual = fields.sub("usual")
+            self._usual_error, self._num_compared = usual.number("error"), usual.integer("units")
+            self._waits = usual.flag("waits")
 
     def _encode_keys(self, run: KeyStatistics, tokens: ExactBlock, carries: Tensor | None) -> tuple[KeyCodes, KeyPlan]:
         """Encode the keys in the basis of earlier blocks, going on from ``carries``, or, if it does not suit every row,
@@ -321,7 +345,9 @@ class SpectralLayerCodec(LayerCodec):
         if not bool(run.has_tokens.all()):
             return False
         # A bit more lowers the noise by 2 ln 2 times the noise, which is what the level asks for.
-        noise = plan.level / (2 * math.log(2)) / self._codec.budget.weighted(self._number, torch.ones_like(variances[0]))
+        noise = (
+            plan.level / (2 * math.log(2)) / self._codec.budget.weighted(self._number, torch.ones_like(variances[0]))
+        )
         in_model = (1 + variances / noise).log2().sum(-1)
         root = torch.linalg.cholesky_ex(run.metric).L
         own = root.mT @ run.covariance @ root / noise[..., None]
@@ -332,9 +358,7 @@ class SpectralLayerCodec(LayerCodec):
         sizes = key_codec.key_sizes(len(run.x), run.x.shape[-1], plan.widths)
         return saved > 8 * (KeyPlan.bytes_of("vectors", sizes) + KeyPlan.bytes_of("row_scales", sizes))
 
-    def _keys_within(
-        self, limit: float, run: KeyStatistics, keys: KeyCodes, plan: KeyPlan
-    ) -> tuple[KeyCodes, KeyPlan]:
+    def _keys_within(self, limit: float, run: KeyStatistics, keys: KeyCodes, plan: KeyPlan) -> tuple[KeyCodes, KeyPlan]:
         """Raise the widths bit by bit until the error is within the limit or every component has eight bits."""
         widths, level, basis = None, plan.level, None
         while float(keys.relative_error.max()) > limit and (widths is None or int(widths.min()) < MAX_NBITS):

@@ -68,12 +68,9 @@ def encode_keys(
     energies, overlaps, squares = torch.empty(3, *by_tile, dtype=torch.float32, device="cpu").unbind()
     is_free = carries is None
     carries = _carries(carries, (batch, count))
-    nbits, rows = (
-        torch.tensor(numbers, dtype=torch.int32, device="cpu")
-        for numbers in (tuple(widths), list(accumulate(widths, initial=0))[:-1])
-    )
+    nbits, rows = _rows(tuple(widths))
     inverses = None if inverses is None else inverses.cpu().contiguous()
-    ratios = torch.tensor(clips, dtype=torch.float32, device="cpu")
+    ratios = _ratios(tuple(clips))
     call = abi.KeyEncoding(
         coefficients=address("coefficients", coefficients, torch.float32, (batch, count, num_tokens)),
         widths=address("widths", nbits, torch.int32, (count,)),
@@ -132,6 +129,18 @@ def encode_values(rotated: Tensor, nbits: int, carries: Tensor | None = None, va
     )
     library.function("spectral_encode_values", variant)(ctypes.byref(call))
     return Encoded(*(tensor.to(device) for tensor in (streams, carries, energies, overlaps, squares)))
+
+
+@lru_cache(maxsize=256)
+def _rows(widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The widths, and each component's first row of a tile's streams, ``[C]`` int32."""
+    nbits, ends = torch.tensor([widths, [*accumulate(widths)]], dtype=torch.int32, device="cpu").unbind()
+    return nbits, ends - nbits
+
+
+@lru_cache
+def _ratios(clips: tuple[float, ...]) -> Tensor:
+    return torch.tensor(clips, dtype=torch.float32, device="cpu")
 
 
 def _carries(carries: Tensor | None, shape: tuple[int, ...]) -> Tensor:

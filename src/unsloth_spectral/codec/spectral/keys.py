@@ -341,7 +341,11 @@ def _falling(widths: Tensor) -> tuple[Widths, Places]:
 
 
 def encode(
-    statistics: KeyStatistics, plan: KeyPlan, carries: Tensor | None = None, scale_codes: Tensor | None = None
+    statistics: KeyStatistics,
+    plan: KeyPlan,
+    carries: Tensor | None = None,
+    scale_codes: Tensor | None = None,
+    begins: bool = False,
 ) -> tuple[KeyCodes, KeyPlan]:
     """Code the keys of ``statistics`` by ``plan``; the second result is the plan with its ``vector_scales``.
 
@@ -350,17 +354,27 @@ def encode(
         plan: with its ``vector_scales`` where earlier keys were coded by it.
         carries: ``[B, C]`` uint8, what the streams go on from; free if not given.
         scale_codes: ``[B, C, 1]`` uint8, where the keys, at most a group, join earlier ones in their group.
+        begins: whether the keys begin another group, which others will join; ``scale_codes`` are of the group before.
     """
     x, metric = statistics.x, statistics.metric
     num_tokens, widths = statistics.num_tokens, flat_widths(plan.widths)
     vectors, row_scales = plan.basis
     basis = _by_head(vectors.float() * row_scales, plan.widths)
-    project = projection(basis, metric)
+    is_own_metric = plan.rows is not None and metric is plan.rows.basis.on(x.device).metric
+    if is_own_metric and plan.rows is not None:
+        # Its rows are orthonormal.
+        project = _by_head(plan.rows.inverse(x.device).mT, plan.widths).mT
+    else:
+        project = projection(basis, metric)
     coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
     vector_scales, inverses = plan.vector_scales, None
     if scale_codes is not None:
         assert vector_scales is not None, "earlier keys have scales"
-        given = decode_scales(scale_codes, STEPS_PER_OCTAVE) * (vector_scales / row_scales)
+        tops = vector_scales / row_scales
+        given = decode_scales(scale_codes, STEPS_PER_OCTAVE) * tops
+        if begins:
+            scale_codes = encode_scales(_expected_scales(given, coefficients, widths), STEPS_PER_OCTAVE, tops)[0]
+            given = decode_scales(scale_codes, STEPS_PER_OCTAVE) * tops
         inverses = _inverses(given[..., 0], widths)
     encode_all = kernel.encode_keys if kernel.is_available() else quantize
     encoded = encode_all(coefficients, widths, CLIPS, carries, inverses=inverses)
@@ -395,10 +409,28 @@ def encode(
 
 def _inverses(scales: Tensor, widths: Sequence[int]) -> Tensor:
     """What coefficients are multiplied by to be coded at ``scales [B, C]``, which are unbiased."""
-    # Unbiased scales of a Gaussian are larger than its standard deviation by this factor.
+    shrinkage = _of_widths(tuple(widths), scales.device)[0]
+    return (1 / (scales * shrinkage).clamp_min(1 / trellis.LARGEST_INVERSE)).contiguous()
+
+
+def _expected_scales(before: Tensor, coefficients: Tensor, widths: Sequence[int]) -> Tensor:
+    """Scales ``[B, C, 1]`` for a group of which ``coefficients [B, C, n]`` are the first, behind one with the scales
+    ``before [B, C, 1]``: those of a Gaussian of the mean variance, in which a whole group counts."""
+    shrinkage, units = _of_widths(tuple(widths), before.device)
+    per_deviation = (units * shrinkage)[:, None]
+    counts = (coefficients != 0).sum(-1, keepdim=True)  # padding is zero
+    others = (before * per_deviation).square() * (GROUP_SIZE - counts)
+    return ((coefficients.square().sum(-1, keepdim=True) + others) / GROUP_SIZE).sqrt() / per_deviation
+
+
+@lru_cache(maxsize=256)
+def _of_widths(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``[2, C]`` float32: the least-squares scale over the unbiased one of a Gaussian, and the tables' units."""
+    tables = trellis.tables()
+    # What the steps of uniform quantizers are chosen for is nearly unbiased.
     shrinkage = [1 - DISTORTION[nbits] if nbits <= trellis.MAX_TRELLIS_NBITS else 1.0 for nbits in widths]
-    factors = torch.tensor(shrinkage, dtype=scales.dtype, device=scales.device)
-    return (1 / (scales * factors).clamp_min(1 / trellis.LARGEST_INVERSE)).contiguous()
+    units = [tables.units[nbits - 1] for nbits in widths]
+    return torch.tensor([shrinkage, units], dtype=torch.float32, device=device)
 
 
 def quantize(

@@ -8,7 +8,7 @@ what comes before, is kept apart: its carry.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -73,9 +73,23 @@ def filled(streams: Tensor, later: Tensor, widths: Sequence[int], start: int, co
     """``streams [B, tiles, rows, 16]`` whose last tile has ``start`` tokens, and behind these ``count`` more, which are
     the first ones of ``later [B, 1, rows, 16]``; both numbers are multiples of 8, and the tile has room."""
     together = streams.clone()
-    into, out_of = (_byte_places(tuple(widths), first, first + count, streams.device) for first in (start, 0))
-    together[:, -1].view(len(streams), -1)[:, into] = later[:, 0].flatten(1)[:, out_of]
+    into, out_of = together[:, -1].flatten(1), later[:, 0].flatten(1)
+    for first, components, nbits in _runs(tuple(widths)):
+        span = slice(first * ROW_BYTES, (first + components * nbits) * ROW_BYTES)
+        to, by = (tile[:, span].view(len(streams), components, -1) for tile in (into, out_of))
+        to[..., start * nbits // 8 : (start + count) * nbits // 8] = by[..., : count * nbits // 8]
     return together
+
+
+@lru_cache(maxsize=256)
+def _runs(widths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Runs of components of one width: each one's first row, number of components, and width."""
+    runs, first = [], 0
+    for nbits, group in groupby(widths):
+        components = len(list(group))
+        runs.append((first, components, nbits))
+        first += components * nbits
+    return runs
 
 
 @lru_cache(maxsize=256)
@@ -84,17 +98,6 @@ def _last_places(widths: tuple[int, ...], num_tokens: int, device: torch.device)
     firsts = (last - nbits for last, nbits in zip(accumulate(widths), widths, strict=True))
     places = [first * ROW_BYTES + num_tokens * nbits // 8 - 1 for first, nbits in zip(firsts, widths, strict=True)]
     return torch.tensor(places, dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=256)
-def _byte_places(widths: tuple[int, ...], start: int, stop: int, device: torch.device) -> Tensor:
-    """Places within a tile of the bytes of tokens ``start`` to ``stop``, component by component, int64."""
-    firsts = (last - nbits for last, nbits in zip(accumulate(widths), widths, strict=True))
-    runs = [
-        range(first * ROW_BYTES + start * nbits // 8, first * ROW_BYTES + stop * nbits // 8)
-        for first, nbits in zip(firsts, widths, strict=True)
-    ]
-    return torch.tensor([*chain.from_iterable(runs)], dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=256)

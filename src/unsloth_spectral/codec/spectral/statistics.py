@@ -61,7 +61,15 @@ class KeyStatistics:
         """
         x, mean = centre(keys, mean, rotation, spans, real, before)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
-        return cls(x, mean, covariance(x), metric.to(x.device), rotation, spans, shares)
+        return cls(
+            x,
+            mean,
+            covariance(x),
+            metric if metric.device == x.device else metric.to(x.device),
+            rotation,
+            spans,
+            shares,
+        )
 
     @property
     def num_tokens(self) -> int:
