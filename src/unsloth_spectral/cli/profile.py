@@ -15,9 +15,9 @@ def command(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure once how much errors in each layer's values and each head's keys matter.
+    """Measure once how much errors in each layer's values and each head's keys matter, and a basis for the keys.
 
-    Later spectral caches of this model spend more bits where errors matter more.
+    Later spectral caches of this model spend more bits where errors matter more, and short prompts shrink more.
     """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.profile import facts_of, measure_profile

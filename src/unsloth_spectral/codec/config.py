@@ -27,10 +27,11 @@ class SpectralConfig:
         rank_values: the same for the values, which have flatter spectra and need about twice the rank; 32 if only
             ``rank_keys`` is given.
         block_size: tokens sealed together while decoding; at least as many as either rank, and for the spectral codec a
-            multiple of 128. A prefill is sealed as a whole by the spectral codec, from
-            ``num_sink_tokens + residual_length + 128`` tokens on.
+            multiple of 128. With a profile that has bases the spectral codec seals 32 at a time instead. It seals a
+            prefill as a whole, from ``num_sink_tokens + residual_length + 128`` tokens on, with a profile 32.
         num_sink_tokens: first tokens of each sequence kept exact, since every later token attends to them strongly.
-        residual_length: newest tokens never sealed; the exact tail holds up to ``residual_length + block_size``.
+        residual_length: newest tokens never sealed; the exact tail holds fewer than ``residual_length + block_size``,
+            with a profile ``residual_length + 32``.
         preset: ``"quality"``, ``"balanced"``, ``"small"`` or ``"tiny"``: 3.05, 2.12, 1.38 or 1.12 bits per element.
         bits_per_element: stored bits per number of the sealed tokens, metadata included, 1 to 8.
         compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 16.

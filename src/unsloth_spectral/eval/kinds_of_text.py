@@ -29,7 +29,7 @@ def texts_by_kind(document: str) -> dict[str, str]:
 
 
 def _written(name: str) -> str:
-    return files("unsloth_spectral.eval").joinpath("texts", f"{name}.txt").read_text(encoding="utf-8")
+    return files("unsloth_spectral.eval").joinpath("texts").joinpath(f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _source(module: str) -> str:

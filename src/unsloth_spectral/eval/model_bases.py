@@ -23,7 +23,8 @@ def measure_bases(
 ) -> tuple[ModelBasis, ...]:
     """One basis for each full-attention layer, from the prefills of ``texts``, ``[1, n]`` token ids each.
 
-    Empty if the texts are too short to be sealed. Covariances of the keys, each around its text's own mean, and metrics of the queries are averaged over the texts.
+    Empty if the texts are too short to be sealed. Covariances of the keys, each around its text's own mean, and metrics
+    of the queries are averaged over the texts.
     """
     covariances: dict[int, list[Tensor]] = defaultdict(list)
     metrics: dict[int, list[Tensor]] = defaultdict(list)

@@ -128,7 +128,7 @@ def measure_profile(
     )
     values = _with_recalls(prose.value_damages, recall.value_damages)
     keys = _with_recalls(prose.key_sensitivities, recall.key_sensitivities)
-    kinds = texts_by_kind(loaded.tokenizer.decode(texts[0][0]))
+    kinds = texts_by_kind(str(loaded.tokenizer.decode(texts[0][0])))
     most = min(BASIS_TOKENS, positions_of(loaded) or BASIS_TOKENS)
     basis_texts = [ids_of(loaded, text)[:, :most] for text in kinds.values()]
     bases = measure_bases(loaded, basis_texts, on_progress)

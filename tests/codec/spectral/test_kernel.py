@@ -1,8 +1,7 @@
 """Every build of the encoding kernel against torch's passes."""
 
-from typing import Any
-
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch

@@ -241,8 +241,8 @@ def test_rows_of_an_unknown_basis_are_refused() -> None:
     read = Fields(flatten(fields)[0], lambda *_: torch.empty(0))
     assert BasisRows.from_fields(read, HEADS, DIM, (2, 1)) == BasisRows(basis, places)
     for changed, counts in (({"basis": "2x32-0"}, (2, 1)), ({"places": ((0, 5), (32,))}, (2, 1)), ({}, (1, 1))):
+        read = Fields(flatten({**fields, **changed})[0], lambda *_: torch.empty(0))
         with pytest.raises(LoadError):
-            read = Fields(flatten({**fields, **changed})[0], lambda *_: torch.empty(0))
             BasisRows.from_fields(read, HEADS, DIM, counts)
 
 

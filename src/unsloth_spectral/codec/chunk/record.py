@@ -7,6 +7,7 @@ follows, and the width of the values. Nothing else is needed: each layer's width
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class Reader:
         exact_values = self._take(shape.dtype, shape.num_heads, shape.num_exact, shape.value_dim)
         return keys, values, exact_keys, exact_values
 
-    def _tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Tensor]:
+    def _tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Any]:
         tensors = {}
         for name, stored in codes.content().items():
             tensor = self._take(stored.dtype, *stored.sizes(sizes))

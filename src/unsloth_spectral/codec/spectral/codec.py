@@ -130,11 +130,8 @@ class SpectralLayerCodec(LayerCodec):
             block = self._go_on(tokens, real, observed.rotation, last, shared)
         else:
             block = self._seal(tokens, real, observed, last)
-        limit = self._codec.config.error_limit
-        if limit is not None:
-            if max(float(block.keys.relative_error.max()), float(block.values.relative_error.max())) > limit:
-                return None
-        return block
+        limit, errors = self._codec.config.error_limit, (block.keys.relative_error, block.values.relative_error)
+        return None if limit is not None and max(float(error.max()) for error in errors) > limit else block
 
     def _seal(
         self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: SpectralBlock | None
@@ -207,17 +204,16 @@ class SpectralLayerCodec(LayerCodec):
             keys, _ = key_codec.encode(run, self._plan, carries[0], scale_codes, begins=not is_filling)
             self._compare(keys.relative_error)
             piece = SpectralBlock(keys, values, tokens.keys.dtype)
-            if block is None:
-                block = piece
-            else:
-                block = block.fill(piece) if is_filling else block.append(piece)
+            if block is not None:
+                piece = block.fill(piece) if is_filling else block.append(piece)
+            block = piece
             first = stop
         assert block is not None
         return block
 
     def _expected_error(self, run: KeyStatistics, plan: KeyPlan, keys: KeyCodes) -> float:
-        """The mean square of the relative errors of ``keys`` under the model's metric, in which those of later units are
-        measured."""
+        """The mean square of the relative errors of ``keys`` under the model's metric, by which those of later units
+        are measured."""
         if plan.rows is None:
             # Measured in this text's metric, it may be smaller.
             return _WORTH_A_BASIS * float(keys.relative_error.float().square().mean())
@@ -401,8 +397,8 @@ class SpectralLayerCodec(LayerCodec):
         return 1 + 8 * nbytes / self._tokens_of_costs(run, has_vectors)
 
     def _fixed_cost(self, run: KeyStatistics, value_dim: int, has_vectors: bool = True) -> float:
-        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, and the values' scales
-        and carries.
+        """Bits per token besides the widths: the keys' mean, this layer's share of the positions, and the values'
+        scales and carries.
 
         Uneven positions take more bytes; the budget does not pay for those.
         """

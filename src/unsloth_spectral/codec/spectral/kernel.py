@@ -53,7 +53,8 @@ def encode_keys(
     """Code ``coefficients [B, C, n]`` float32 with ``widths [C]`` bits, going on from ``carries [B, C]`` uint8, which
     are free if not given.
 
-    Coefficients of the first group are multiplied by ``inverses [B, C]`` float32, if given, in place of what suits them.
+    Coefficients of the first group are multiplied by ``inverses [B, C]`` float32, if given, in place of what suits
+    them.
 
     Raises:
         InvalidArgumentError: the coefficients are not float32, or the widths or carries not theirs.

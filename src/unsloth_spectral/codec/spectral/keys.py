@@ -323,7 +323,7 @@ def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
 
 
 def plan_of_model(basis: ModelBasis, widths: Tensor, level: float, like: Tensor) -> KeyPlan:
-    """The plan of ``widths [H, D]`` for the rows of a model's basis, for a batch and on a device as those of ``like``."""
+    """The plan of ``widths [H, D]`` for the rows of a model's basis, for the batch and device of ``like``."""
     falling, places = _falling(widths)
     empty = like.new_empty(len(like), 0, basis.shape[1], dtype=torch.int8)
     no_scales = like.new_empty(len(like), 0, 1, dtype=torch.float32)
