@@ -48,7 +48,7 @@ CONFIGS = {
     "model": SpectralConfig(block_size=BLOCK, residual_length=RESIDUAL, bits_per_element=8),
 }
 # The tokens sealed together, at first and later.
-UNITS = {"rank": (BLOCK, BLOCK), "model": (32, 32)}
+UNITS = {"rank": (BLOCK, BLOCK), "model": (16, 32)}
 AXES = torch.linalg.qr(torch.randn(1, HEAD_DIM, HEAD_DIM, generator=GENERATOR)).Q
 BASIS = ModelBasis.rounded(AXES, torch.ones(1, HEAD_DIM))
 PROFILES = {"model": ModelProfile((1.0,), ((1.0,),), ((1.0,) * HEAD_DIM,), (BASIS,))}

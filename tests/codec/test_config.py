@@ -25,7 +25,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "rank_values": None,
         "block_size": 512,
         "num_sink_tokens": 4,
-        "residual_length": 48,
+        "residual_length": 64,
         "preset": None,
         "bits_per_element": None,
         "compression_factor": None,

@@ -55,7 +55,7 @@ def test_a_model_in_half_precision_takes_no_more_bits(
     model: LlamaForCausalLM, dtype: torch.dtype, padding: int, paths: list[str | None]
 ) -> None:
     model = model.to(dtype)
-    config = SpectralConfig(preset="balanced", residual_length=64)
+    config = SpectralConfig(preset="balanced")
     cache = generate(model, padding, **cache_argument(SpectralCache(model, config=config)))
     stats = cache.stats()
     assert {layer.sealed_tokens for layer in stats.layers} == {512}

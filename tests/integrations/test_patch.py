@@ -96,7 +96,7 @@ def test_generate_gets_a_fresh_spectral_cache_each_time(model: LlamaForCausalLM)
     for result in (first, second):
         assert isinstance(cache_of(result), SpectralCache)
         assert cache_of(result).get_seq_length() == 127
-        assert [layer.sealed_tokens for layer in cache_of(result).stats().layers] == [64, 64]
+        assert [layer.sealed_tokens for layer in cache_of(result).stats().layers] == [48, 48]
     assert cache_of(first) is not cache_of(second)
     assert torch.equal(first.sequences, second.sequences)
     assert isinstance(cache_of(plain), DynamicCache)
@@ -107,7 +107,7 @@ def test_the_options_arrive_and_the_last_patch_counts(model: LlamaForCausalLM) -
     first = cache_of(generate(model))
     assert first.config == SpectralConfig(rank_keys=3, rank_values=5, block_size=32)
     layer = first.stats().layers[0]
-    assert (layer.rank_keys, layer.rank_values, layer.sealed_tokens) == (3, 5, 64)
+    assert (layer.rank_keys, layer.rank_values, layer.sealed_tokens) == (3, 5, 32)
     patch_unsloth_attention(model, block_size=16, k_rank_keys=7, k_rank_values=2)
     second = cache_of(generate(model))
     assert second.config == SpectralConfig(rank_keys=7, rank_values=2, block_size=16)
@@ -435,7 +435,7 @@ def test_only_the_language_part_of_a_vision_model_is_switched() -> None:
     assert model.config.vision_config._attn_implementation == "sdpa"
     result = generate(model)
     assert isinstance(cache_of(result), SpectralCache)
-    assert min(layer.sealed_tokens for layer in cache_of(result).stats().layers) == 64
+    assert min(layer.sealed_tokens for layer in cache_of(result).stats().layers) == 48
     assert result.sequences.shape == expected.shape
     unpatch_unsloth_attention(model)
     assert state(model) == then

@@ -27,8 +27,8 @@ class SpectralConfig:
         rank_values: the same for the values, which have flatter spectra and need about twice the rank; 32 if only
             ``rank_keys`` is given.
         block_size: tokens sealed together while decoding; at least as many as either rank, and for the spectral codec a
-            multiple of 128. With a profile that has bases the spectral codec seals 32 at a time instead. It seals a
-            prefill as a whole, from ``num_sink_tokens + residual_length + 128`` tokens on, with a profile 32.
+            multiple of 128. With a profile the spectral codec seals 32 at a time instead. It seals a prefill as a
+            whole, from ``num_sink_tokens + residual_length + 128`` tokens on, or 16 in place of 128 with a profile.
         num_sink_tokens: first tokens of each sequence kept exact, since every later token attends to them strongly.
         residual_length: newest tokens never sealed; the exact tail holds fewer than ``residual_length + block_size``,
             with a profile ``residual_length + 32``.
@@ -46,7 +46,7 @@ class SpectralConfig:
     rank_values: int | None = None
     block_size: int = 512
     num_sink_tokens: int = 4
-    residual_length: int = 48
+    residual_length: int = 64
     preset: str | None = None
     bits_per_element: float | None = None
     compression_factor: float | None = None

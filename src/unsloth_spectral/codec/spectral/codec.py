@@ -33,8 +33,8 @@ _WORTH_A_BASIS = 3.0
 _LEAST_TOKENS_OF_A_BASIS = 1024
 # In the model's basis, the variances of its texts count as those of so many tokens.
 _EXPECTED_TOKENS = 128
-# Tokens sealed together in a known basis.
-UNIT = 32
+# In a known basis a prefill is sealed in multiples of the first, and later tokens in multiples of the second.
+FIRST_UNIT, UNIT = 16, 32
 
 
 class SpectralCodec(Codec):
@@ -114,7 +114,7 @@ class SpectralLayerCodec(LayerCodec):
 
     def unit(self, is_first: bool) -> int:
         if self._codec.has_bases and not self._waits:
-            return UNIT
+            return FIRST_UNIT if is_first else UNIT
         return GROUP_SIZE if is_first else self._codec.config.block_size
 
     @property
