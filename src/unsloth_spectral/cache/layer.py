@@ -149,7 +149,7 @@ class SpectralLayer:
     def seal(self, padding: Tensor | None = None) -> None:
         """Seal every whole block older than the residual. Each block is encoded once and never again.
 
-        A prefill is sealed in multiples of the codec's unit; tokens that came one by one wait for a whole block.
+        A prefill is sealed in multiples of the codec's first unit; tokens that came one by one wait for a later one.
 
         Args:
             padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding``

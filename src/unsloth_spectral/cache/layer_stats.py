@@ -1,7 +1,7 @@
 """Statistics of one layer, computed from its tiers."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -70,6 +70,9 @@ def count(
     """A layer's statistics. ``codec_bytes`` are added to the cold tier's, ``noted_bytes`` to the residual's."""
     sealed = sealed_of(cold)
     amounts = sealed[0].amounts if sealed else Amounts()
+    in_basis = [block.amounts for block in sealed if block.amounts.basis is not None]
+    if in_basis:
+        amounts = replace(amounts, basis=in_basis[0].basis, basis_bytes=in_basis[0].basis_bytes)
     tail = residual.block
     heads = tail.keys.shape[0] * tail.keys.shape[1]
     elements_per_token = heads * (tail.keys.shape[-1] + tail.values.shape[-1])

@@ -46,6 +46,7 @@ class Sealing:
         """Add ``block``, of the next ``num_tokens`` tokens and perhaps the last block's."""
         cold = self.cold
         if block.num_tokens > num_tokens:
+            assert block.num_tokens == cold[-1].num_tokens + num_tokens, "a block of other tokens"
             cold[-1] = block
             return
         joined = self.codec.join(cold[-1], block) if cold else None

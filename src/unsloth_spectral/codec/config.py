@@ -31,12 +31,13 @@ class SpectralConfig:
             whole, from ``num_sink_tokens + residual_length + 128`` tokens on, or 16 in place of 128 with a profile.
         num_sink_tokens: first tokens of each sequence kept exact, since every later token attends to them strongly.
         residual_length: newest tokens never sealed; the exact tail holds fewer than ``residual_length + block_size``,
-            with a profile ``residual_length + 32``.
+            or with a profile ``residual_length + 32``, except behind tokens that the known basis does not suit.
         preset: ``"quality"``, ``"balanced"``, ``"small"`` or ``"tiny"``: 3.05, 2.12, 1.38 or 1.12 bits per element.
         bits_per_element: stored bits per number of the sealed tokens, metadata included, 1 to 8.
         compression_factor: the same as bytes of the sealed tokens in half precision over their stored bytes, 2 to 16.
         error_limit: relative error that no sealed block may exceed, in the norm of the queries for keys; such a block
-            gets more bits, and stays exact where eight do not help. None for no limit.
+            gets more bits, and stays exact where eight do not help. With a limit, the profile's bases are not used.
+            None for no limit.
 
     Raises:
         InvalidArgumentError: an option is of the wrong type, out of its range, or given together with another.

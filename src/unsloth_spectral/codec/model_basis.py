@@ -1,6 +1,7 @@
 """A basis for a model's keys: what their principal components have in common over texts of many kinds."""
 
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from unsloth_spectral.fields import Field, Fields
 Places = tuple[tuple[int, ...], ...]
 
 _DIGITS = 16
+_lock = threading.Lock()
 _known: "WeakValueDictionary[str, ModelBasis]" = WeakValueDictionary()
 
 
@@ -49,6 +51,7 @@ class ModelBasis:
         for numbers, shape in ((row_scales, (heads, rows, 1)), (variances, (heads, rows))):
             good = good and numbers.dtype == torch.float32 and numbers.shape == shape
             good = good and bool((torch.isfinite(numbers) & (numbers >= 0)).all())
+        good = good and bool((row_scales > 0).all())
         if not good:
             raise LoadError(
                 "a model's basis must be square matrices of bytes, with a scale and a variance for each row"
@@ -58,9 +61,11 @@ class ModelBasis:
         for tensor in (vectors, row_scales, variances):
             digest.update(raw_bytes(tensor))
         name = f"{heads}x{rows}-{digest.hexdigest()[:_DIGITS]}"
-        known = _known.get(name)
-        if known is None:
-            known = _known[name] = cls(vectors, row_scales, variances, name)
+        with _lock:
+            known = _known.get(name)
+            if known is None:
+                # Cloned: the caller's may be changed later, or be mapped from a file.
+                known = _known[name] = cls(vectors.clone(), row_scales.clone(), variances.clone(), name)
         return known
 
     @classmethod
@@ -87,14 +92,14 @@ class ModelBasis:
 
     def on(self, device: torch.device) -> "_OnDevice":
         """The basis on ``device``, the same object every time."""
-        if device not in self._copies:
+        copy = self._copies.get(device)
+        if copy is None:
             rows = self.vectors.float() * self.row_scales
             inverse = torch.linalg.pinv(rows)
-            matrices = (rows, inverse, (inverse @ inverse.mT)[None])
-            self._copies[device] = _OnDevice(
-                *(tensor.to(device) for tensor in (self.vectors, self.row_scales, self.variances, *matrices))
-            )
-        return self._copies[device]
+            tensors = (self.vectors, self.row_scales, self.variances, rows, inverse, (inverse @ inverse.mT)[None])
+            # Of two threads the first one's copy stays.
+            copy = self._copies.setdefault(device, _OnDevice(*(tensor.to(device) for tensor in tensors)))
+        return copy
 
     def to_fields(self) -> dict[str, Field]:
         return {"vectors": self.vectors, "row_scales": self.row_scales, "variances": self.variances}

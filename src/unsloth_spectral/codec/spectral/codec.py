@@ -33,6 +33,10 @@ _WORTH_A_BASIS = 3.0
 _LEAST_TOKENS_OF_A_BASIS = 1024
 # In the model's basis, the variances of its texts count as those of so many tokens.
 _EXPECTED_TOKENS = 128
+# Tokens that a row must have, for a plan of all rows to serve its later tokens.
+_LEAST_TOKENS_OF_A_ROW = 32
+# A mean square of keys' relative errors that asks for no basis of their own, however small others are.
+_HARMLESS_ERROR = 0.03
 # In a known basis a prefill is sealed in multiples of the first, and later tokens in multiples of the second.
 FIRST_UNIT, UNIT = 16, 32
 
@@ -45,7 +49,7 @@ class SpectralCodec(Codec):
         budget: for the keys of all layers or, with a profile, for keys and values.
         short_budget: the same for prefills shorter than a block.
         value_nbits: width of all values; None with a profile, by which the budget decides.
-        on_statistics: called with the number of a layer and the statistics of the keys that it seals, or None.
+        on_statistics: called with the number of a layer and the statistics of its first keys, or None.
     """
 
     name = "spectral"
@@ -68,12 +72,12 @@ class SpectralCodec(Codec):
 
     @property
     def has_bases(self) -> bool:
-        """True if the profile has bases for the keys."""
-        return self._profile is not None and bool(self._profile.bases)
+        """True if the profile has bases for the keys, and no error limit asks for more bits here and there."""
+        return self._profile is not None and bool(self._profile.bases) and self.config.error_limit is None
 
     def basis_of(self, layer: int, tokens: ExactBlock) -> ModelBasis | None:
         """The model's basis for the keys of ``tokens``; None if the profile has none, or one of other heads."""
-        bases = () if self._profile is None else self._profile.bases
+        bases = self._profile.bases if self._profile is not None and self.has_bases else ()
         fits = bool(bases) and bases[layer].shape == (tokens.keys.shape[1], tokens.keys.shape[-1])
         return bases[layer] if fits else None
 
@@ -93,7 +97,8 @@ class SpectralLayerCodec(LayerCodec):
 
     With a profile that has a basis for the layer, the first tokens take that basis unless one of their own would save
     more bits than it takes. Then sealing is coding alone, so it takes 32 tokens at a time, which go on in the last
-    block's tile; only after tokens that the basis does not suit, a whole block decides whether it gets its own.
+    block's tile. Tokens that the plan does not suit stay exact, and behind them a whole block decides whether it gets a
+    basis of its own.
 
     Without one, a prefill shorter than a block spends so many bits on its basis that it can pay for few components.
     Later blocks, with more tokens, can pay for more, so neither that basis nor its water level serves them.
@@ -125,12 +130,18 @@ class SpectralLayerCodec(LayerCodec):
         self, tokens: ExactBlock, real: Tensor | None, observed: Observed, last: Block | None = None
     ) -> SealedBlock | None:
         last = last if isinstance(last, SpectralBlock) and self._is_by_plan(last) else None
-        shared = self._codec.basis_of(self._number, tokens)
+        config, shared = self._codec.config, self._codec.basis_of(self._number, tokens)
+        self._waits = self._waits or shared is None
+        block = None
         if self._plan is not None and shared is not None and not self._waits:
             block = self._go_on(tokens, real, observed.rotation, last, shared)
-        else:
+            if block is None:
+                self._waits = True
+                if tokens.num_tokens < config.block_size:
+                    return None
+        if block is None:
             block = self._seal(tokens, real, observed, last)
-        limit, errors = self._codec.config.error_limit, (block.keys.relative_error, block.values.relative_error)
+        limit, errors = config.error_limit, (block.keys.relative_error, block.values.relative_error)
         return None if limit is not None and max(float(error.max()) for error in errors) > limit else block
 
     def _seal(
@@ -153,14 +164,17 @@ class SpectralLayerCodec(LayerCodec):
             keys, plan = self._keys_within(limit, run, keys, plan)
             values = _values_within(limit, tokens.values, values)
         block = SpectralBlock(keys, values, tokens.keys.dtype)
-        # The plan of a row that is padding alone cannot serve its later tokens.
-        is_of_all_rows = bool(run.has_tokens.all())
-        is_first = self._plan is None and not self._is_short(run, plan)
-        if (is_first or self._waits) and block.is_finite and is_of_all_rows:
-            self._plan, self._mean, self._largest = plan, run.mean, values.largest
+        # The plan of a row that is padding, or nearly, cannot serve its later tokens.
+        serves_all_rows = float(run.shares.min()) * run.num_tokens >= min(_LEAST_TOKENS_OF_A_ROW, run.num_tokens)
+        has_shared = self._codec.basis_of(self._number, tokens) is not None
+        is_to_keep = has_shared if self._plan is not None else not self._is_short(run, plan)
+        if is_to_keep and block.is_finite and serves_all_rows:
+            if plan is not self._plan or values.is_even:
+                self._largest = values.largest
+            self._plan, self._mean = plan, run.mean
             self._usual_error, self._num_compared = self._expected_error(run, plan, keys), 1
-            # Units need a basis of the model: its metric stands for that of the queries.
-            self._waits = self._codec.has_bases and self._codec.basis_of(self._number, tokens) is None
+        # Units need a basis of the model: its metric stands for that of the queries.
+        self._waits = self._plan is None or not has_shared
         return block
 
     def _go_on(
@@ -170,20 +184,22 @@ class SpectralLayerCodec(LayerCodec):
         rotation: Rotation | None,
         last: SpectralBlock | None,
         shared: ModelBasis,
-    ) -> SpectralBlock:
-        """The tokens coded by the plan, behind those of ``last`` if they can go on from it."""
+    ) -> SpectralBlock | None:
+        """The tokens coded by the plan, behind those of ``last`` if they can go on from it; None if the plan does not
+        suit them."""
         assert self._plan is not None
-        if last is not None and not _runs_on(last.keys.rotation, rotation):
-            last = None
         metric, spans = shared.on(tokens.keys.device).metric, spans_of(rotation)
-        nbits = self._value_nbits_of_plan(tokens) if last is None else last.values.nbits
+        if last is not None and (last.keys.spans != spans or not _runs_on(last.keys.rotation, rotation)):
+            last = None
+        nbits = self._value_nbits_of_plan() if last is None else last.values.nbits
         start = 0 if last is None else last.num_tokens % GROUP_SIZE
-        block, first = last, 0
+        block, first, errors = last, 0, []
         # What has room in the last tile, then full tiles, then what begins another one.
         room = min(GROUP_SIZE - start if start else 0, tokens.num_tokens)
         full = room + (tokens.num_tokens - room) // GROUP_SIZE * GROUP_SIZE
         for stop in sorted({room, full, tokens.num_tokens} - {0}):
             part, here = tokens.slice(first, stop), None if rotation is None else rotation.slice(first, stop)
+            shown = None if real is None else real[:, first:stop]
             before, scale_codes, is_filling = None, None, False
             carries = (None, None) if block is None else block.carries_at(block.num_tokens)
             if block is not None and block.num_tokens % GROUP_SIZE:
@@ -194,21 +210,20 @@ class SpectralLayerCodec(LayerCodec):
                 scale_codes = block.keys.scales[:, -1, :, None]
             values = value_codec.encode(part.values, nbits, self._largest, carries[1])
             if values.largest is not self._largest:
-                # Later blocks take the larger scale; these tokens begin a block.
-                self._largest = values.largest
-                rest = None if rotation is None else rotation.slice(first, tokens.num_tokens)
-                hidden = None if real is None else real[:, first:]
-                return self._go_on(tokens.slice(first, tokens.num_tokens), hidden, rest, None, shared)
-            shown = None if real is None else real[:, first:stop]
+                return None
             run = KeyStatistics.of(part.keys, metric, here, spans, self._mean, shown, before)
             keys, _ = key_codec.encode(run, self._plan, carries[0], scale_codes, begins=not is_filling)
-            self._compare(keys.relative_error)
+            errors.append(keys.relative_error.float().square().mean(1))
             piece = SpectralBlock(keys, values, tokens.keys.dtype)
             if block is not None:
                 piece = block.fill(piece) if is_filling else block.append(piece)
-            block = piece
-            first = stop
-        assert block is not None
+            block, first = piece, stop
+        squares = torch.stack(errors)
+        # Infinities and NaN are no more suited.
+        if not float(squares.max()) <= max(_WORTH_A_BASIS * self._usual_error, _HARMLESS_ERROR):
+            return None
+        self._num_compared += 1
+        self._usual_error += (float(squares.mean()) - self._usual_error) / self._num_compared
         return block
 
     def _expected_error(self, run: KeyStatistics, plan: KeyPlan, keys: KeyCodes) -> float:
@@ -221,15 +236,6 @@ class SpectralLayerCodec(LayerCodec):
         variances = (inverse.mT @ run.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
         lost = key_codec.expected_error(variances, plan.rows.spread(plan.widths, run.x.device))
         return float((lost / variances.sum(-1).clamp_min(torch.finfo(lost.dtype).tiny)).mean())
-
-    def _compare(self, errors: Tensor) -> None:
-        """Compare the relative errors ``[B, H]`` of a few tokens' keys with those of the tokens before."""
-        squares = errors.float().square().mean(1)
-        if float(squares.max()) > _WORTH_A_BASIS * self._usual_error:
-            self._waits = True
-            return
-        self._num_compared += 1
-        self._usual_error += (float(squares.mean()) - self._usual_error) / self._num_compared
 
     def _is_by_plan(self, block: SpectralBlock) -> bool:
         plan = self._plan
@@ -368,7 +374,7 @@ class SpectralLayerCodec(LayerCodec):
         variances = self._codec.budget.weighted(self._number, run.over_tokens(basis.variances))
         return widths_at(level, variances, first_bit_cost)
 
-    def _value_nbits_of_plan(self, tokens: ExactBlock) -> int:
+    def _value_nbits_of_plan(self) -> int:
         """Width of later tokens' values."""
         if self._codec.value_nbits is not None:
             return self._codec.value_nbits

@@ -64,6 +64,12 @@ class ValueCodes(StoredTensors):
         rotated = self._rotated().mT * self._token_scales()[..., None]
         return rotated @ hadamard(self.head_dim).to(rotated)
 
+    @property
+    def is_even(self) -> bool:
+        """True if half of the tokens' scales lie in the upper part of the range that can be stored: the largest one is
+        no rare exception."""
+        return float(self.scales[..., : self.num_tokens].float().median()) < (ZERO - 1) / 2
+
     def slice(self, start: int, stop: int) -> "ValueCodes":
         """Tokens ``start`` to ``stop`` as views; ``start`` is a multiple of 128."""
         return replace(self.slice_tensors(start, stop), carries=self.carries_at(start), num_tokens=stop - start)

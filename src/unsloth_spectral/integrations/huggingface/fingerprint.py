@@ -164,7 +164,7 @@ def _basis(entry: Any) -> ModelBasis:
         return ModelBasis.of(
             vectors.view(heads, dims, dims), row_scales.view(heads, dims, 1), variances.view(heads, dims)
         )
-    except (LoadError, KeyError, TypeError, RuntimeError) as error:
+    except (LoadError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError("has a damaged basis") from error
 
 
@@ -186,7 +186,10 @@ def _profile(content: bytes, num_layers: int) -> ModelProfile:
     if not good or not all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in tables):
         raise ValueError("is no profile of this version")
     keys, variances = (tuple(tuple(map(float, row)) for row in rows) for rows in tables)
-    bases = tuple(map(_basis, entries.get("bases", [])))
+    stored = entries.get("bases", [])
+    if not isinstance(stored, list):
+        raise ValueError("is no profile of this version")
+    bases = tuple(map(_basis, stored))
     profile = ModelProfile(tuple(map(float, values)), keys, variances, bases)
     if not profile.is_consistent:
         raise ValueError("is no profile of this version")
