@@ -142,7 +142,8 @@ class SpectralLayer:
         new = query.shape[2]
         tiers.positions.append(None, tiers.residual.num_tokens - new - tiers.positions.num_tokens)
         tiers.positions.append(rotation, new)
-        if self._codec.wants_queries:
+        # Of a whole block, in case the codec finds that it differs from the tokens before.
+        if self._codec.wants_queries or new >= self.config.block_size:
             tiers.queries.note(query, self.num_tokens, self._num_missing, scaling, asking)
 
     @torch.no_grad()

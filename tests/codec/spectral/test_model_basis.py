@@ -290,6 +290,7 @@ def test_a_second_text_of_another_kind_gets_a_basis_of_its_own_at_once() -> None
     blocks = coded(layer)
     assert any(block.keys.rows is None for block in blocks)
     assert error(layer, joined(*dense))[0] < 0.3
+    assert layer._tiers.queries.nbytes == 0
 
 
 def test_a_row_with_a_token_or_two_makes_no_plan() -> None:
