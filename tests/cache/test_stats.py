@@ -116,6 +116,8 @@ def test_the_sums_of_a_cache() -> None:
             160,
             rank_keys=4,
             rank_values=8,
+            basis="2x32-0123456789abcdef",
+            basis_bytes=7,
             error_keys=0.1,
             error_values=0.2,
             exact_blocks=1,
@@ -128,6 +130,7 @@ def test_the_sums_of_a_cache() -> None:
     assert dataclasses.asdict(stats) == {
         "layers": tuple(dataclasses.asdict(layer) for layer in layers),
         "num_tokens": 100,
+        "basis_bytes": 7,
         "stored_bytes": 100,
         "dense_bytes": 640,
         "compression_factor": 6.4,
