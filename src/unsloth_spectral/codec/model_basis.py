@@ -96,7 +96,7 @@ class ModelBasis:
         if copy is None:
             rows = self.vectors.float() * self.row_scales
             inverse = torch.linalg.pinv(rows)
-            tensors = (self.vectors, self.row_scales, self.variances, rows, inverse, (inverse @ inverse.mT)[None])
+            tensors = (self.vectors, self.row_scales, self.variances, inverse, (inverse @ inverse.mT)[None])
             # Of two threads the first one's copy stays.
             copy = self._copies.setdefault(device, _OnDevice(*(tensor.to(device) for tensor in tensors)))
         return copy
@@ -124,7 +124,6 @@ class _OnDevice(NamedTuple):
 
     Attributes:
         vectors, row_scales, variances: as in ``ModelBasis``.
-        rows: ``[H, D, D]`` float32, their product.
         inverse: ``[H, D, D]`` float32, by which keys become coefficients.
         metric: ``[1, H, D, D]`` float32, under which the rows are orthonormal.
     """
@@ -132,9 +131,13 @@ class _OnDevice(NamedTuple):
     vectors: Tensor
     row_scales: Tensor
     variances: Tensor
-    rows: Tensor
     inverse: Tensor
     metric: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """``[H, D, D]`` float32."""
+        return self.vectors.float() * self.row_scales
 
 
 @dataclass(frozen=True, slots=True)
