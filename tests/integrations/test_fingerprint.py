@@ -5,13 +5,16 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from unsloth_spectral import SpectralCache, SpectralConfig, patch_unsloth_attention
+from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations import cache_folder as cache_folder_module
@@ -82,7 +85,7 @@ def test_a_profile_comes_back(tiny_llama: Build, cache_folder: Path) -> None:
 
 
 def _malformed(**changes: object) -> str:
-    good = {"version": 3, "value_sensitivities": [1, 1], "key_sensitivities": [[1], [1]], "key_variances": [[1], [1]]}
+    good = {"version": 4, "value_sensitivities": [1, 1], "key_sensitivities": [[1], [1]], "key_variances": [[1], [1]]}
     return json.dumps({**good, **changes})
 
 
@@ -90,7 +93,7 @@ MALFORMED = {
     "no JSON": "{",
     "empty": "",
     "not an object": "[1, 2]",
-    "no sensitivities": '{"version": 3}',
+    "no sensitivities": '{"version": 4}',
     "none": _malformed(value_sensitivities=[]),
     "no numbers": _malformed(value_sensitivities=["a", 1]),
     "negative": _malformed(key_sensitivities=[[1], [-1]]),
@@ -122,6 +125,7 @@ def test_a_malformed_file_is_ignored_with_one_warning(
         assert SpectralCache(model).profile is None
     (warning,) = warnings_of(caplog)
     assert str(path) in warning
+    assert "was altered" not in warning, "its digest would be wrong even if nothing else were"
     assert "delete it or measure it again" in warning
 
 
@@ -203,3 +207,43 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
 
     assert widths()[0] > widths()[1]
     assert len(set(widths(use_profile=False))) == 1
+
+
+def with_bases() -> ModelProfile:
+    vectors = torch.eye(2).expand(2, 2, 2).contiguous()
+    return replace(PROFILE, bases=(ModelBasis.rounded(vectors, torch.ones(2, 2)),) * 2)
+
+
+def test_bases_come_back_as_the_same_objects(tiny_llama: Build) -> None:
+    model, profile = tiny_llama(), with_bases()
+    save_profile(model, profile, {})
+    read = profile_of(model, 2)
+    assert read == profile
+    assert read is not None
+    assert read.digest == profile.digest != PROFILE.digest
+    assert all(basis is profile.bases[0] for basis in read.bases)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bases": None},
+        {"bases": 5},
+        {"bases": [None, None]},
+        {"bases": []},
+        {"bases": [{"shape": [float("inf"), 2], "vectors": "", "row_scales": "", "variances": ""}] * 2},
+        {"bases": [{"shape": [2, 2], "vectors": "é", "row_scales": "", "variances": ""}] * 2},
+        {"digest": "0"},
+        {"value_sensitivities": [0.5, 0.5]},
+    ],
+)
+def test_a_profile_with_altered_bases_is_ignored(
+    change: dict[str, Any], tiny_llama: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    path = save_profile(model, with_bases(), {})
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with caplog.at_level(logging.WARNING, "unsloth_spectral"):
+        assert profile_of(model, 2) is None
+    assert "is ignored, as it " in caplog.text
+    assert caplog.text.count("delete it or measure it again") == 1
