@@ -5,7 +5,6 @@ the model's basis at any length ("model's"), and by the codec's choice. Then the
 first 1, 2, 4 and 8 texts. Needs a profile: run ``unsloth-spectral profile`` first.
 """
 
-import importlib.util
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +18,7 @@ from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral import codec
 from unsloth_spectral.eval.agreement import compare_logits
-from unsloth_spectral.eval.kinds_of_text import texts_by_kind
+from unsloth_spectral.eval.kinds_of_text import source_of, texts_by_kind
 from unsloth_spectral.eval.model_bases import measure_bases
 from unsloth_spectral.eval.profile import BASIS_TOKENS
 from unsloth_spectral.eval.tasks.asking import ids_of
@@ -39,9 +38,7 @@ def texts(subject: Subject) -> dict[str, torch.Tensor]:
     """Token ids ``[1, PREFIX + CONTINUATION + 1]`` by name."""
     count = PREFIX + CONTINUATION + 1
     cases = {f"reference, from {start:,}": subject.ids(start, count) for start in STARTS}
-    spec = importlib.util.find_spec(CODE)
-    source: Any = spec.loader if spec else None
-    code = subject.tokenizer(source.get_source(CODE), add_special_tokens=False)["input_ids"]
+    code = subject.tokenizer(source_of(CODE), add_special_tokens=False)["input_ids"]
     return {**cases, "source code": torch.tensor([code[CODE_START : CODE_START + count]])}
 
 

@@ -72,7 +72,7 @@ class LayerCodec(ABC):
 
     @property
     def wants_queries(self) -> bool:
-        """Whether the next sealing uses queries."""
+        """True if the next sealing uses queries."""
         return True
 
     def join(self, last: Block, new: Block) -> Block | None:

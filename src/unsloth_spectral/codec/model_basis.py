@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.tensors import raw_bytes, storage_bytes
+from unsloth_spectral.codec.tensors import raw_bytes, rounded_rows, storage_bytes
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.fields import Field, Fields
 
@@ -75,9 +75,8 @@ class ModelBasis:
 
     @classmethod
     def rounded(cls, vectors: Tensor, variances: Tensor) -> "ModelBasis":
-        """The basis of ``vectors [H, D, D]`` float32, rounded to int8, with their ``variances [H, D]``."""
-        peak = vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-        return cls.of((vectors * (127 / peak)).round().to(torch.int8), (peak / 127).float(), variances.float())
+        """The basis of ``vectors [H, D, D]`` float32, rounded to int8, with their ``variances [H, D]`` float32."""
+        return cls.of(*rounded_rows(vectors), variances)
 
     @property
     def shape(self) -> tuple[int, int]:

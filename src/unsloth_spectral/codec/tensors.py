@@ -21,6 +21,12 @@ def raw_bytes(tensor: Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
+def rounded_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``rows [..., D]`` float32 as int8, and the scale of each row, ``[..., 1]`` float32."""
+    peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return (rows * (127 / peak)).round().to(torch.int8), peak / 127
+
+
 @dataclass(frozen=True, slots=True)
 class TokenShape:
     """The common shape of one layer's tokens: keys ``[batch, heads, tokens, key_dim]`` of ``dtype``, values

@@ -16,13 +16,13 @@ def texts_by_kind(document: str) -> dict[str, str]:
     """Texts by their kind, the most different ones first; ``document`` is one of them."""
     kinds: dict[str, Callable[[], str]] = {
         "prose": lambda: _written("prose"),
-        "code": lambda: _source(_MODULES[0]),
+        "code": lambda: source_of(_MODULES[0]),
         "dialogue": lambda: _written("dialogue"),
         "languages": lambda: _written("languages"),
         "table": lambda: _table(random.Random(_SEED)),
         "reference": lambda: document,
         "log": lambda: _log(random.Random(_SEED)),
-        "more code": lambda: _source(_MODULES[1]),
+        "more code": lambda: source_of(_MODULES[1]),
     }
     made = {kind: make() for kind, make in kinds.items()}
     return {kind: text for kind, text in made.items() if text}
@@ -32,7 +32,7 @@ def _written(name: str) -> str:
     return files("unsloth_spectral.eval").joinpath("texts").joinpath(f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
     """The source of a module of the standard library; empty where Python was installed without sources."""
     spec = importlib.util.find_spec(module)
     get_source = getattr(spec.loader if spec else None, "get_source", None)

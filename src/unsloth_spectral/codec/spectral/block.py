@@ -112,7 +112,7 @@ class SpectralBlock:
         return SpectralBlock(self.keys.append(other.keys), self.values.append(other.values), self.dtype)
 
     def carries_at(self, token: int) -> tuple[Tensor, Tensor]:
-        """What the keys' and the values' streams go on from at ``token``, a multiple of 8, see ``packing``."""
+        """The carries of the keys' and of the values' streams at ``token``, a multiple of 8; see ``packing``."""
         return self.keys.carries_at(token), self.values.carries_at(token)
 
     def fill(self, other: "SpectralBlock") -> "SpectralBlock":

@@ -232,8 +232,7 @@ class SpectralLayerCodec(LayerCodec):
         if plan.rows is None:
             # Measured in this text's metric, it may be smaller.
             return _WORTH_A_BASIS * float(keys.relative_error.float().square().mean())
-        inverse = plan.rows.basis.on(run.x.device).inverse
-        variances = (inverse.mT @ run.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
+        variances = run.coefficient_variances(plan.rows.basis.on(run.x.device).inverse)
         lost = key_codec.expected_error(variances, plan.rows.spread(plan.widths, run.x.device))
         return float((lost / variances.sum(-1).clamp_min(torch.finfo(lost.dtype).tiny)).mean())
 

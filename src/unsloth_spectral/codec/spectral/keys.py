@@ -17,7 +17,7 @@ from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, filled
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, squared_errors, unbiased_scales
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics, projection
 from unsloth_spectral.codec.stored_tensors import Sizes, Stored, StoredTensors
-from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error
+from unsloth_spectral.codec.tensors import TensorFunction, TokenShape, joint_error, rounded_rows
 from unsloth_spectral.fields import Field, Fields
 from unsloth_spectral.rope import SPAN, Rotation, Spans, anchors_of, join_rotations, rotate, unrotate
 
@@ -157,28 +157,23 @@ class KeyCodes(StoredTensors):
 
     def append(self, other: "KeyCodes") -> "KeyCodes":
         """These keys followed by ``other``'s, of the same plan and going on from these; these fill whole groups."""
-        rotation = self.rotation
-        if rotation is not None and other.rotation is not None:
-            rotation = join_rotations([rotation, other.rotation])
-        return replace(
-            self.append_tensors(other),
-            relative_error=joint_error(self, other),
-            num_tokens=self.num_tokens + other.num_tokens,
-            rotation=rotation,
-        )
+        return self.append_tensors(other)._with_tokens_of(self, other)
 
     def fill(self, other: "KeyCodes") -> "KeyCodes":
         """These keys followed by ``other``'s, which were coded at the scales of the last group and have room in it."""
         start = self.num_tokens % GROUP_SIZE
         streams = filled(self.streams, other.streams, flat_widths(self.widths), start, other.num_tokens)
-        rotation = self.rotation
-        if rotation is not None and other.rotation is not None:
-            rotation = join_rotations([rotation, other.rotation])
+        return replace(self, streams=streams)._with_tokens_of(self, other)
+
+    def _with_tokens_of(self, first: "KeyCodes", second: "KeyCodes") -> "KeyCodes":
+        """These tensors, with what ``first`` and ``second`` together say of their tokens."""
+        rotation = first.rotation
+        if rotation is not None and second.rotation is not None:
+            rotation = join_rotations([rotation, second.rotation])
         return replace(
             self,
-            streams=streams,
-            relative_error=joint_error(self, other),
-            num_tokens=self.num_tokens + other.num_tokens,
+            relative_error=joint_error(first, second),
+            num_tokens=first.num_tokens + second.num_tokens,
             rotation=rotation,
         )
 
@@ -317,9 +312,7 @@ def plan(basis: Basis, widths: Tensor, level: float) -> KeyPlan:
     """The plan of ``widths [H, D]`` for the components of ``basis``, its rows rounded to int8."""
     falling, places = _falling(widths)
     rows = basis.vectors.flatten(1, 2)[:, row_numbers(places, widths.shape[1], basis.vectors.device).long()]
-    peak = rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    vectors = (rows * (127 / peak)).round().to(torch.int8)
-    return KeyPlan(vectors, peak / 127, None, falling, level)
+    return KeyPlan(*rounded_rows(rows), None, falling, level)
 
 
 def plan_of_model(basis: ModelBasis, widths: Tensor, level: float, like: Tensor) -> KeyPlan:
@@ -408,7 +401,7 @@ def encode(
 
 
 def _inverses(scales: Tensor, widths: Sequence[int]) -> Tensor:
-    """What coefficients are multiplied by to be coded at ``scales [B, C]``, which are unbiased."""
+    """Factors ``[B, C]`` of coefficients that are coded at unbiased ``scales [B, C]``."""
     shrinkage = _of_widths(tuple(widths), scales.device)[0]
     return (1 / (scales * shrinkage).clamp_min(1 / trellis.LARGEST_INVERSE)).contiguous()
 
@@ -443,7 +436,7 @@ def quantize(
     """``kernel.encode_keys`` in torch, plain and slow.
 
     A component's group is divided by its standard deviation, without padding, for the trellis; from 5 bits on the
-    clipping point of least squared error is tried out.
+    clipping point of least squared error is tried out, unless the group is not full or its scale is given.
     """
     groups, num_tokens = _groups(coefficients), coefficients.shape[-1]
     reconstructed = torch.zeros_like(groups)
@@ -456,26 +449,23 @@ def quantize(
     for nbits in sorted(set(widths)):
         chosen = [component for component, width in enumerate(widths) if width == nbits]
         x = groups[:, chosen]
-        if nbits > trellis.MAX_TRELLIS_NBITS:
+        is_uniform = nbits > trellis.MAX_TRELLIS_NBITS
+        reach = float(1 << (nbits - 1)) if is_uniform else trellis.REACHES[nbits - 1]
+        by_peak = reach / x.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        by_deviation = trellis.tables().units[nbits - 1] / deviations[:, chosen]
+        inverse = by_deviation.minimum(by_peak).clamp_max(trellis.LARGEST_INVERSE)[..., None]
+        if inverses is not None:
+            inverse[:, :, 0, 0] = inverses[:, chosen]
+        if is_uniform:
             codes = _uniform_codes(x, nbits, clips)
-            partial = num_tokens % GROUP_SIZE
-            if inverses is not None or partial:
-                # The tokens that a group still lacks are to be coded at its scale too.
-                number = 0 if inverses is not None else -1
-                at_deviation = (trellis.tables().units[nbits - 1] / deviations[:, chosen, number]).minimum(
-                    (1 << (nbits - 1)) / x[..., number, :].abs().amax(-1).clamp_min(torch.finfo(x.dtype).tiny)
-                )
-                steps = at_deviation.clamp_max(trellis.LARGEST_INVERSE) if inverses is None else inverses[:, chosen]
-                codes[..., number, :] = _codes_at(x[..., number, :], nbits, steps)
+            # The tokens that a group still lacks are to be coded at its scale too.
+            fixed = {0} if inverses is not None else set()
+            for number in fixed | ({groups.shape[2] - 1} if num_tokens % GROUP_SIZE else set()):
+                codes[:, :, number] = trellis.uniform_codes(x[:, :, number], inverse[:, :, number], nbits)
             windows[:, chosen] = codes << (MAX_NBITS - nbits)
             if is_free:
                 carries[:, chosen] = 0
         else:
-            peaks = x.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            by_peak, unit = trellis.REACHES[nbits - 1] / peaks, trellis.tables().units[nbits - 1]
-            inverse = (unit / deviations[:, chosen]).minimum(by_peak).clamp_max(trellis.LARGEST_INVERSE)[..., None]
-            if inverses is not None:
-                inverse[:, :, 0, 0] = inverses[:, chosen]
             inputs = trellis.inputs_of(x, inverse).flatten(2)[..., :num_tokens]
             before = None if is_free else carries[:, chosen].flatten()
             found, before = trellis.search(inputs.flatten(0, 1), trellis.distances(nbits), nbits, before)
@@ -488,13 +478,6 @@ def quantize(
     codes = windows.flatten(2) >> shifts[:, None]
     overlaps, squares = (groups.double() * reconstructed).sum(-1), reconstructed.double().square().sum(-1)
     return kernel.Encoded(pack(codes, widths), carries, energies.float(), overlaps.float(), squares.float())
-
-
-def _codes_at(group: Tensor, nbits: int, inverses: Tensor) -> Tensor:
-    """Codes uint8 of a group ``[B, C, 128]`` at steps of one over ``inverses [B, C]``."""
-    half = 1 << (nbits - 1)
-    scaled = (group * inverses[..., None]).clamp(-half, half)
-    return (scaled + half).to(torch.int32).clamp_max(2 * half - 1).to(torch.uint8)
 
 
 def _uniform_codes(groups: Tensor, nbits: int, clips: Sequence[float]) -> Tensor:

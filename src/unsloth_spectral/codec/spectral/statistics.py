@@ -61,15 +61,7 @@ class KeyStatistics:
         """
         x, mean = centre(keys, mean, rotation, spans, real, before)
         shares = torch.ones(len(x), dtype=x.dtype, device=x.device) if real is None else real.to(x.dtype).mean(1)
-        return cls(
-            x,
-            mean,
-            covariance(x),
-            metric if metric.device == x.device else metric.to(x.device),
-            rotation,
-            spans,
-            shares,
-        )
+        return cls(x, mean, covariance(x), metric.to(x.device), rotation, spans, shares)
 
     @property
     def num_tokens(self) -> int:
@@ -87,8 +79,11 @@ class KeyStatistics:
     def variances_in(self, rows: Tensor, inverse: Tensor) -> Tensor:
         """The part of the scores' variance along each of ``rows [H, D, D]``, ``[B, H, D]``, if components are coded one
         by one; ``inverse`` is that of the rows."""
-        variances = (inverse.mT @ self.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
-        return variances * (rows @ self.metric @ rows.mT).diagonal(dim1=-2, dim2=-1)
+        return self.coefficient_variances(inverse) * (rows @ self.metric @ rows.mT).diagonal(dim1=-2, dim2=-1)
+
+    def coefficient_variances(self, inverse: Tensor) -> Tensor:
+        """Variances ``[B, H, D]`` of the coefficients that ``inverse [H, D, D]`` gives."""
+        return (inverse.mT @ self.covariance @ inverse).diagonal(dim1=-2, dim2=-1)
 
     def over_tokens(self, variances: Tensor) -> Tensor:
         """The mean of ``variances [B, H, D]`` over the tokens of all rows without padding, ``[H, D]``."""

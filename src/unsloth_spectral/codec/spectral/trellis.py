@@ -166,6 +166,13 @@ def inputs_of(x: Tensor, inverse: Tensor) -> Tensor:
     return ((twice.abs() + 1) // 2).clamp_max(LARGEST_INPUT) * twice.sign()
 
 
+def uniform_codes(x: Tensor, inverse: Tensor, nbits: int) -> Tensor:
+    """Codes uint8 of ``x`` under a uniform quantizer of ``nbits`` bits whose steps are one over ``inverse``."""
+    half = 1 << (nbits - 1)
+    scaled = (x * inverse).clamp(-half, half)
+    return (scaled + half).to(torch.int32).clamp_max(2 * half - 1).to(torch.uint8)
+
+
 def search(inputs: Tensor, distances: Tensor, nbits: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The windows ``[N, n]`` uint8 of least cost for integers ``inputs [N, n]``, -255 to 255, at 1 to 4 bits.
 

@@ -177,9 +177,7 @@ def quantize(rotated: Tensor, nbits: int, carries: Tensor | None = None) -> kern
     deviations = (energies / head_dim).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
     inverse = (trellis.tables().units[nbits - 1] / deviations).clamp_max(trellis.LARGEST_INVERSE)[:, :, None]
     if nbits > trellis.MAX_TRELLIS_NBITS:
-        half = 1 << (nbits - 1)
-        codes = ((rotated * inverse).clamp(-half, half) + half).to(torch.int32).clamp_max(2 * half - 1)
-        windows = (codes << (MAX_NBITS - nbits)).to(torch.uint8)
+        windows = trellis.uniform_codes(rotated, inverse, nbits) << (MAX_NBITS - nbits)
         before = rotated.new_zeros(batch, heads, head_dim, dtype=torch.uint8) if carries is None else carries
     else:
         inputs = trellis.inputs_of(rotated, inverse).flatten(0, 2)
