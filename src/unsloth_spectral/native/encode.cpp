@@ -22,6 +22,7 @@ namespace {
 constexpr float TINY = std::numeric_limits<float>::min();
 constexpr float LARGEST_INVERSE = 1e30f;  // times zero it is zero
 constexpr int LANES_OF_SUMS = 8;
+constexpr int LANES_OF_PEAKS = 16;
 
 // Sums of products, in an order that does not depend on the processor.
 struct Total {
@@ -46,10 +47,23 @@ double dot(const float* a, const float* b, int count) {
     return total.sum();
 }
 
+// Of the lanes of a loop that the compiler makes vectors of.
 float peak(const float* x, int count) {
-    float most = 0.0f;
-    for (int t = 0; t < count; ++t) most = std::max(most, std::fabs(x[t]));
-    return most;
+    float lanes[LANES_OF_PEAKS] = {}, most = 0.0f;
+    int i = 0;
+    for (; i + LANES_OF_PEAKS <= count; i += LANES_OF_PEAKS)
+        for (int lane = 0; lane < LANES_OF_PEAKS; ++lane) {
+            const float size = std::fabs(x[i + lane]);
+            lanes[lane] = lanes[lane] < size ? size : lanes[lane];
+        }
+    for (; i < count; ++i) most = std::max(most, std::fabs(x[i]));
+    return std::max(most, *std::max_element(lanes, lanes + LANES_OF_PEAKS));
+}
+
+int count_of_zeros(const float* x, int count) {
+    int zeros = 0;
+    for (int t = 0; t < count; ++t) zeros += x[t] == 0.0f;
+    return zeros;
 }
 
 // What one thread works with.
@@ -63,11 +77,19 @@ struct Coder {
         : inputs(num_tokens), windows(num_tokens), reconstructed(num_tokens) {}
 };
 
-// x in the unit of the tables: the nearest integer to x times `inverse`, halves away from zero, bounded.
-INLINE int16_t input_of(float x, float inverse) {
-    const float scaled = std::min(std::max(x * inverse, -256.0f), 256.0f);
-    const int twice = static_cast<int>(2.0f * scaled), magnitude = (std::abs(twice) + 1) / 2;
-    return static_cast<int16_t>(std::min(magnitude, LARGEST_INPUT) * (twice < 0 ? -1 : 1));
+// `count` numbers in the unit of the tables: the nearest integers to x times their inverses, halves away from zero,
+// bounded.
+template <typename Inverse>
+INLINE void inputs_of(const float* x, const Inverse& inverse_of, int64_t count, int16_t* inputs) {
+    constexpr float LIMIT = LARGEST_INPUT;
+    for (int64_t t = 0; t < count; ++t) {
+        float scaled = x[t] * inverse_of(t);
+        scaled = scaled > -LIMIT ? scaled : -LIMIT;
+        scaled = scaled < LIMIT ? scaled : LIMIT;
+        const int twice = static_cast<int>(2.0f * scaled), sign = twice >> 31;
+        // Rounded down by a shift, of a number that is not negative.
+        inputs[t] = static_cast<int16_t>(((((twice ^ sign) - sign + 1) >> 1) ^ sign) - sign);
+    }
 }
 
 // Windows and reconstructions of the coder's inputs at 1 to 4 bits; returns the carry.
@@ -120,15 +142,26 @@ void quantize_uniformly(const float* x, int nbits, const float* clips, int64_t n
         windows[t] = static_cast<uint8_t>(static_cast<int>(reconstructed[t] + half - 0.5f) << (8 - nbits));
 }
 
-// The newest bits of `count` tokens' windows as a tile's stream, zeros behind.
-void pack(const uint8_t* windows, int count, int nbits, uint8_t* stream) {
-    uint64_t bits = 0;
-    int held = 0;
-    for (int t = 0; t < TILE; ++t) {
-        const uint64_t code = t < count ? windows[t] >> (8 - nbits) : 0;
-        bits |= code << held;
-        for (held += nbits; held >= 8; held -= 8, bits >>= 8) *stream++ = static_cast<uint8_t>(bits);
+// The newest NBITS bits of `count` tokens' windows as a tile's stream, zeros behind.
+template <int NBITS>
+INLINE void pack(const uint8_t* windows, int count, uint8_t* stream) {
+    uint8_t padded[TILE] = {};
+    if (count < TILE) windows = static_cast<const uint8_t*>(std::memcpy(padded, windows, count));
+    for (int t = 0; t < TILE; t += 8, stream += NBITS) {
+        uint64_t codes;
+        std::memcpy(&codes, windows + t, sizeof codes);
+        // The second of two neighbours moves to the end of the first: of codes, then of pairs of them, then of fours.
+        constexpr uint64_t ONE = (1u << NBITS) - 1, TWO = (1u << 2 * NBITS) - 1, FOUR = (1ull << 4 * NBITS) - 1;
+        codes >>= 8 - NBITS;
+        codes = (codes & ONE * 0x0001000100010001u) | (codes & ONE * 0x0100010001000100u) >> (8 - NBITS);
+        codes = (codes & TWO * 0x0000000100000001u) | (codes & TWO * 0x0001000000010000u) >> 2 * (8 - NBITS);
+        codes = (codes & FOUR) | (codes & FOUR << 32) >> 4 * (8 - NBITS);
+        std::memcpy(stream, &codes, NBITS);
     }
+}
+
+void pack(const uint8_t* windows, int count, int nbits, uint8_t* stream) {
+    with_nbits(nbits, [&](auto constant) { pack<decltype(constant)::value>(windows, count, stream); });
 }
 
 }  // namespace
@@ -160,23 +193,21 @@ extern "C" void spectral_encode_keys(const KeyEncoding* given) {
                     continue;
                 }
                 // Padding is zero.
-                const auto zeros = std::count(from, from + count, 0.0f);
-                const double numbers = static_cast<double>(std::max<int64_t>(count - zeros, 1));
+                const double numbers = std::max(count - count_of_zeros(from, count), 1);
                 const float deviation = static_cast<float>(std::sqrt(energy / numbers));
                 const float half = static_cast<float>(1 << (nbits - 1));
                 const float reach = is_uniform ? half : call.trellis.reaches[nbits - 1];
                 const float suited = std::min({call.trellis.units[nbits - 1] / std::max(deviation, TINY),
                                                reach / std::max(peak(from, count), TINY), LARGEST_INVERSE});
                 const float inverse = is_given ? call.inverses[row] : suited;
+                if (!is_uniform) {
+                    inputs_of(from, [&](int64_t) { return inverse; }, count, coder.inputs.data() + tile * TILE);
+                    continue;
+                }
                 for (int t = 0; t < count; ++t) {
-                    const int64_t place = tile * TILE + t;
-                    if (is_uniform) {
-                        const int code = uniform_code(from[t], inverse, half);
-                        coder.windows[place] = static_cast<uint8_t>(code << (8 - nbits));
-                        coder.reconstructed[place] = static_cast<float>(code) - half + 0.5f;
-                    } else {
-                        coder.inputs[place] = input_of(from[t], inverse);
-                    }
+                    const int code = uniform_code(from[t], inverse, half);
+                    coder.windows[tile * TILE + t] = static_cast<uint8_t>(code << (8 - nbits));
+                    coder.reconstructed[tile * TILE + t] = static_cast<float>(code) - half + 0.5f;
                 }
             }
             if (nbits <= MAX_TRELLIS_NBITS) {
@@ -245,7 +276,7 @@ extern "C" void spectral_encode_values(const ValueEncoding* given) {
             const float* scale = inverse.data() + head * n;
             uint8_t carry = 0;
             if (nbits <= MAX_TRELLIS_NBITS) {
-                for (int64_t t = 0; t < n; ++t) coder.inputs[t] = input_of(x[t], scale[t]);
+                inputs_of(x, [&](int64_t t) { return scale[t]; }, n, coder.inputs.data());
                 carry = search_all(coder, call.trellis, nbits, n, call.is_free ? -1 : call.carries[row]);
             } else {
                 for (int64_t t = 0; t < n; ++t) {

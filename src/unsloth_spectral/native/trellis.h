@@ -17,40 +17,60 @@ constexpr int LARGEST_INPUT = 255;
 constexpr int UNREACHABLE = 8 * 2047;  // above the cost of any path to the same place
 constexpr int STEPS_BETWEEN = 8;       // after which costs are brought near zero again
 constexpr int64_t MOST_STEPS = 1024;   // of one search: as many decisions as a processor's cache holds
+constexpr int WORDS = STATES / 64;     // the decisions of a step: a bit less than one for each state
 
 // LENGTH numbers of 16 bits: a register of them, or half of one where there are no more.
 template <int LENGTH>
 struct CostsOf {
     typedef int16_t type __attribute__((vector_size(2 * LENGTH)));
-    typedef uint8_t bytes __attribute__((vector_size(LENGTH)));
 };
 
 // What one thread needs for a search.
 struct Search {
-    std::vector<uint8_t> decisions;
+    std::vector<uint64_t> decisions = std::vector<uint64_t>(MOST_STEPS * WORDS);
     uint8_t windows[MOST_STEPS];
 };
 
 // The bits of a byte in reverse order.
 INLINE uint8_t reversed(uint8_t byte) {
-    return static_cast<uint8_t>((byte * 0x0202020202ull & 0x010884422010ull) % 1023);
+    byte = static_cast<uint8_t>(byte >> 4 | byte << 4);
+    byte = static_cast<uint8_t>((byte & 0xcc) >> 2 | (byte & 0x33) << 2);
+    return static_cast<uint8_t>((byte & 0xaa) >> 1 | (byte & 0x55) << 1);
 }
 
-// Keeps the lower cost and its place; of equal ones those that are there.
+// Keeps the lower costs, of equal ones those that are there; writes a bit for each, set where `other` was lower.
 template <typename Costs>
-INLINE void keep_lower(Costs& least, Costs& place, Costs other, Costs other_place) {
+INLINE void keep_lower(Costs& least, Costs other, uint8_t* is_other) {
+    constexpr int LENGTH = sizeof(Costs) / 2;
 #if defined(__AVX512BW__)
-    if constexpr (sizeof least == 64) {
+    if constexpr (LENGTH == 32) {
         const __m512i a = bits<__m512i>(least), b = bits<__m512i>(other);
-        const __mmask32 is_lower = _mm512_cmplt_epi16_mask(b, a);
+        store(is_other, _mm512_cmplt_epi16_mask(b, a));
         least = bits<Costs>(_mm512_min_epi16(a, b));
-        place = bits<Costs>(_mm512_mask_mov_epi16(bits<__m512i>(place), is_lower, bits<__m512i>(other_place)));
-        return;
+    } else {
+        const __m256i a = bits<__m256i>(least), b = bits<__m256i>(other);
+        store(is_other, _mm256_cmplt_epi16_mask(b, a));
+        least = bits<Costs>(_mm256_min_epi16(a, b));
     }
-#endif
+    // Else the compiler gathers the bits in a vector register, which takes longer than storing them.
+    asm volatile("" ::: "memory");
+#else
     const Costs is_lower = other < least;
     least = is_lower ? other : least;
-    place = is_lower ? other_place : place;
+#if defined(__AVX2__)
+    const __m256i mask = bits<__m256i>(is_lower);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(mask), _mm256_extracti128_si256(mask, 1));
+    store(is_other, static_cast<uint16_t>(_mm_movemask_epi8(bytes)));
+#elif defined(__SSE2__)
+    const __m128i mask = bits<__m128i>(is_lower);
+    store(is_other, static_cast<uint8_t>(_mm_movemask_epi8(_mm_packs_epi16(mask, mask))));
+#else
+    const Costs places = is_lower & Costs{1, 2, 4, 8, 16, 32, 64, 128};
+    int sum = 0;
+    for (int lane = 0; lane < LENGTH; ++lane) sum += places[lane];
+    store(is_other, static_cast<uint8_t>(sum));
+#endif
+#endif
 }
 
 #if !defined(__AVX512BW__)
@@ -75,8 +95,10 @@ INLINE void repeat(Costs* costs) {
     typedef typename CostsOf<32>::type Places;
     Places places;
     for (int lane = 0; lane < 32; ++lane) places[lane] = static_cast<int16_t>(lane >> NBITS);
+#pragma GCC unroll 16
     for (int i = COUNT - 1; i >= 0; --i) {
         const Costs v = costs[i];
+#pragma GCC unroll 16
         for (int part = TIMES - 1; part >= 0; --part) {
             const int16_t first = static_cast<int16_t>(part * LENGTH / TIMES);
             const __m512i place = bits<__m512i>(places + first);
@@ -89,6 +111,7 @@ INLINE void repeat(Costs* costs) {
     }
 #else
     if constexpr (NBITS > 0) {
+#pragma GCC unroll 16
         for (int i = COUNT - 1; i >= 0; --i) {
             const Costs v = costs[i];
             twice(v, costs[2 * i], costs[2 * i + 1]);
@@ -98,66 +121,78 @@ INLINE void repeat(Costs* costs) {
 #endif
 }
 
-// One step: the least cost of the predecessors of each state, which are 2^NBITS and those of as many states, plus the
-// state's own distance. Writes which predecessor it was, a byte for each.
-template <int NBITS>
-INLINE void advance(int16_t* costs, const int16_t* distances, uint8_t* decisions) {
-    constexpr int GROUPS = STATES >> NBITS, ALL = BYTES / 2, LENGTH = GROUPS < ALL ? GROUPS : ALL;
-    constexpr int VECTORS_OF_LEAST = GROUPS / LENGTH;
-    typedef typename CostsOf<LENGTH>::type Costs;
-    Costs least[STATES / LENGTH];
-    for (int v = 0; v < VECTORS_OF_LEAST; ++v) {
-        Costs place = {};
-        if constexpr (GROUPS < ALL) {
-            // Two groups a register: even predecessors in its lower half, odd ones in its upper half.
-            typedef typename CostsOf<ALL>::type Wide;
-            Wide wide = load<Wide>(costs), places = {};
-            for (int h = 2; h < 1 << NBITS; h += 2)
-                keep_lower(wide, places, load<Wide>(costs + h * GROUPS), Wide{} + static_cast<int16_t>(h));
-            Costs halves[2], of_halves[2];
-            std::memcpy(halves, &wide, sizeof wide);
-            std::memcpy(of_halves, &places, sizeof places);
-            of_halves[1] += 1;
-            const Costs is_upper =
-                (halves[1] < halves[0]) | ((halves[1] == halves[0]) & (of_halves[1] < of_halves[0]));
-            least[v] = is_upper ? halves[1] : halves[0];
-            place = is_upper ? of_halves[1] : of_halves[0];
-        } else {
-            least[v] = load<Costs>(costs + v * LENGTH);
-            for (int h = 1; h < 1 << NBITS; ++h)
-                keep_lower(least[v], place, load<Costs>(costs + h * GROUPS + v * LENGTH),
-                           Costs{} + static_cast<int16_t>(h));
+// The lower costs of neighbours, 2^LEVEL of them by GROUPS groups, in place, and so on until one is left. A round with
+// 2^LEVEL / 2 winners writes a bit for each winner and group, set where it was the second of the two.
+template <int LEVEL, int VECTORS, typename Costs>
+INLINE void play(Costs* costs, uint8_t* decisions) {
+    if constexpr (LEVEL > 0) {
+        constexpr int WINNERS = 1 << (LEVEL - 1), BYTES_OF_BITS = sizeof(Costs) / 16;
+#pragma GCC unroll 16
+        for (int i = 0; i < WINNERS * VECTORS; ++i) {
+            const int first = i / VECTORS * 2 * VECTORS + i % VECTORS;
+            Costs least = costs[first];
+            keep_lower(least, costs[first + VECTORS], decisions + i * BYTES_OF_BITS);
+            costs[i] = least;
         }
-        store(decisions + v * LENGTH, __builtin_convertvector(place, typename CostsOf<LENGTH>::bytes));
+        play<LEVEL - 1, VECTORS>(costs, decisions + WINNERS * VECTORS * BYTES_OF_BITS);
     }
-    repeat<NBITS, VECTORS_OF_LEAST>(least);
-    for (int v = 0; v < STATES / LENGTH; ++v) store(costs + v * LENGTH, least[v] + load<Costs>(distances + v * LENGTH));
+}
+
+// One step: the least cost of the predecessors of each state, which are 2^NBITS and those of as many states, plus the
+// state's own distance. Writes which predecessor it was.
+template <int NBITS, typename Costs>
+INLINE void advance(Costs* costs, const int16_t* distances, uint64_t* decisions) {
+    constexpr int LENGTH = sizeof(Costs) / 2, VECTORS = (STATES >> NBITS) / LENGTH;
+    play<NBITS, VECTORS>(costs, reinterpret_cast<uint8_t*>(decisions));
+    repeat<NBITS, VECTORS>(costs);
+#pragma GCC unroll 32
+    for (int v = 0; v < STATES / LENGTH; ++v) costs[v] += load<Costs>(distances + v * LENGTH);
+}
+
+// The predecessor that `advance` chose for a group of states.
+template <int NBITS>
+INLINE int predecessor(const uint64_t* decisions, int group) {
+    constexpr int GROUPS = STATES >> NBITS;
+    const auto is_second = [&](int bit) { return static_cast<int>(decisions[bit / 64] >> (bit % 64)) & 1; };
+    int winner = 0;
+    // The last round's bits are behind those of the rounds before.
+    if constexpr (NBITS > 3) winner = is_second(224 + group);
+    if constexpr (NBITS > 2) winner = 2 * winner + is_second(192 + winner * GROUPS + group);
+    if constexpr (NBITS > 1) winner = 2 * winner + (static_cast<int>(decisions[2] >> (winner * GROUPS + group)) & 1);
+    const int bit = winner * GROUPS + group;
+    return 2 * winner + (static_cast<int>((bit < 64 ? decisions[0] : decisions[1]) >> (bit % 64)) & 1);
 }
 
 // The windows of least cost for at most MOST_STEPS inputs, after a window `before`, or any where that is negative;
 // returns the window that they follow. `distances` are [511, 256], by input and state.
 template <int NBITS>
 uint8_t search(Search& s, const int16_t* inputs, int64_t count, const int16_t* distances, int before) {
-    constexpr int GROUPS = STATES >> NBITS;
-    s.decisions.resize(MOST_STEPS * STATES / 2);
-    alignas(64) int16_t costs[STATES];
-    for (auto& cost : costs) cost = before < 0 ? 0 : UNREACHABLE;
-    if (before >= 0) costs[reversed(static_cast<uint8_t>(before))] = 0;
+    constexpr int GROUPS = STATES >> NBITS, ALL = BYTES / 2, LENGTH = GROUPS < ALL ? GROUPS : ALL;
+    typedef typename CostsOf<LENGTH>::type Costs;
+    alignas(64) int16_t numbers[STATES];
+    for (auto& cost : numbers) cost = before < 0 ? 0 : UNREACHABLE;
+    if (before >= 0) numbers[reversed(static_cast<uint8_t>(before))] = 0;
+    Costs costs[STATES / LENGTH];
+    std::memcpy(costs, numbers, sizeof costs);
+    uint64_t* const decisions = s.decisions.data();
     for (int64_t t = 0; t < count; ++t) {
-        advance<NBITS>(costs, distances + (inputs[t] + LARGEST_INPUT) * STATES, s.decisions.data() + t * GROUPS);
+        advance<NBITS>(costs, distances + (inputs[t] + LARGEST_INPUT) * STATES, decisions + t * WORDS);
         if (t % STEPS_BETWEEN == STEPS_BETWEEN - 1) {
-            const int16_t base = costs[0];
-            for (auto& cost : costs) cost = static_cast<int16_t>(cost - base);
+            const Costs base = Costs{} + costs[0][0];
+#pragma GCC unroll 32
+            for (int v = 0; v < STATES / LENGTH; ++v) costs[v] -= base;
         }
     }
+    std::memcpy(numbers, costs, sizeof costs);
     int state = 0;
     for (int i = 1; i < STATES; ++i)
-        if (costs[i] < costs[state]) state = i;
+        if (numbers[i] < numbers[state]) state = i;
     for (int64_t t = count - 1; t >= 0; --t) {
-        s.windows[t] = reversed(static_cast<uint8_t>(state));
-        const int low = state >> NBITS;
-        state = s.decisions[t * GROUPS + low] << (8 - NBITS) | low;
+        s.windows[t] = static_cast<uint8_t>(state);
+        const int group = state >> NBITS;
+        state = predecessor<NBITS>(decisions + t * WORDS, group) << (8 - NBITS) | group;
     }
+    for (int64_t t = 0; t < count; ++t) s.windows[t] = reversed(s.windows[t]);
     return reversed(static_cast<uint8_t>(state));
 }
 
