@@ -22,7 +22,7 @@ GAINS = tuple(DISTORTION[b] - DISTORTION[b + 1] for b in range(8))
 _UNBIASED = np.array([distortion / (1 - distortion) for distortion in DISTORTION[1:]])
 _VALUE_GAINS = -np.diff(_UNBIASED) / _UNBIASED[0]
 _TINY = 1e-30
-_HALVINGS = 36  # narrows some 50 octaves to the last bit of a float32
+_HALVINGS = 24  # narrows some 50 octaves to millionths of one
 
 
 def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
@@ -30,18 +30,22 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
     ``first_bit_cost`` is what a component's first bit costs, the component's own metadata included, in bits.
     """
-    gains = _gains_per_bit(first_bit_cost).to(variances)
-    return (variances[..., None] * gains >= level).sum(-1)
+    least = torch.from_numpy(_least_variances(level, first_bit_cost)).to(variances)
+    return (variances[..., None] >= least).sum(-1)
 
 
-def _gains_per_bit(first_bit_cost: float) -> Tensor:
-    """Gains per bit of a variance of 1, ``[8]`` float32, never rising."""
-    gains = torch.tensor(GAINS, dtype=torch.float32, device="cpu")
-    gains[0] /= first_bit_cost
+def _least_variances(level: float, first_bit_cost: float) -> np.ndarray:
+    """The least variances that get one bit, two, up to eight at ``level``, ``[8]`` float32, never falling."""
+    return np.float32(level) * _variances_per_level(first_bit_cost)
+
+
+@lru_cache(maxsize=64)
+def _variances_per_level(first_bit_cost: float) -> np.ndarray:
+    gains = np.array(GAINS)
     # A costly first bit may gain less per bit than the second: then a component gets both or neither.
-    gains[0] = torch.maximum(gains[0], (GAINS[0] + gains[1]) / (first_bit_cost + 1))
-    gains[1] = torch.minimum(gains[0], gains[1])
-    return gains
+    gains[0] = max(GAINS[0] / first_bit_cost, (GAINS[0] + GAINS[1]) / (first_bit_cost + 1))
+    gains[1] = min(gains[0], gains[1])
+    return (1 / gains).astype(np.float32)
 
 
 def cost(widths: Tensor, first_bit_cost: float) -> float:
@@ -89,10 +93,10 @@ class Budget:
             available = sum(self._balances.values()) + share
             coming = [other for other in range(self.num_layers) if other not in self._levels and other != layer]
             self.seen[layer] = variances.float()
-            demands = [(_Demand(weighted.flatten(), first_bit_cost), 1.0)]
+            demands = [(_Demand(weighted.flatten().cpu().numpy(), first_bit_cost), 1.0)]
             if coming:
                 others = self._expected(coming)
-                demands.append((_Demand(others, first_bit_cost), len(coming) * weighted.numel() / others.numel()))
+                demands.append((_Demand(others, first_bit_cost), len(coming) * weighted.numel() / len(others)))
             values = None if self.profile is None else _ValueDemand(self.profile, [layer, *coming], value_elements)
             level = _common_level(available + len(coming) * share, demands, values)
             # Each layer to come keeps at least half of its share, whatever is expected of it.
@@ -157,15 +161,15 @@ class Budget:
             if nbits.has(name):
                 self._value_nbits[layer] = nbits.integer(name, 1)
 
-    def _expected(self, layers: Sequence[int]) -> Tensor:
-        """Expected weighted variances of the layers still to come."""
+    def _expected(self, layers: Sequence[int]) -> np.ndarray:
+        """Expected weighted variances of the layers still to come, float32."""
         if self.profile is None:
-            return torch.cat([variances.flatten() for variances in self.seen.values()])
+            return torch.cat([variances.flatten() for variances in self.seen.values()]).cpu().numpy()
         by_layer = _profile_variances(self.profile)
         # This text's variances may all be larger or smaller than those of the profile's texts.
         ratios = [float(variances.sum()) / max(by_layer[layer][1], _TINY) for layer, variances in self.seen.items()]
         ratio = math.exp(sum(math.log(max(quotient, _TINY)) for quotient in ratios) / len(ratios))
-        return ratio * torch.cat([by_layer[layer][0] for layer in layers])
+        return np.float32(ratio) * np.concatenate([by_layer[layer][0] for layer in layers])
 
 
 def _weighted_by_head(variances: Tensor, sensitivities: Sequence[float]) -> Tensor:
@@ -180,12 +184,13 @@ def _weighted_by_head(variances: Tensor, sensitivities: Sequence[float]) -> Tens
 
 
 @lru_cache(maxsize=4)
-def _profile_variances(profile: ModelProfile) -> list[tuple[Tensor, float]]:
+def _profile_variances(profile: ModelProfile) -> list[tuple[np.ndarray, float]]:
     """For each layer, the profile's key variances, weighted, and their unweighted sum."""
     by_layer = []
     for sensitivities, numbers in zip(profile.key_sensitivities, profile.key_variances, strict=True):
         variances = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(len(sensitivities), -1)
-        by_layer.append((_weighted_by_head(variances, sensitivities).flatten(), float(variances.sum())))
+        weighted = _weighted_by_head(variances, sensitivities).flatten().numpy()
+        by_layer.append((weighted, float(variances.sum())))
     return by_layer
 
 
@@ -209,25 +214,19 @@ def _common_level(budget: float, demands: Sequence[tuple["_Demand", float]], val
 
 
 class _Demand:
-    """The cost of variances at any level, ``cost(widths_at(...))``, by lookup instead of repeated multiplication."""
+    """The cost of variances at any level, ``cost(widths_at(...))``, by lookup in their order."""
 
-    def __init__(self, variances: Tensor, first_bit_cost: float) -> None:
-        gains = _gains_per_bit(first_bit_cost)
-        numbers = variances.cpu().numpy()
-        self._positive = numbers[numbers > 0]
-        self._first = np.sort(numbers * gains[0].numpy())
-        self._all = np.sort(np.outer(gains.numpy(), numbers), axis=None)
-        self._first_bit_cost = first_bit_cost
+    def __init__(self, variances: np.ndarray, first_bit_cost: float) -> None:
+        self._ordered, self._first_bit_cost = np.sort(variances), first_bit_cost
 
     def at(self, level: float) -> float:
-        # In float32 like the products, so that rounding gives the same bits as ``widths_at``.
-        threshold = np.float32(level)
-        first = len(self._first) - self._first.searchsorted(threshold)
-        return float(len(self._all) - self._all.searchsorted(threshold) + (self._first_bit_cost - 1) * first)
+        counts = len(self._ordered) - self._ordered.searchsorted(_least_variances(level, self._first_bit_cost))
+        return float(counts.sum() + (self._first_bit_cost - 1) * counts[0])
 
     def range(self) -> tuple[float, float] | None:
         """The smallest and the largest positive variance; None if there is none."""
-        return (float(self._positive.min()), float(self._positive.max())) if len(self._positive) else None
+        positive = self._ordered[self._ordered.searchsorted(0.0, side="right") :]
+        return (float(positive[0]), float(positive[-1])) if len(positive) else None
 
 
 class _ValueDemand:

@@ -49,16 +49,16 @@ def _unrotated(observed: Observed, grouped: Tensor, spans: Spans) -> Tensor:
     shares = torch.zeros(_KEYS_PER_QUERY, *is_query.shape, dtype=torch.float32, device="cpu")
     for row, is_row_query in enumerate(is_query):
         shares[:, row, is_row_query] = _drawn(int(is_row_query.sum()))
-    table, unrotated = rotation.table(), []
-    has_no_anchors = torch.tensor([span == 0 for span in spans], dtype=torch.bool, device=table.device)
+    table = rotation.table()
     first = 0 if observed.padding is None else observed.padding[:, None]
-    for share in shares:
-        keys = (first + share * (observed.distances - first).clamp_min(0)).long().clamp(max=table.shape[1] - 1)
-        rows = torch.arange(len(table), dtype=torch.int64, device="cpu")[:, None]
-        picked = table[rows.to(table.device), keys.to(table.device)]
-        picked = (picked / picked.abs()).masked_fill(has_no_anchors, 1)
-        unrotated.append(unrotate(grouped, picked[:, None, None], rotation))
-    return torch.cat(unrotated, dim=3)
+    keys = (first + shares * (observed.distances - first).clamp_min(0)).long().clamp(max=table.shape[1] - 1)
+    rows = torch.arange(len(table), dtype=torch.int64, device=table.device)[:, None]
+    picked = table[rows, keys.to(table.device)].movedim(0, 1)
+    if not all(spans):
+        has_no_anchors = torch.tensor([span == 0 for span in spans], dtype=torch.bool, device=table.device)
+        picked = picked.masked_fill(has_no_anchors, 1)
+    repeated = grouped[:, :, :, None].expand(-1, -1, -1, len(shares), -1, -1)
+    return unrotate(repeated, (picked / picked.abs())[:, None, None], rotation).flatten(3, 4)
 
 
 def query_metric(queries: Tensor, counts: Tensor | None = None, repeats: int = 1) -> Tensor:
