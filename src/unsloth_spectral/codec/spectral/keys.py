@@ -359,7 +359,8 @@ def encode(
         project = _by_head(plan.rows.inverse(x.device).mT, plan.widths).mT
     else:
         project = projection(basis, metric)
-    coefficients = torch.cat([project[:, h, :, : len(row)].mT @ x[:, h].mT for h, row in enumerate(plan.widths)], 1)
+    by_head = project.mT @ x.mT
+    coefficients = torch.cat([by_head[:, head, : len(row)] for head, row in enumerate(plan.widths)], 1)
     vector_scales, inverses = plan.vector_scales, None
     if scale_codes is not None:
         assert vector_scales is not None, "earlier keys have scales"

@@ -8,8 +8,9 @@ what comes before, is kept apart: its carry.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,23 +74,20 @@ def filled(streams: Tensor, later: Tensor, widths: Sequence[int], start: int, co
     """``streams [B, tiles, rows, 16]`` whose last tile has ``start`` tokens, and behind these ``count`` more, which are
     the first ones of ``later [B, 1, rows, 16]``; both numbers are multiples of 8, and the tile has room."""
     together = streams.clone()
-    into, out_of = together[:, -1].flatten(1), later[:, 0].flatten(1)
-    for first, components, nbits in _runs(tuple(widths)):
-        span = slice(first * ROW_BYTES, (first + components * nbits) * ROW_BYTES)
-        to, by = (tile[:, span].view(len(streams), components, -1) for tile in (into, out_of))
-        to[..., start * nbits // 8 : (start + count) * nbits // 8] = by[..., : count * nbits // 8]
+    to, by = _first_places(tuple(widths), start, count, streams.device)
+    together[:, -1].flatten(1)[:, to] = later[:, 0].flatten(1)[:, by]
     return together
 
 
 @lru_cache(maxsize=256)
-def _runs(widths: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Runs of components of one width: each one's first row, number of components, and width."""
-    runs, first = [], 0
-    for nbits, group in groupby(widths):
-        components = len(list(group))
-        runs.append((first, components, nbits))
-        first += components * nbits
-    return runs
+def _first_places(widths: tuple[int, ...], start: int, count: int, device: torch.device) -> Tensor:
+    """``[2, n]`` int64, places within a tile: those of the bytes of each component's ``count`` tokens from ``start``
+    on, and those of its first ``count`` tokens."""
+    nbits = np.array(widths, dtype=np.int64)
+    begins, lengths = (nbits.cumsum() - nbits) * ROW_BYTES, count * nbits // 8
+    firsts = begins.repeat(lengths) + np.arange(lengths.sum()) - (lengths.cumsum() - lengths).repeat(lengths)
+    places = np.stack([firsts + (start * nbits // 8).repeat(lengths), firsts])
+    return torch.from_numpy(places).to(device)
 
 
 @lru_cache(maxsize=256)
