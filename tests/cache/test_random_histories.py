@@ -123,6 +123,8 @@ class Dense:
         sinks = self.num_sinks if sealed else self.config.num_sink_tokens
         old = self.num_tokens - sinks - self.num_cold - self.config.residual_length
         first, later = self.units
+        if first < later and self.num_cold % first == 0:
+            later -= self.num_cold % later  # units end where tiles do
         is_due = old >= later or (not sealed and self.newest >= first and old >= first)
         if is_due:
             self.num_sinks, unit = sinks, later if sealed else first

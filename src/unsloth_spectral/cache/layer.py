@@ -168,7 +168,7 @@ class SpectralLayer:
         elif sinks is not None and padding is not None and noted is not None:
             sinks = sinks.renewed(residual.block, before, noted)
         start = sinks.num_leading if first_time and sinks is not None else 0
-        unit = self._codec.unit(first_time)
+        unit = self._unit(first_time)
         started = time.perf_counter()
         stop = start + (residual.num_tokens - start - config.residual_length) // unit * unit
         old, real = residual.slice(start, stop), None
@@ -277,16 +277,20 @@ class SpectralLayer:
         is_any = padding > 0 if not self.is_sealed else padding >= 0
         return padding.clamp(0, self._tiers.residual.num_tokens) if bool(is_any.any()) else None
 
+    def _unit(self, is_first: bool) -> int:
+        """The tokens to seal are a multiple of this."""
+        return self._codec.unit(is_first, sum(block.num_tokens for block in self._tiers.cold))
+
     @property
     def _num_missing(self) -> int:
         """Tokens still to come before the next sealing; 0 if it is due."""
         if self._tiers.residual is None:
             return 0
         num_exact = self.config.residual_length + (0 if self.is_sealed else self.config.num_sink_tokens)
-        old, unit = self._tiers.residual.num_tokens - num_exact, self._codec.unit(True)
+        old, unit = self._tiers.residual.num_tokens - num_exact, self._unit(True)
         # A prefill is recognised by many tokens that come at once, in one piece or several.
         is_prefill = not self.is_sealed and self._tiers.newest >= unit
-        return 0 if is_prefill and old >= unit else max(0, self._codec.unit(False) - old)
+        return 0 if is_prefill and old >= unit else max(0, self._unit(False) - old)
 
 
 def _once_each(function: TensorFunction) -> TensorFunction:

@@ -57,8 +57,9 @@ class LayerCodec(ABC):
         return 0
 
     @abstractmethod
-    def unit(self, is_first: bool) -> int:
-        """The number of sealed tokens is a multiple of this; ``is_first`` for the first sealing of a layer."""
+    def unit(self, is_first: bool, num_sealed: int = 0) -> int:
+        """Tokens are sealed in multiples of this; ``is_first`` for the first sealing of a layer, of which
+        ``num_sealed`` tokens are sealed."""
 
     @abstractmethod
     def seal(

@@ -155,6 +155,16 @@ def test_tokens_sealed_a_few_at_a_time_are_as_good_as_those_of_a_prefill(bits: f
         assert in_parts < 1.4 * at_once
 
 
+def test_no_unit_lies_in_two_tiles() -> None:
+    layer = layer_of()
+    feed(layer, 4 + 16 + 112)
+    lengths = [layer.stats().sealed_tokens]
+    for _ in range(160):
+        feed(layer, 1)
+        lengths.append(layer.stats().sealed_tokens)
+    assert sorted(set(lengths)) == [112, 128, 160, 192, 224, 256]
+
+
 def test_later_tokens_need_no_queries() -> None:
     layer = layer_of()
     feed(layer, 276)

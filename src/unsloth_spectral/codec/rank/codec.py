@@ -20,7 +20,7 @@ class RankLayer(LayerCodec):
     def __init__(self, config: SpectralConfig) -> None:
         self._config = config
 
-    def unit(self, is_first: bool) -> int:
+    def unit(self, is_first: bool, num_sealed: int = 0) -> int:
         return self._config.block_size
 
     def seal(

@@ -117,10 +117,13 @@ class SpectralLayerCodec(LayerCodec):
         # The blocks count the rest of the plan, the mean and the largest scale.
         return 0 if self._plan is None else storage_bytes(self._plan.row_scales)
 
-    def unit(self, is_first: bool) -> int:
-        if self._codec.has_bases and not self._waits:
-            return FIRST_UNIT if is_first else UNIT
-        return GROUP_SIZE if is_first else self._codec.config.block_size
+    def unit(self, is_first: bool, num_sealed: int = 0) -> int:
+        if not self._codec.has_bases or self._waits:
+            return GROUP_SIZE if is_first else self._codec.config.block_size
+        if is_first:
+            return FIRST_UNIT
+        # After a prefill of an odd number of first units, half a unit: then no later one lies in two tiles.
+        return UNIT if num_sealed % FIRST_UNIT else UNIT - num_sealed % UNIT
 
     @property
     def wants_queries(self) -> bool:
