@@ -1,0 +1,257 @@
+"""Chunks in the model's bases: a record holds neither vectors nor their scales.
+
+With a profile of the model,
+
+- the place of a chunk in its text is found from the mean of its keys (see ``place``): chunks stand at multiples of
+  their own number of tokens. So keys are un-rotated by the anchors that the model's bases were measured with. A wrong
+  place costs fidelity and nothing else, since the record holds it;
+- the metric is that of the model's queries, and one water level serves the keys and values of all layers, by what
+  their errors cost the model;
+- only the first chunk of a text has an exact token;
+- all layers are coded at once.
+
+A record holds, behind its header: the chunk's number; the widths of all keys' components, ordered by layer, head and
+row of the basis, and of each layer's values; the means, as bytes relative to the model's; the largest scale of each
+head's keys; the exact token; the values of all layers of one width, for each width; scales, carries and streams of the
+keys' components.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unsloth_spectral.codec.chunk.filling import Costs, widths_within
+from unsloth_spectral.codec.chunk.layout import ChunkLayout
+from unsloth_spectral.codec.chunk.place import number_of_chunk
+from unsloth_spectral.codec.chunk.record import HEADER_BYTES, MODEL_BASIS, Reader, bytes_of, pack_nibbles, parts_of
+from unsloth_spectral.codec.chunk.rotations import rotation_at
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.codec.spectral import kernel, trellis
+from unsloth_spectral.codec.spectral import keys as key_codec
+from unsloth_spectral.codec.spectral import values as value_codec
+from unsloth_spectral.codec.spectral.keys import CLIPS, STEPS_PER_OCTAVE
+from unsloth_spectral.codec.spectral.packing import ROW_BYTES, num_tiles, unpack
+from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, unbiased_scales
+from unsloth_spectral.codec.spectral.statistics import centre
+from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
+from unsloth_spectral.codec.tensors import rounded_rows
+from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.rope import Rotation, anchors_of, rotate, spans_of, unrotated_sum
+
+# Rows of less variance than this share of their head's largest have scales as if they had it.
+_LEAST_SHARE = 1e-6
+
+
+class _Model(NamedTuple):
+    """What the profile says of all layers, ``L`` of ``H`` heads of ``D`` dimensions.
+
+    Attributes:
+        rows: ``[L, H, D, D]`` float32, the bases.
+        inverses: ``[L, H, D, D]`` float32, by which keys become coefficients.
+        deviations: ``[L, H, D]`` float32, standard deviations that are expected of the coefficients.
+        means: ``[L, H, D]`` float32, of un-rotated keys.
+        sensitivities: ``[L, H, 1]`` float32, of the keys, in nats.
+        digest: of the profile.
+    """
+
+    rows: Tensor
+    inverses: Tensor
+    deviations: Tensor
+    means: Tensor
+    sensitivities: Tensor
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class OfModel:
+    """Codes chunks in the bases of ``profile``; the other attributes as in ``ChunkCodec``.
+
+    Raises:
+        InvalidArgumentError: the profile has no bases, or layers of different heads.
+    """
+
+    layout: ChunkLayout
+    rope_theta: float | None
+    profile: ModelProfile
+    _model: _Model = field(init=False, repr=False, compare=False)
+
+    magic: ClassVar[bytes] = MODEL_BASIS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_model", _model_of(self.profile))
+
+    @property
+    def digest(self) -> str:
+        """That of the profile."""
+        return self._model.digest
+
+    def obstacle(self, shape: Sequence[int]) -> str | None:
+        """Why chunks of this shape, which has the layout, cannot be coded; None if they can."""
+        sizes = (shape[-3], self.layout.num_heads(shape), self.layout.key_dim)
+        expected = tuple(self._model.means.shape)
+        if sizes == expected:
+            return None
+        return (
+            "the profile is of {} layers of {} heads of {}".format(*expected)
+            + ", and chunks have {} of {} of {}".format(*sizes)
+            + ": measure one of this model, or leave profile out"
+        )
+
+    def least_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes that a record takes before any key is coded."""
+        return HEADER_BYTES + self._fixed_bytes(shape, dtype, has_exact=True)
+
+    def encode(self, keys: Tensor, values: Tensor, shape: Sequence[int], nbytes: int) -> tuple[list[Tensor], int]:
+        """What follows the header, at most ``nbytes`` with it, and the header's number: that of exact tokens."""
+        model, num_tokens = self._model, keys.shape[2]
+        number, has_exact, mean = self._place(keys)
+        mean_codes, mean_scales = rounded_rows(mean - model.means)
+        x = self._centred(keys.float(), model.means + mean_codes * mean_scales, number)
+        if has_exact:
+            x[:, :, 0] = 0.0
+        coefficients = model.inverses.mT @ x.mT
+        costs = self._costs(shape)
+        variances = coefficients.square().mean(-1) * model.sensitivities
+        rest = nbytes - HEADER_BYTES - self._fixed_bytes(shape, keys.dtype, has_exact)
+        widths, value_widths = widths_within(rest, variances, self.profile.value_sensitivities, costs)
+        tops, coded_keys = self._encode_keys(coefficients, widths)
+        first = torch.tensor([number], dtype=torch.int32, device="cpu")
+        by_layer = torch.tensor(value_widths, dtype=torch.uint8, device="cpu")
+        fields = [first, pack_nibbles(widths.to(torch.uint8)), by_layer, mean_codes, mean_scales, tops]
+        if has_exact:
+            fields += [keys[:, :, 0], values[:, :, 0]]
+        for nbits, layers in _by_width(value_widths).items():
+            fields += parts_of(value_codec.encode(values[layers], nbits))
+        return [bytes_of(tensor) for tensor in (*fields, *coded_keys)], int(has_exact)
+
+    def decode(self, reader: Reader, number: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values that ``encode`` was given."""
+        size, num_tokens = tuple(self._model.means.shape), shape[-2]
+        place = int(reader.take(torch.int32, 1))
+        widths = reader.nibbles(*size)
+        value_widths = reader.take(torch.uint8, size[0]).tolist()
+        mean = self._model.means + reader.take(torch.int8, *size) * reader.take(torch.float32, *size[:2], 1)
+        tops = reader.take(torch.float32, *size[:2])
+        exact = [reader.take(dtype, *size) for _ in range(2 * number)]
+        values = torch.empty(*size[:2], num_tokens, size[2], dtype=dtype, device="cpu")
+        for nbits, layers in _by_width(value_widths).items():
+            sizes = value_sizes(len(layers), size[1], size[2], nbits, num_tokens)
+            tensors = reader.tensors(ValueCodes, {**sizes, "padded_tokens": num_tokens})
+            error = torch.zeros(1, size[1], dtype=torch.float16, device="cpu")
+            codes = ValueCodes(**tensors, relative_error=error, head_dim=size[2], nbits=nbits, num_tokens=num_tokens)
+            values[layers] = codes.reconstruct().to(dtype)
+        coefficients = self._decode_keys(reader, widths, tops, num_tokens)
+        keys = self._rotated(coefficients.mT @ self._model.rows, mean, place).to(dtype)
+        if number:
+            keys[:, :, 0], values[:, :, 0] = exact
+        return keys, values
+
+    def _place(self, keys: Tensor) -> tuple[int, bool, Tensor]:
+        """The chunk's number, whether it may be the first of its text, and the mean ``[L, H, D]`` float32 of its
+        un-rotated keys but the first."""
+        later, count = keys[:, :, 1:].float(), keys.shape[2] - 1
+        local = self._rotation(keys.shape[2], 0)
+        if local is None:
+            return 0, True, later.mean(2)
+        mean = unrotated_sum(later, local.table()[:, 1:], local) / count
+        number, may_be_first = number_of_chunk(mean, self._model.means, local)
+        here = self._rotation(keys.shape[2], number)
+        assert here is not None
+        return number, may_be_first, rotate(mean[:, :, None], here.start.conj(), here)[:, :, 0]
+
+    def _centred(self, keys: Tensor, mean: Tensor, number: int) -> Tensor:
+        rotation = self._rotation(keys.shape[2], number)
+        return centre(keys, mean, rotation, spans_of(rotation), None)[0]
+
+    def _rotated(self, x: Tensor, mean: Tensor, number: int) -> Tensor:
+        """The keys as the model caches them; the inverse of ``_centred``."""
+        rotation = self._rotation(x.shape[2], number)
+        if rotation is None:
+            return x + mean[:, :, None]
+        x = rotate(x, anchors_of(rotation, spans_of(rotation)), rotation)
+        return x + rotate(mean[:, :, None].expand_as(x), rotation.table(), rotation)
+
+    def _encode_keys(self, coefficients: Tensor, widths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The largest relative scale ``[L, H]`` of each head, and scales, carries and streams of all components."""
+        flat = widths.flatten()
+        chosen = flat.nonzero()[:, 0]
+        tops = torch.zeros(widths.shape[:2], dtype=torch.float32, device="cpu")
+        if not len(chosen):
+            return tops, []
+        expected = self._expected_scales(flat, chosen)
+        heads = chosen // widths.shape[2]
+        encode = kernel.encode_keys if kernel.is_available() else key_codec.quantize
+        encoded = encode(coefficients.flatten(0, 2)[chosen][None], flat[chosen].tolist(), CLIPS)
+        scales = unbiased_scales(encoded.energies, encoded.overlaps, encoded.squares)[0]
+        tops.view(-1).scatter_reduce_(0, heads, scales.amax(-1) / expected, "amax")
+        largest = (tops.flatten()[heads] * expected)[:, None]
+        codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
+        return tops, [codes.mT, encoded.carries, encoded.streams]
+
+    def _decode_keys(self, reader: Reader, widths: Tensor, tops: Tensor, num_tokens: int) -> Tensor:
+        """Coefficients ``[L, H, D, n]`` float32."""
+        flat = widths.flatten()
+        chosen = flat.nonzero()[:, 0]
+        coefficients = torch.zeros(len(flat), num_tokens, dtype=torch.float32, device="cpu")
+        if len(chosen):
+            count, tiles, heads = len(chosen), num_tiles(num_tokens), chosen // widths.shape[2]
+            codes = reader.take(torch.uint8, tiles, count).mT
+            carries = reader.take(torch.uint8, 1, count)
+            nbits = flat[chosen].tolist()
+            streams = reader.take(torch.uint8, 1, tiles, sum(nbits), ROW_BYTES)
+            largest = (tops.flatten()[heads] * self._expected_scales(flat, chosen))[:, None]
+            scales = decode_scales(codes, STEPS_PER_OCTAVE) * largest
+            coded = key_codec.dequantize(unpack(streams, carries, nbits), nbits, scales[None])[0]
+            coefficients[chosen] = coded[:, :num_tokens]
+        return coefficients.view(*widths.shape, num_tokens)
+
+    def _expected_scales(self, widths: Tensor, chosen: Tensor) -> Tensor:
+        """``[C]`` float32: scales that components of these widths would have in the model's texts."""
+        units = torch.tensor(trellis.tables().units, dtype=torch.float32, device="cpu")
+        return self._model.deviations.flatten()[chosen] / units[widths[chosen].long() - 1]
+
+    def _costs(self, shape: Sequence[int]) -> Costs:
+        tiles, (_, heads, dim) = num_tiles(shape[-2]), self._model.means.shape
+        return Costs(bit=tiles * ROW_BYTES, component=tiles + 1, value_elements=heads * dim)
+
+    def _fixed_bytes(self, shape: Sequence[int], dtype: torch.dtype, has_exact: bool) -> int:
+        """Bytes behind the header before any component is coded, with values of one bit."""
+        layers, heads, dim = self._model.means.shape
+        numbers, values = layers * heads * dim, value_sizes(layers, heads, dim, 1, shape[-2])
+        coded_values = ValueCodes.bytes_without((), {**values, "padded_tokens": shape[-2]})
+        exact = 2 * numbers * dtype.itemsize if has_exact else 0
+        return 4 + -(-numbers // 2) + layers + numbers + 2 * 4 * layers * heads + exact + coded_values
+
+    def _rotation(self, num_tokens: int, number: int) -> Rotation | None:
+        if self.rope_theta is None:
+            return None
+        return rotation_at(self.layout.key_dim, self.rope_theta, num_tokens, number * num_tokens)
+
+
+def _model_of(profile: ModelProfile) -> _Model:
+    shapes = {basis.shape for basis in profile.bases}
+    if not profile.key_means or len(shapes) != 1:
+        rule = "layers of different heads" if len(shapes) > 1 else "no bases: its texts were too short"
+        raise InvalidArgumentError(f"chunks need a profile with bases of equal layers, got one with {rule}")
+    bases = [basis.on(torch.device("cpu")) for basis in profile.bases]
+    variances = torch.stack([basis.variances for basis in bases])
+    least = variances.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * _LEAST_SHARE
+    return _Model(
+        rows=torch.stack([basis.rows for basis in bases]),
+        inverses=torch.stack([basis.inverse for basis in bases]),
+        deviations=variances.maximum(least).sqrt(),
+        means=torch.tensor(profile.key_means, dtype=torch.float32, device="cpu").view(variances.shape),
+        sensitivities=torch.tensor(profile.key_sensitivities, dtype=torch.float32, device="cpu")[..., None],
+        digest=profile.digest,
+    )
+
+
+def _by_width(widths: Sequence[int]) -> dict[int, list[int]]:
+    """The layers of each width, in order."""
+    layers: dict[int, list[int]] = {}
+    for layer, width in enumerate(widths):
+        layers.setdefault(width, []).append(layer)
+    return dict(sorted(layers.items()))
