@@ -3,13 +3,15 @@
 A prefix of 4,096 tokens (SmolLM2's real keys and values) goes through each serde completely, in chunks as LMCache
 stores them; then the model continues on the decoded prefix. LMCache's own fp8 and CacheGen are its own code, on the
 CPU. Its kivi returns chunks unchanged, and its TurboQuant needs CUDA: this library's reference implementations of both
-papers stand in. ``--repeats`` are the slices of text. Needs the engines' environment: ``make bench-engines``.
+papers stand in. ``--repeats`` are the slices of text. Needs the model's profile (``unsloth-spectral profile``) and the
+engines' environment: ``make bench-engines``.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -27,24 +29,27 @@ from transformers import DynamicCache
 from unsloth_spectral import SpectralCache, SpectralConfig
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Planes
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.agreement import Agreement
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
+from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 
 THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
 CACHE_BITS = 2.5
-# From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk and the bytes of its record.
-Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int]]
+# From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk, the bytes of its record, and the seconds
+# of encoding, 0 if they are not measured alone.
+Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int, float]]
 
 
-def fp8(chunk: Tensor) -> tuple[Tensor, int]:
+def fp8(chunk: Tensor) -> tuple[Tensor, int, float]:
     stored, back = torch.empty(chunk.numel(), dtype=torch.uint8), torch.empty_like(chunk)
     source, record, target = (SimpleNamespace(tensor=tensor) for tensor in (chunk, stored, back))
     count = Fp8QuantizationSerializer().serialize(source, record, None)
     Fp8QuantizationDeserializer().deserialize(record, target, None)
-    return back, int(count)
+    return back, int(count), 0.0
 
 
 class CacheGen:
@@ -60,7 +65,7 @@ class CacheGen:
             bins[spec.start_layer : spec.end_layer] = spec.bins
         return bins
 
-    def __call__(self, chunk: Tensor) -> tuple[Tensor, int]:
+    def __call__(self, chunk: Tensor) -> tuple[Tensor, int, float]:
         layers, tokens, hidden = chunk.shape[1:]
         shaped = chunk.view(2, layers, tokens, HEADS, HEAD_DIM).transpose(0, 1)
         record = encode_function(shaped, self.config, self.key_bins, self.value_bins, tokens).to_bytes()
@@ -69,24 +74,26 @@ class CacheGen:
         keys, values = decode_function_gpu(read.cdf, read.data_chunks, layers, tokens, buffer)
         keys = do_dequantize(keys, self.key_bins, read.max_tensors_key)
         values = do_dequantize(values, self.value_bins, read.max_tensors_value)
-        return torch.stack([keys, values]).view_as(chunk).to(chunk.dtype), len(record)
+        return torch.stack([keys, values]).view_as(chunk).to(chunk.dtype), len(record), 0.0
 
 
 def reference(codec: Kivi | LloydMax) -> Serde:
-    def serde(chunk: Tensor) -> tuple[Tensor, int]:
+    def serde(chunk: Tensor) -> tuple[Tensor, int, float]:
         by_head = chunk.unflatten(-1, (HEADS, HEAD_DIM)).transpose(2, 3)
         keys, values, bits = codec(by_head[0], by_head[1])
-        return torch.stack([keys, values]).transpose(2, 3).flatten(3), bits // 8
+        return torch.stack([keys, values]).transpose(2, 3).flatten(3), bits // 8, 0.0
 
     return serde
 
 
-def spectral(bits: float, theta: float | None = THETA) -> Serde:
-    codec = ChunkCodec(bits, Planes(HEAD_DIM), theta)
+def spectral(bits: float, theta: float | None = THETA, profile: ModelProfile | None = None) -> Serde:
+    codec = ChunkCodec(bits, Planes(HEAD_DIM), theta, profile)
 
-    def serde(chunk: Tensor) -> tuple[Tensor, int]:
+    def serde(chunk: Tensor) -> tuple[Tensor, int, float]:
+        started = time.perf_counter()
         record = codec.encode(chunk)
-        return codec.decode(record, chunk.shape, chunk.dtype), len(record)
+        seconds = time.perf_counter() - started
+        return codec.decode(record, chunk.shape, chunk.dtype), len(record), seconds
 
     return serde
 
@@ -104,6 +111,7 @@ class Row:
     whole: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     fidelities: list[Agreement] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    encoding: list[float] = field(default_factory=list)
 
     def add(self, subject: Subject, text_slice: Slice) -> None:
         both = torch.stack([text_slice.keys, text_slice.values])[:, :, 0].transpose(2, 3).flatten(3)
@@ -111,8 +119,9 @@ class Row:
         for start in range(0, PREFIX, self.tokens):
             chunk = both[:, :, start : start + self.tokens].contiguous()
             started = time.perf_counter()
-            back[:, :, start : start + self.tokens], nbytes = self.serde(chunk)
+            back[:, :, start : start + self.tokens], nbytes, encoding = self.serde(chunk)
             self.seconds.append((time.perf_counter() - started) / self.tokens)
+            self.encoding.append(encoding)
             self.nbytes += nbytes
         self.numbers += both.numel()
         self.lost += (back - both).double().square().sum((1, 2, 3))
@@ -134,7 +143,8 @@ class Row:
             "relative_error": float((self.lost.sum() / self.whole.sum()).sqrt()),
             "key_error": key_error,
             "value_error": value_error,
-            "round_trip_ms_per_1k_tokens": 1e6 * sorted(self.seconds)[len(self.seconds) // 2],
+            "round_trip_ms_per_1k_tokens": 1e6 * median(self.seconds),
+            **({"encode_ms_per_chunk": 1e3 * median(self.encoding)} if any(self.encoding) else {}),
             **mean_fidelity(self.fidelities),
         }
 
@@ -142,7 +152,7 @@ class Row:
 def as_a_cache(subject: Subject, text_slice: Slice) -> Agreement:
     """The codec as a cache uses it, with queries, positions and one basis, on the same prefix."""
     config = SpectralConfig(bits_per_element=CACHE_BITS, num_sink_tokens=1, residual_length=0)
-    cache = SpectralCache(subject.model, config=config)
+    cache = SpectralCache(subject.model, config=config, use_profile=False)
     subject.prefill(text_slice.input_ids[:, :PREFIX], cache)
     return subject.fidelity(text_slice, cache)
 
@@ -157,6 +167,11 @@ def main() -> None:
     rows += [Row("kivi 4, reference", reference(Kivi(4))), Row("spectral 5", spectral(5.0))]
     caches: list[Agreement] = []
     subject, number = Subject(), 0
+    profile = profile_of(subject.model, subject.model.config.num_hidden_layers)
+    if profile is None:
+        raise SystemExit("the model has no profile: run `unsloth-spectral profile` first")
+    for bits, tokens in ((2.25, 256), (2.5, 256), (3.0, 256), (5.0, 256), (2.5, 1024)):
+        rows.append(Row(f"spectral {bits:g}, with profile", spectral(bits, profile=profile), tokens))
     with torch.inference_mode():
         for number, text_slice in enumerate(islice(subject.slices(), options.repeats), start=1):
             for row in rows:
@@ -170,6 +185,7 @@ def main() -> None:
     by_name = {(row["serde"], row["chunk_tokens"]): row for row in results}
     at_fp8, small, theirs = by_name["spectral 8", 256], by_name["spectral 2.5", 256], by_name["lmcache fp8", 256]
     cachegen, same = by_name["lmcache cachegen", 256], by_name["spectral, cachegen's bytes", 256]
+    known = by_name["spectral 2.5, with profile", 256]
     two_bits, at_two = by_name["turboquant 2, reference", 256], by_name["spectral 2.25", 256]
     targets = [
         Target("times smaller than fp16, spectral 2.5", 6, small["smaller_than_fp16"], True),
@@ -177,6 +193,13 @@ def main() -> None:
         Target("KL over fp8's at its bytes", 1, at_fp8["kl"] / theirs["kl"], False),
         Target("error over cachegen's at its bytes", 1, same["relative_error"] / cachegen["relative_error"], False),
         Target("KL over cachegen's at its bytes", 1, same["kl"] / cachegen["kl"], False),
+        Target("KL with a profile over KL without, 2.5 bits", 1, known["kl"] / small["kl"], False),
+        Target(
+            "times faster encoding with a profile, 2.5 bits",
+            10,
+            small["encode_ms_per_chunk"] / known["encode_ms_per_chunk"],
+            True,
+        ),
         Target("KL over turboquant's at its bytes, 2.25 bits", 1, at_two["kl"] / two_bits["kl"], False),
     ]
     record = {

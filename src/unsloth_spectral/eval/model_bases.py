@@ -1,4 +1,4 @@
-"""Measure what a model's keys have in common over texts: their mean, and their principal axes under the queries' metric."""
+"""Measure a model's bases and means of keys, averaged over texts: principal axes are those under the queries' metric."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,9 +28,7 @@ class SharedKeys(NamedTuple):
     means: tuple[Tensor, ...]
 
 
-def measure_bases(
-    loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None
-) -> SharedKeys:
+def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None) -> SharedKeys:
     """The bases and means of all layers, from the prefills of ``texts``, ``[1, n]`` token ids each.
 
     Empty if the texts are too short to be sealed. Means of the keys, covariances around each text's own mean, and

@@ -65,7 +65,7 @@ def read_profile(path: str | Path) -> ModelProfile:
     Raises:
         InvalidArgumentError: there is no such file, or it is no profile of this version; the message has the fix.
     """
-    measure = "write one with `unsloth-spectral profile --model MODEL --json FILE`"
+    measure = "write one with `unsloth-spectral profile MODEL --json FILE`"
     try:
         return profile_from_json(Path(path).expanduser().read_bytes())
     except OSError as error:

@@ -1,7 +1,7 @@
 """A chunk of consecutive tokens of all layers, encoded into one record of a size known in advance.
 
 A chunk has less information than a cache: it comes without queries and positions, with its keys already rotated, and
-its record must stand alone. ``own_basis`` and ``model_basis`` are two ways of coding it.
+its record must stand alone. ``own_basis`` and ``of_model`` are two ways of coding it.
 """
 
 import math
@@ -31,6 +31,10 @@ class Coding(Protocol):
     """
 
     magic: ClassVar[bytes]
+
+    @property
+    def agreed(self) -> tuple[str, ...]:
+        """What both sides must agree on besides the options."""
 
     def obstacle(self, shape: Sequence[int]) -> str | None:
         """Why chunks of this shape, which has the layout, cannot be coded; None if they can."""
@@ -119,8 +123,8 @@ class ChunkCodec:
             InvalidArgumentError: the chunk's shape or dtype does not fit, or a number in it is not finite.
         """
         self._check(chunk.shape, chunk.dtype)
-        # Zero times what is not finite is NaN.
-        if not math.isfinite(float((chunk.float() * 0).sum())):
+        # In float64, which no sum of finite numbers exceeds.
+        if not math.isfinite(float(chunk.float().sum(dtype=torch.float64))):
             raise InvalidArgumentError("a chunk must be finite, got one with infinities or NaNs")
         keys, values = self.layout.split(chunk)
         nbytes = self.nbytes(chunk.shape)
@@ -153,4 +157,4 @@ class ChunkCodec:
         # As floats: 8 and 8.0 in two servers' configurations are equal.
         theta = None if self.rope_theta is None else float(self.rope_theta)
         agreed = (float(self.bits_per_element), self.layout, theta, tuple(shape), str(dtype))
-        return repr(agreed if self.profile is None else (*agreed, f"profile {self._coding.digest}")).encode()
+        return repr((*agreed, *self._coding.agreed)).encode()

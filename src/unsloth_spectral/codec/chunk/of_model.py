@@ -84,9 +84,9 @@ class OfModel:
         object.__setattr__(self, "_model", _model_of(self.profile))
 
     @property
-    def digest(self) -> str:
-        """That of the profile."""
-        return self._model.digest
+    def agreed(self) -> tuple[str, ...]:
+        """The profile, by its digest."""
+        return (f"profile {self._model.digest}",)
 
     def obstacle(self, shape: Sequence[int]) -> str | None:
         """Why chunks of this shape, which has the layout, cannot be coded; None if they can."""
@@ -106,7 +106,7 @@ class OfModel:
 
     def encode(self, keys: Tensor, values: Tensor, shape: Sequence[int], nbytes: int) -> tuple[list[Tensor], int]:
         """What follows the header, at most ``nbytes`` with it, and the header's number: that of exact tokens."""
-        model, num_tokens = self._model, keys.shape[2]
+        model = self._model
         number, has_exact, mean = self._place(keys)
         mean_codes, mean_scales = rounded_rows(mean - model.means)
         x = self._centred(keys.float(), model.means + mean_codes * mean_scales, number)

@@ -40,6 +40,11 @@ class OwnBasis:
 
     magic: ClassVar[bytes] = OWN_BASIS
 
+    @property
+    def agreed(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
     def obstacle(self, shape: Sequence[int]) -> str | None:
         """Why chunks of this shape cannot be coded: any that has the layout can."""
         return None
@@ -68,9 +73,7 @@ class OwnBasis:
             fields += write_layer(coded, coded_values, keys[layer, :, :_NUM_EXACT], values[layer, :, :_NUM_EXACT])
         return fields, value_nbits
 
-    def decode(
-        self, reader: Reader, number: int, shape: Sequence[int], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, reader: Reader, number: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values that ``encode`` was given."""
         layer = self._layer(shape, dtype)
         rotation = self._rotation(layer.num_tokens)

@@ -17,6 +17,7 @@ from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, fixed_bytes, 
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
+from unsloth_spectral.codec.tensors import raw_bytes
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation, own_anchors
 
@@ -82,7 +83,9 @@ def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_va
 def parts_of(codes: KeyCodes | ValueCodes) -> list[Tensor]:
     """The tensors of ``codes`` that tokens are rebuilt from, without what fills up the last tile."""
     content = ((getattr(codes, name), stored) for name, stored in codes.content().items())
-    return [tensor[..., : codes.num_tokens] if "padded_tokens" in stored.shape else tensor for tensor, stored in content]
+    return [
+        tensor[..., : codes.num_tokens] if "padded_tokens" in stored.shape else tensor for tensor, stored in content
+    ]
 
 
 def pack_nibbles(numbers: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ def write_header(record: Tensor, agreement: bytes, number: int, magic: bytes = O
 
 
 def _checksum(record: Tensor) -> int:
-    return zlib.crc32(record[HEADER_BYTES:].numpy())
+    return zlib.crc32(raw_bytes(record[HEADER_BYTES:]))
 
 
 def read_header(record: Tensor, agreement: bytes, magic: bytes = OWN_BASIS) -> int:
