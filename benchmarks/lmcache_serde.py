@@ -7,13 +7,9 @@ papers stand in. ``--repeats`` are the slices of text. Needs the model's profile
 engines' environment: ``make bench-engines``.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import islice
-from statistics import median
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from harness import Target, arguments, finish
@@ -22,26 +18,18 @@ from lmcache.storage_backend.serde.cachegen_decoder import decode_function_gpu, 
 from lmcache.storage_backend.serde.cachegen_encoder import encode_function
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.storage_backend.naive_serde.cachegen_basics import CacheGenConfig
+from serde_rows import HEAD_DIM, HEADS, Row, Serde, profile_for, spectral
 from smollm2 import PREFIX, Slice, Subject, mean_fidelity
 from torch import Tensor
-from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.chunk.codec import ChunkCodec
-from unsloth_spectral.codec.chunk.layout import Planes
-from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.agreement import Agreement
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
-from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 
-THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
 CACHE_BITS = 2.5
-# From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk, the bytes of its record, and the seconds
-# of encoding, 0 if they are not measured alone.
-Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int, float]]
 
 
 def fp8(chunk: Tensor) -> tuple[Tensor, int, float]:
@@ -86,69 +74,6 @@ def reference(codec: Kivi | LloydMax) -> Serde:
     return serde
 
 
-def spectral(bits: float, theta: float | None = THETA, profile: ModelProfile | None = None) -> Serde:
-    codec = ChunkCodec(bits, Planes(HEAD_DIM), theta, profile)
-
-    def serde(chunk: Tensor) -> tuple[Tensor, int, float]:
-        started = time.perf_counter()
-        record = codec.encode(chunk)
-        seconds = time.perf_counter() - started
-        return codec.decode(record, chunk.shape, chunk.dtype), len(record), seconds
-
-    return serde
-
-
-@dataclass
-class Row:
-    """The results of one serde over the slices."""
-
-    name: str
-    serde: Serde
-    tokens: int = 256
-    nbytes: int = 0
-    numbers: int = 0
-    lost: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    whole: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    fidelities: list[Agreement] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    encoding: list[float] = field(default_factory=list)
-
-    def add(self, subject: Subject, text_slice: Slice) -> None:
-        both = torch.stack([text_slice.keys, text_slice.values])[:, :, 0].transpose(2, 3).flatten(3)
-        back = torch.empty_like(both)
-        for start in range(0, PREFIX, self.tokens):
-            chunk = both[:, :, start : start + self.tokens].contiguous()
-            started = time.perf_counter()
-            back[:, :, start : start + self.tokens], nbytes, encoding = self.serde(chunk)
-            self.seconds.append((time.perf_counter() - started) / self.tokens)
-            self.encoding.append(encoding)
-            self.nbytes += nbytes
-        self.numbers += both.numel()
-        self.lost += (back - both).double().square().sum((1, 2, 3))
-        self.whole += both.double().square().sum((1, 2, 3))
-        cache = DynamicCache(config=subject.model.config)
-        by_head = back.unflatten(-1, (HEADS, HEAD_DIM)).transpose(2, 3)
-        for layer, keys, values in zip(cache.layers, by_head[0], by_head[1], strict=True):
-            layer.update(keys[None], values[None])  # type: ignore[union-attr]
-        self.fidelities.append(subject.fidelity(text_slice, cache))
-
-    def to_dict(self) -> dict[str, Any]:
-        bits = 8 * self.nbytes / self.numbers
-        key_error, value_error = (self.lost / self.whole).sqrt().tolist()
-        return {
-            "serde": self.name,
-            "chunk_tokens": self.tokens,
-            "bits_per_element": bits,
-            "smaller_than_fp16": 16 / bits,
-            "relative_error": float((self.lost.sum() / self.whole.sum()).sqrt()),
-            "key_error": key_error,
-            "value_error": value_error,
-            "round_trip_ms_per_1k_tokens": 1e6 * median(self.seconds),
-            **({"encode_ms_per_chunk": 1e3 * median(self.encoding)} if any(self.encoding) else {}),
-            **mean_fidelity(self.fidelities),
-        }
-
-
 def as_a_cache(subject: Subject, text_slice: Slice) -> Agreement:
     """The codec as a cache uses it, with queries, positions and one basis, on the same prefix."""
     config = SpectralConfig(bits_per_element=CACHE_BITS, num_sink_tokens=1, residual_length=0)
@@ -167,9 +92,7 @@ def main() -> None:
     rows += [Row("kivi 4, reference", reference(Kivi(4))), Row("spectral 5", spectral(5.0))]
     caches: list[Agreement] = []
     subject, number = Subject(), 0
-    profile = profile_of(subject.model, subject.model.config.num_hidden_layers)
-    if profile is None:
-        raise SystemExit("the model has no profile: run `unsloth-spectral profile` first")
+    profile = profile_for(subject)
     for bits, tokens in ((2.25, 256), (2.5, 256), (3.0, 256), (5.0, 256), (2.5, 1024)):
         rows.append(Row(f"spectral {bits:g}, with profile", spectral(bits, profile=profile), tokens))
     with torch.inference_mode():
@@ -194,12 +117,6 @@ def main() -> None:
         Target("error over cachegen's at its bytes", 1, same["relative_error"] / cachegen["relative_error"], False),
         Target("KL over cachegen's at its bytes", 1, same["kl"] / cachegen["kl"], False),
         Target("KL with a profile over KL without, 2.5 bits", 1, known["kl"] / small["kl"], False),
-        Target(
-            "times faster encoding with a profile, 2.5 bits",
-            10,
-            small["encode_ms_per_chunk"] / known["encode_ms_per_chunk"],
-            True,
-        ),
         Target("KL over turboquant's at its bytes, 2.25 bits", 1, at_two["kl"] / two_bits["kl"], False),
     ]
     record = {

@@ -1,4 +1,4 @@
-"""Measure a model's bases and means of keys, averaged over texts: principal axes are those under the queries' metric."""
+"""Measure a model's bases and means of keys, averaged over texts: axes are principal under the queries' metric."""
 
 from collections import defaultdict
 from collections.abc import Sequence
