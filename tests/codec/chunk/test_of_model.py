@@ -8,12 +8,13 @@ import torch
 from known_model import THETA, chunk_of, known_profile
 from torch import Tensor
 
-from unsloth_spectral.codec.chunk import of_model
+from unsloth_spectral.codec.chunk import of_model, rotations
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Blocks, Heads, Planes
 from unsloth_spectral.codec.chunk.record import HEADER_BYTES, Reader
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.codec.spectral import kernel
+from unsloth_spectral.codec.spectral import kernel, packing
+from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 
 PROFILE = known_profile(3, 2, 64)
@@ -56,12 +57,14 @@ def test_a_record_has_its_size_is_nearly_full_and_comes_back(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_round_trip_in_every_dtype(dtype: torch.dtype) -> None:
-    chunk = chunk_of(PROFILE, 256, 2).to(dtype)
+@pytest.mark.parametrize("number", [0, 2])
+def test_round_trip_in_every_dtype(dtype: torch.dtype, number: int) -> None:
+    chunk = chunk_of(PROFILE, 256, number).to(dtype)
     back = there_and_back(ChunkCodec(4.0, Planes(64), THETA, PROFILE), chunk)
     assert back.dtype == dtype
     assert back.shape == chunk.shape
     assert relative_error(chunk, back) < 0.12
+    assert torch.equal(back[:, :, 0].float(), chunk[:, :, 0].float()) == (number == 0)
 
 
 def test_more_bits_lose_less() -> None:
@@ -165,6 +168,17 @@ def test_no_bits_go_to_heads_and_layers_that_do_not_matter() -> None:
     keys, values = ((back - chunk)[plane].square().unflatten(-1, (2, 64)).mean((1, 3)) for plane in (0, 1))
     assert float(keys[1, 0]) > 10 * float(keys[1, 1])
     assert float(values[1].mean()) > 3 * float(values[0].mean())
+
+
+def test_nothing_is_cached_for_each_chunk() -> None:
+    """Widths differ from chunk to chunk; with tables for each of them a server would fill its memory."""
+    codec = ChunkCodec(3.0, Planes(64), THETA, PROFILE)
+    there_and_back(codec, chunk_of(PROFILE, 256, 1))
+    caches = (packing._places, kernel._rows, key_codec._as_tensor, key_codec._of_widths, rotations.rotation_at)
+    sizes = [cache.cache_info().currsize for cache in caches]
+    for seed in range(3):
+        there_and_back(codec, chunk_of(PROFILE, 256, 1, seed=10 * seed))
+    assert [cache.cache_info().currsize for cache in caches] == sizes
 
 
 def test_encoding_is_deterministic_and_changes_no_input() -> None:

@@ -8,11 +8,11 @@ With a profile of the model,
 - the metric is that of the model's queries, and one water level serves the keys and values of all layers, by what
   their errors cost the model;
 - only the first chunk of a text has an exact token;
-- all layers are coded at once.
+- all layers are coded at once, components and values of one width together.
 
 A record holds, behind its header: the chunk's number; the widths of all keys' components, ordered by layer, head and
 row of the basis, and of each layer's values; the means, as bytes relative to the model's; the largest scale of each
-head's keys; the exact token; the values of all layers of one width, for each width; scales, carries and streams of the
+head's keys; the exact token; for each width the values of its layers; for each width scales, carries and streams of its
 keys' components.
 """
 
@@ -33,7 +33,7 @@ from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.keys import CLIPS, STEPS_PER_OCTAVE
-from unsloth_spectral.codec.spectral.packing import ROW_BYTES, num_tiles, unpack
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, ROW_BYTES, num_tiles, unpack
 from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales, unbiased_scales
 from unsloth_spectral.codec.spectral.statistics import centre
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
@@ -130,7 +130,7 @@ class OfModel:
     def decode(self, reader: Reader, number: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values that ``encode`` was given."""
         size, num_tokens = tuple(self._model.means.shape), shape[-2]
-        place = int(reader.take(torch.int32, 1))
+        before = int(reader.take(torch.int32, 1))
         widths = reader.nibbles(*size)
         value_widths = reader.take(torch.uint8, size[0]).tolist()
         mean = self._model.means + reader.take(torch.int8, *size) * reader.take(torch.float32, *size[:2], 1)
@@ -144,7 +144,7 @@ class OfModel:
             codes = ValueCodes(**tensors, relative_error=error, head_dim=size[2], nbits=nbits, num_tokens=num_tokens)
             values[layers] = codes.reconstruct().to(dtype)
         coefficients = self._decode_keys(reader, widths, tops, num_tokens)
-        keys = self._rotated(coefficients.mT @ self._model.rows, mean, place).to(dtype)
+        keys = self._rotated(coefficients.mT @ self._model.rows, mean, before).to(dtype)
         if number:
             keys[:, :, 0], values[:, :, 0] = exact
         return keys, values
@@ -175,43 +175,45 @@ class OfModel:
         return x + rotate(mean[:, :, None].expand_as(x), rotation.table(), rotation)
 
     def _encode_keys(self, coefficients: Tensor, widths: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The largest relative scale ``[L, H]`` of each head, and scales, carries and streams of all components."""
-        flat = widths.flatten()
-        chosen = flat.nonzero()[:, 0]
+        """The largest relative scale ``[L, H]`` of each head, and for each width scales, carries and streams of its
+        components.
+
+        Components are rows of a batch: what is cached for their widths is then the same for all chunks.
+        """
         tops = torch.zeros(widths.shape[:2], dtype=torch.float32, device="cpu")
-        if not len(chosen):
-            return tops, []
-        expected = self._expected_scales(flat, chosen)
-        heads = chosen // widths.shape[2]
         encode = kernel.encode_keys if kernel.is_available() else key_codec.quantize
-        encoded = encode(coefficients.flatten(0, 2)[chosen][None], flat[chosen].tolist(), CLIPS)
-        scales = unbiased_scales(encoded.energies, encoded.overlaps, encoded.squares)[0]
-        tops.view(-1).scatter_reduce_(0, heads, scales.amax(-1) / expected, "amax")
-        largest = (tops.flatten()[heads] * expected)[:, None]
-        codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
-        return tops, [codes.mT, encoded.carries, encoded.streams]
+        groups = []
+        for nbits, chosen in _components_by_width(widths).items():
+            encoded = encode(coefficients.flatten(0, 2)[chosen][:, None], (nbits,), CLIPS)
+            scales = unbiased_scales(encoded.energies, encoded.overlaps, encoded.squares)[:, 0]
+            heads, expected = chosen // widths.shape[2], self._expected_scales(nbits, chosen)
+            tops.view(-1).scatter_reduce_(0, heads, scales.amax(-1) / expected, "amax")
+            groups.append((encoded, scales, heads, expected))
+        fields = []
+        for encoded, scales, heads, expected in groups:
+            largest = (tops.flatten()[heads] * expected)[:, None]
+            codes, _ = encode_scales(scales, STEPS_PER_OCTAVE, largest)
+            fields += [codes, encoded.carries, encoded.streams]
+        return tops, fields
 
     def _decode_keys(self, reader: Reader, widths: Tensor, tops: Tensor, num_tokens: int) -> Tensor:
         """Coefficients ``[L, H, D, n]`` float32."""
-        flat = widths.flatten()
-        chosen = flat.nonzero()[:, 0]
-        coefficients = torch.zeros(len(flat), num_tokens, dtype=torch.float32, device="cpu")
-        if len(chosen):
-            count, tiles, heads = len(chosen), num_tiles(num_tokens), chosen // widths.shape[2]
-            codes = reader.take(torch.uint8, tiles, count).mT
-            carries = reader.take(torch.uint8, 1, count)
-            nbits = flat[chosen].tolist()
-            streams = reader.take(torch.uint8, 1, tiles, sum(nbits), ROW_BYTES)
-            largest = (tops.flatten()[heads] * self._expected_scales(flat, chosen))[:, None]
-            scales = decode_scales(codes, STEPS_PER_OCTAVE) * largest
-            coded = key_codec.dequantize(unpack(streams, carries, nbits), nbits, scales[None])[0]
-            coefficients[chosen] = coded[:, :num_tokens]
+        coefficients = torch.zeros(widths.numel(), num_tokens, dtype=torch.float32, device="cpu")
+        tiles = num_tiles(num_tokens)
+        for nbits, chosen in _components_by_width(widths).items():
+            count, heads = len(chosen), chosen // widths.shape[2]
+            codes = reader.take(torch.uint8, count, tiles)
+            carries = reader.take(torch.uint8, count, 1)
+            streams = reader.take(torch.uint8, count, tiles, nbits, ROW_BYTES)
+            largest = (tops.flatten()[heads] * self._expected_scales(nbits, chosen))[:, None]
+            scales = (decode_scales(codes, STEPS_PER_OCTAVE) * largest)[:, None]
+            coded = key_codec.dequantize(unpack(streams, carries, (nbits,)), (nbits,), scales)
+            coefficients[chosen] = coded[:, 0, :num_tokens]
         return coefficients.view(*widths.shape, num_tokens)
 
-    def _expected_scales(self, widths: Tensor, chosen: Tensor) -> Tensor:
-        """``[C]`` float32: scales that components of these widths would have in the model's texts."""
-        units = torch.tensor(trellis.tables().units, dtype=torch.float32, device="cpu")
-        return self._model.deviations.flatten()[chosen] / units[widths[chosen].long() - 1]
+    def _expected_scales(self, nbits: int, chosen: Tensor) -> Tensor:
+        """``[C]`` float32: scales that ``chosen`` components of this width would have in the model's texts."""
+        return self._model.deviations.flatten()[chosen] / trellis.tables().units[nbits - 1]
 
     def _costs(self, shape: Sequence[int]) -> Costs:
         tiles, (_, heads, dim) = num_tiles(shape[-2]), self._model.means.shape
@@ -247,6 +249,13 @@ def _model_of(profile: ModelProfile) -> _Model:
         sensitivities=torch.tensor(profile.key_sensitivities, dtype=torch.float32, device="cpu")[..., None],
         digest=profile.digest,
     )
+
+
+def _components_by_width(widths: Tensor) -> dict[int, Tensor]:
+    """For each of ``widths [L, H, D]`` above zero, its components, ``[C]`` int64, counted over all layers and heads."""
+    flat = widths.flatten()
+    groups = {nbits: (flat == nbits).nonzero()[:, 0] for nbits in range(1, MAX_NBITS + 1)}
+    return {nbits: chosen for nbits, chosen in groups.items() if len(chosen)}
 
 
 def _by_width(widths: Sequence[int]) -> dict[int, list[int]]:
