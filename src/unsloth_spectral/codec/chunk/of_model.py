@@ -43,6 +43,8 @@ from unsloth_spectral.rope import Rotation, anchors_of, rotate, spans_of, unrota
 
 # Rows of less variance than this share of their head's largest have scales as if they had it.
 _LEAST_SHARE = 1e-6
+# Numbers that are un-rotated and multiplied at a time: 1 MB in float32.
+_MOST_NUMBERS = 1 << 18
 
 
 class _Model(NamedTuple):
@@ -109,12 +111,12 @@ class OfModel:
         model = self._model
         number, has_exact, mean = self._place(keys)
         mean_codes, mean_scales = rounded_rows(mean - model.means)
-        x = self._centred(keys.float(), model.means + mean_codes * mean_scales, number)
+        coefficients = self._coefficients(keys, model.means + mean_codes * mean_scales, number)
         if has_exact:
-            x[:, :, 0] = 0.0
-        coefficients = model.inverses.mT @ x.mT
+            coefficients[..., 0] = 0.0
         costs = self._costs(shape)
-        variances = coefficients.square().mean(-1) * model.sensitivities
+        lengths = torch.linalg.vector_norm(coefficients, dim=-1)
+        variances = lengths.square() / coefficients.shape[-1] * model.sensitivities
         rest = nbytes - HEADER_BYTES - self._fixed_bytes(shape, keys.dtype, has_exact)
         widths, value_widths = widths_within(rest, variances, self.profile.value_sensitivities, costs)
         tops, coded_keys = self._encode_keys(coefficients, widths)
@@ -144,7 +146,7 @@ class OfModel:
             codes = ValueCodes(**tensors, relative_error=error, head_dim=size[2], nbits=nbits, num_tokens=num_tokens)
             values[layers] = codes.reconstruct().to(dtype)
         coefficients = self._decode_keys(reader, widths, tops, num_tokens)
-        keys = self._rotated(coefficients.mT @ self._model.rows, mean, before).to(dtype)
+        keys = self._keys(coefficients, mean, before, dtype)
         if number:
             keys[:, :, 0], values[:, :, 0] = exact
         return keys, values
@@ -152,27 +154,39 @@ class OfModel:
     def _place(self, keys: Tensor) -> tuple[int, bool, Tensor]:
         """The chunk's number, whether it may be the first of its text, and the mean ``[L, H, D]`` float32 of its
         un-rotated keys but the first."""
-        later, count = keys[:, :, 1:].float(), keys.shape[2] - 1
-        local = self._rotation(keys.shape[2], 0)
+        count, local = keys.shape[2] - 1, self._rotation(keys.shape[2], 0)
         if local is None:
-            return 0, True, later.mean(2)
-        mean = unrotated_sum(later, local.table()[:, 1:], local) / count
+            return 0, True, keys[:, :, 1:].float().mean(2)
+        table = local.table()[:, 1:]
+        sums = [unrotated_sum(keys[layers, :, 1:].float(), table, local) for layers in _parts(keys)]
+        mean = torch.cat(sums) / count
         number, may_be_first = number_of_chunk(mean, self._model.means, local)
         here = self._rotation(keys.shape[2], number)
         assert here is not None
         return number, may_be_first, rotate(mean[:, :, None], here.start.conj(), here)[:, :, 0]
 
-    def _centred(self, keys: Tensor, mean: Tensor, number: int) -> Tensor:
+    def _coefficients(self, keys: Tensor, mean: Tensor, number: int) -> Tensor:
+        """Coefficients ``[L, H, D, n]`` float32 of ``keys`` around ``mean``."""
         rotation = self._rotation(keys.shape[2], number)
-        return centre(keys, mean, rotation, spans_of(rotation), None)[0]
+        spans = spans_of(rotation)
+        coefficients = torch.empty_like(keys.mT, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for layers in _parts(keys):
+            x = centre(keys[layers], mean[layers], rotation, spans, None)[0]
+            torch.matmul(self._model.inverses[layers].mT, x.mT, out=coefficients[layers])
+        return coefficients
 
-    def _rotated(self, x: Tensor, mean: Tensor, number: int) -> Tensor:
-        """The keys as the model caches them; the inverse of ``_centred``."""
-        rotation = self._rotation(x.shape[2], number)
-        if rotation is None:
-            return x + mean[:, :, None]
-        x = rotate(x, anchors_of(rotation, spans_of(rotation)), rotation)
-        return x + rotate(mean[:, :, None].expand_as(x), rotation.table(), rotation)
+    def _keys(self, coefficients: Tensor, mean: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+        """The keys as the model caches them; the inverse of ``_coefficients``."""
+        rotation = self._rotation(coefficients.shape[-1], number)
+        keys = torch.empty_like(coefficients.mT, dtype=dtype, memory_format=torch.contiguous_format)
+        for layers in _parts(keys):
+            x, fixed = coefficients[layers].mT @ self._model.rows[layers], mean[layers, :, None]
+            if rotation is None:
+                keys[layers] = x + fixed
+            else:
+                x = rotate(x, anchors_of(rotation, spans_of(rotation)), rotation)
+                keys[layers] = x + rotate(fixed.expand_as(x), rotation.table(), rotation)
+        return keys
 
     def _encode_keys(self, coefficients: Tensor, widths: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The largest relative scale ``[L, H]`` of each head, and for each width scales, carries and streams of its
@@ -249,6 +263,12 @@ def _model_of(profile: ModelProfile) -> _Model:
         sensitivities=torch.tensor(profile.key_sensitivities, dtype=torch.float32, device="cpu")[..., None],
         digest=profile.digest,
     )
+
+
+def _parts(keys: Tensor) -> list[slice]:
+    """The layers of ``keys [L, H, n, D]``, so many at a time as a processor's cache holds."""
+    size = max(1, _MOST_NUMBERS // keys[0].numel())
+    return [slice(first, first + size) for first in range(0, len(keys), size)]
 
 
 def _components_by_width(widths: Tensor) -> dict[int, Tensor]:
