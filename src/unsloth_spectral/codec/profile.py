@@ -62,8 +62,11 @@ class ModelProfile:
     @classmethod
     def from_fields(cls, fields: Fields, num_layers: int) -> "ModelProfile":
         values = fields.tensor("value_sensitivities", torch.float64, (num_layers,), on_host=True)
+        # Snapshots made before profiles had means lack them; caches do not use them.
         keys, variances, means = (
             [tuple(row.tolist()) for row in fields.tensors(name, torch.float64, (None,), on_host=True)]
+            if name != "key_means" or fields.has(name)
+            else []
             for name in ("key_sensitivities", "key_variances", "key_means")
         )
         bases = tuple(ModelBasis.from_fields(basis) for basis in fields.subs("bases"))
