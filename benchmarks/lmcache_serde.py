@@ -3,15 +3,13 @@
 A prefix of 4,096 tokens (SmolLM2's real keys and values) goes through each serde completely, in chunks as LMCache
 stores them; then the model continues on the decoded prefix. LMCache's own fp8 and CacheGen are its own code, on the
 CPU. Its kivi returns chunks unchanged, and its TurboQuant needs CUDA: this library's reference implementations of both
-papers stand in. ``--repeats`` are the slices of text. Needs the engines' environment: ``make bench-engines``.
+papers stand in. ``--repeats`` are the slices of text. Needs the model's profile (``unsloth-spectral profile``) and the
+engines' environment: ``make bench-engines``.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from harness import Target, arguments, finish
@@ -20,31 +18,26 @@ from lmcache.storage_backend.serde.cachegen_decoder import decode_function_gpu, 
 from lmcache.storage_backend.serde.cachegen_encoder import encode_function
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.storage_backend.naive_serde.cachegen_basics import CacheGenConfig
+from serde_rows import HEAD_DIM, HEADS, Row, Serde, profile_for, spectral
 from smollm2 import PREFIX, Slice, Subject, mean_fidelity
 from torch import Tensor
-from transformers import DynamicCache
 
 from unsloth_spectral import SpectralCache, SpectralConfig
-from unsloth_spectral.codec.chunk.codec import ChunkCodec
-from unsloth_spectral.codec.chunk.layout import Planes
 from unsloth_spectral.eval.agreement import Agreement
 from unsloth_spectral.eval.environment import version_of
 from unsloth_spectral.eval.methods.kivi import Kivi
 from unsloth_spectral.eval.methods.lloyd_max import LloydMax
 from unsloth_spectral.integrations.embedded import embedded_folder
 
-THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
 CACHE_BITS = 2.5
-# From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk and the bytes of its record.
-Serde: TypeAlias = Callable[[Tensor], tuple[Tensor, int]]
 
 
-def fp8(chunk: Tensor) -> tuple[Tensor, int]:
+def fp8(chunk: Tensor) -> tuple[Tensor, int, float]:
     stored, back = torch.empty(chunk.numel(), dtype=torch.uint8), torch.empty_like(chunk)
     source, record, target = (SimpleNamespace(tensor=tensor) for tensor in (chunk, stored, back))
     count = Fp8QuantizationSerializer().serialize(source, record, None)
     Fp8QuantizationDeserializer().deserialize(record, target, None)
-    return back, int(count)
+    return back, int(count), 0.0
 
 
 class CacheGen:
@@ -60,7 +53,7 @@ class CacheGen:
             bins[spec.start_layer : spec.end_layer] = spec.bins
         return bins
 
-    def __call__(self, chunk: Tensor) -> tuple[Tensor, int]:
+    def __call__(self, chunk: Tensor) -> tuple[Tensor, int, float]:
         layers, tokens, hidden = chunk.shape[1:]
         shaped = chunk.view(2, layers, tokens, HEADS, HEAD_DIM).transpose(0, 1)
         record = encode_function(shaped, self.config, self.key_bins, self.value_bins, tokens).to_bytes()
@@ -69,80 +62,22 @@ class CacheGen:
         keys, values = decode_function_gpu(read.cdf, read.data_chunks, layers, tokens, buffer)
         keys = do_dequantize(keys, self.key_bins, read.max_tensors_key)
         values = do_dequantize(values, self.value_bins, read.max_tensors_value)
-        return torch.stack([keys, values]).view_as(chunk).to(chunk.dtype), len(record)
+        return torch.stack([keys, values]).view_as(chunk).to(chunk.dtype), len(record), 0.0
 
 
 def reference(codec: Kivi | LloydMax) -> Serde:
-    def serde(chunk: Tensor) -> tuple[Tensor, int]:
+    def serde(chunk: Tensor) -> tuple[Tensor, int, float]:
         by_head = chunk.unflatten(-1, (HEADS, HEAD_DIM)).transpose(2, 3)
         keys, values, bits = codec(by_head[0], by_head[1])
-        return torch.stack([keys, values]).transpose(2, 3).flatten(3), bits // 8
+        return torch.stack([keys, values]).transpose(2, 3).flatten(3), bits // 8, 0.0
 
     return serde
-
-
-def spectral(bits: float, theta: float | None = THETA) -> Serde:
-    codec = ChunkCodec(bits, Planes(HEAD_DIM), theta)
-
-    def serde(chunk: Tensor) -> tuple[Tensor, int]:
-        record = codec.encode(chunk)
-        return codec.decode(record, chunk.shape, chunk.dtype), len(record)
-
-    return serde
-
-
-@dataclass
-class Row:
-    """The results of one serde over the slices."""
-
-    name: str
-    serde: Serde
-    tokens: int = 256
-    nbytes: int = 0
-    numbers: int = 0
-    lost: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    whole: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    fidelities: list[Agreement] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def add(self, subject: Subject, text_slice: Slice) -> None:
-        both = torch.stack([text_slice.keys, text_slice.values])[:, :, 0].transpose(2, 3).flatten(3)
-        back = torch.empty_like(both)
-        for start in range(0, PREFIX, self.tokens):
-            chunk = both[:, :, start : start + self.tokens].contiguous()
-            started = time.perf_counter()
-            back[:, :, start : start + self.tokens], nbytes = self.serde(chunk)
-            self.seconds.append((time.perf_counter() - started) / self.tokens)
-            self.nbytes += nbytes
-        self.numbers += both.numel()
-        self.lost += (back - both).double().square().sum((1, 2, 3))
-        self.whole += both.double().square().sum((1, 2, 3))
-        cache = DynamicCache(config=subject.model.config)
-        by_head = back.unflatten(-1, (HEADS, HEAD_DIM)).transpose(2, 3)
-        for layer, keys, values in zip(cache.layers, by_head[0], by_head[1], strict=True):
-            layer.update(keys[None], values[None])  # type: ignore[union-attr]
-        self.fidelities.append(subject.fidelity(text_slice, cache))
-
-    def to_dict(self) -> dict[str, Any]:
-        bits = 8 * self.nbytes / self.numbers
-        key_error, value_error = (self.lost / self.whole).sqrt().tolist()
-        return {
-            "serde": self.name,
-            "chunk_tokens": self.tokens,
-            "bits_per_element": bits,
-            "smaller_than_fp16": 16 / bits,
-            "relative_error": float((self.lost.sum() / self.whole.sum()).sqrt()),
-            "key_error": key_error,
-            "value_error": value_error,
-            "round_trip_ms_per_1k_tokens": 1e6 * sorted(self.seconds)[len(self.seconds) // 2],
-            **mean_fidelity(self.fidelities),
-        }
 
 
 def as_a_cache(subject: Subject, text_slice: Slice) -> Agreement:
     """The codec as a cache uses it, with queries, positions and one basis, on the same prefix."""
     config = SpectralConfig(bits_per_element=CACHE_BITS, num_sink_tokens=1, residual_length=0)
-    cache = SpectralCache(subject.model, config=config)
+    cache = SpectralCache(subject.model, config=config, use_profile=False)
     subject.prefill(text_slice.input_ids[:, :PREFIX], cache)
     return subject.fidelity(text_slice, cache)
 
@@ -157,6 +92,9 @@ def main() -> None:
     rows += [Row("kivi 4, reference", reference(Kivi(4))), Row("spectral 5", spectral(5.0))]
     caches: list[Agreement] = []
     subject, number = Subject(), 0
+    profile = profile_for(subject)
+    for bits, tokens in ((2.25, 256), (2.5, 256), (3.0, 256), (5.0, 256), (2.5, 1024)):
+        rows.append(Row(f"spectral {bits:g}, with profile", spectral(bits, profile=profile), tokens))
     with torch.inference_mode():
         for number, text_slice in enumerate(islice(subject.slices(), options.repeats), start=1):
             for row in rows:
@@ -170,6 +108,7 @@ def main() -> None:
     by_name = {(row["serde"], row["chunk_tokens"]): row for row in results}
     at_fp8, small, theirs = by_name["spectral 8", 256], by_name["spectral 2.5", 256], by_name["lmcache fp8", 256]
     cachegen, same = by_name["lmcache cachegen", 256], by_name["spectral, cachegen's bytes", 256]
+    known = by_name["spectral 2.5, with profile", 256]
     two_bits, at_two = by_name["turboquant 2, reference", 256], by_name["spectral 2.25", 256]
     targets = [
         Target("times smaller than fp16, spectral 2.5", 6, small["smaller_than_fp16"], True),
@@ -177,6 +116,7 @@ def main() -> None:
         Target("KL over fp8's at its bytes", 1, at_fp8["kl"] / theirs["kl"], False),
         Target("error over cachegen's at its bytes", 1, same["relative_error"] / cachegen["relative_error"], False),
         Target("KL over cachegen's at its bytes", 1, same["kl"] / cachegen["kl"], False),
+        Target("KL with a profile over KL without, 2.5 bits", 1, known["kl"] / small["kl"], False),
         Target("KL over turboquant's at its bytes, 2.25 bits", 1, at_two["kl"] / two_bits["kl"], False),
     ]
     record = {

@@ -78,7 +78,7 @@ def main() -> None:
     if profile is None or not profile.bases:
         raise SystemExit("this needs a profile with bases: run `unsloth-spectral profile` first")
     cases, contexts, counts = texts(subject), [], []
-    without = replace(profile, bases=())
+    without = replace(profile, bases=(), key_means=())
     for context in CONTEXTS:
         for name, ids in cases.items():
             row: dict[str, Any] = {"context": context, "text": name}
@@ -92,7 +92,7 @@ def main() -> None:
     first = str(subject.tokenizer.decode(subject.ids(5_000, BASIS_TOKENS)[0]))
     by_kind = [ids_of(loaded, text)[:, :BASIS_TOKENS] for text in texts_by_kind(first).values()]
     for count in COUNTS:
-        fewer = replace(profile, bases=measure_bases(loaded, by_kind[:count]))
+        fewer = replace(profile, bases=measure_bases(loaded, by_kind[:count]).bases)
         for name, ids in cases.items():
             counts.append({"texts": count, "text": name, **measure(subject, ids, CONTEXT_OF_COUNTS, fewer)})
             print(counts[-1], flush=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("lmcache")
 
+from known_model import THETA, chunk_of, known_profile
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.l2_adapters.config import get_l2_adapter_config_class
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
@@ -20,6 +21,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, Tensor
 
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations import lmcache as spectral_lmcache
+from unsloth_spectral.integrations.profile_file import profile_to_json
 
 OPTIONS = {"bits_per_element": 4.0, "layout": "heads", "head_dim": 64, "rope_theta": 10_000}
 PLANES = {**OPTIONS, "layout": "planes", "rope_theta": None}
@@ -71,6 +73,19 @@ def there_and_back(chunk: Tensor, options: dict[str, Any]) -> tuple[int, bool, T
         return size, good, back
     finally:
         serde.close()
+
+
+def test_chunks_follow_the_profile_of_the_model(tmp_path: Path) -> None:
+    profile, lost = known_profile(3, 2, 64), []
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile_to_json(profile)))
+    chunk = chunk_of(profile, 256, 5).half()
+    for more in ({}, {"profile": str(path)}):
+        size, good, back = there_and_back(chunk, {**PLANES, "rope_theta": THETA, "bits_per_element": 2.5, **more})
+        assert good
+        assert size == int(2.5 * chunk.numel() / 8)
+        lost.append(float((back[0].float() - chunk[0].float()).norm()))
+    assert lost[1] != lost[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,16 +1,20 @@
 """The serde for serving engines without an engine: its options, groups of layers, and its messages about raw chunks."""
 
+import json
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from known_model import THETA, chunk_of, known_profile
 from torch import Tensor
 
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.integrations.engine_options import records_from_options
 from unsloth_spectral.integrations.engine_records import EngineRecords
+from unsloth_spectral.integrations.profile_file import profile_to_json
 
 HEADS = {"bits_per_element": 4.0, "layout": "heads", "head_dim": 64}
 PLANES = {**HEADS, "layout": "planes"}
@@ -176,6 +180,74 @@ def test_a_record_of_another_layout_is_refused() -> None:
     records_from_options(HEADS).encode([group], record)
     with pytest.raises(LoadError, match="other options"):
         records_from_options(PLANES).decode(record, [torch.empty_like(group)])
+
+
+PROFILE = known_profile(3, 2, 64)
+WITH_PROFILE = {"bits_per_element": 3.0, "layout": "planes", "head_dim": 64, "rope_theta": THETA}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> str:
+    """The path of a profile of three layers of two heads of 64."""
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile_to_json(PROFILE)))
+    return str(path)
+
+
+def test_records_follow_the_profile_that_the_options_name(profile: str) -> None:
+    group, lost = chunk_of(PROFILE, 256, 3), []
+    for options in (WITH_PROFILE, {**WITH_PROFILE, "profile": profile}, {**WITH_PROFILE, "profile": [profile]}):
+        size, (back,) = there_and_back(records_from_options(options), [group])
+        assert size == 3 * group.numel() // 8
+        lost.append(relative_error(group[0], back[0]))
+    assert lost[2] == lost[1] != lost[0]
+
+
+def test_servers_of_different_profiles_refuse_each_others_records(profile: str, tmp_path: Path) -> None:
+    group = chunk_of(PROFILE, 256, 3)
+    record = torch.zeros(3 * group.numel() // 8, dtype=torch.uint8)
+    records_from_options({**WITH_PROFILE, "profile": profile}).encode([group], record)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(profile_to_json(known_profile(3, 2, 64, seed=1))))
+    with pytest.raises(LoadError, match="other options"):
+        records_from_options({**WITH_PROFILE, "profile": str(other)}).decode(record, [torch.empty_like(group)])
+    with pytest.raises(LoadError, match="another version"):
+        records_from_options(WITH_PROFILE).decode(record, [torch.empty_like(group)])
+
+
+def test_chunks_of_another_model_than_the_profiles_are_stored_raw(profile: str) -> None:
+    records, group = records_from_options({**WITH_PROFILE, "profile": profile}), chunk(2, 4, 256, 128)
+    _, (back,) = there_and_back(records, [group])
+    assert torch.equal(back, group)
+    ((reason, _),) = records.stats()["raw_because"].items()
+    assert "the profile is of 3 layers of 2 heads of 64, and chunks have 4 of 2 of 64" in reason
+
+
+def test_a_group_of_layers_may_have_no_profile(profile: str) -> None:
+    options = {**WITH_PROFILE, "head_dim": [64, 64], "profile": [None, profile]}
+    records, groups = records_from_options(options), [chunk(2, 5, 256, 128), chunk_of(PROFILE, 256, 1)]
+    there_and_back(records, groups)
+    assert records.stats()["raw"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profile": "/nowhere/profile.json"}, "/nowhere/profile.json cannot be read (No such file or directory)"),
+        ({"profile": 5}, "profile must be the path of a profile"),
+        ({"profile": ["a", "b"]}, "for each of 1 groups of layers, got ['a', 'b']"),
+        ({"profile": [5]}, "profile must be the path of a profile"),
+    ],
+)
+def test_profiles_that_cannot_be_used_are_refused_at_the_start(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        records_from_options({**WITH_PROFILE, **changes})
+    assert message in str(refused.value)
+
+
+def test_latents_take_no_profile(profile: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r'with layout "latent" the spectral serde takes .*; got profile'):
+        records_from_options({**LATENT, "profile": profile})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from unsloth_spectral.integrations.huggingface.fingerprint import (
 )
 
 PROFILE = ModelProfile((0.5, 0.001), ((0.02, 0.03), (0.01, 0.01)), ((3.0, 1.0), (2.0, 0.5)))
+MEANS = ((0.5, -1.0, 2.0, 0.0), (1.0, 1.0, -3.5, 0.25))
 OTHER = ModelProfile((1.0, 2.0), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
 Build = Callable[..., LlamaForCausalLM]
 
@@ -85,7 +86,7 @@ def test_a_profile_comes_back(tiny_llama: Build, cache_folder: Path) -> None:
 
 
 def _malformed(**changes: object) -> str:
-    good = {"version": 4, "value_sensitivities": [1, 1], "key_sensitivities": [[1], [1]], "key_variances": [[1], [1]]}
+    good = {"version": 5, "value_sensitivities": [1, 1], "key_sensitivities": [[1], [1]], "key_variances": [[1], [1]]}
     return json.dumps({**good, **changes})
 
 
@@ -93,11 +94,12 @@ MALFORMED = {
     "no JSON": "{",
     "empty": "",
     "not an object": "[1, 2]",
-    "no sensitivities": '{"version": 4}',
+    "no sensitivities": '{"version": 5}',
     "none": _malformed(value_sensitivities=[]),
     "no numbers": _malformed(value_sensitivities=["a", 1]),
     "negative": _malformed(key_sensitivities=[[1], [-1]]),
     "another version": _malformed(version=99),
+    "the version before": _malformed(version=4),
     "no version": _malformed(version=None),
     "NaN": _malformed(value_sensitivities=[math.nan, 1]),
     "one layer short": _malformed(key_sensitivities=[[1]]),
@@ -105,6 +107,8 @@ MALFORMED = {
     "no lists of heads": _malformed(key_sensitivities=[1, 1]),
     "variances of other heads": _malformed(key_sensitivities=[[1, 1], [1, 1]]),
     "no variances": _malformed(key_variances=[[1], []]),
+    "means of no list": _malformed(key_means=3),
+    "means without bases": _malformed(key_means=[[1], [1]]),
     "variances of no list": _malformed(key_variances=3),
 }
 
@@ -211,7 +215,7 @@ def test_a_cache_follows_the_profile(tiny_llama: Build) -> None:
 
 def with_bases() -> ModelProfile:
     vectors = torch.eye(2).expand(2, 2, 2).contiguous()
-    return replace(PROFILE, bases=(ModelBasis.rounded(vectors, torch.ones(2, 2)),) * 2)
+    return replace(PROFILE, bases=(ModelBasis.rounded(vectors, torch.ones(2, 2)),) * 2, key_means=MEANS)
 
 
 def test_bases_come_back_as_the_same_objects(tiny_llama: Build) -> None:
@@ -234,6 +238,9 @@ def test_bases_come_back_as_the_same_objects(tiny_llama: Build) -> None:
         {"bases": [{"shape": [float("inf"), 2], "vectors": "", "row_scales": "", "variances": ""}] * 2},
         {"bases": [{"shape": [2, 2], "vectors": "é", "row_scales": "", "variances": ""}] * 2},
         {"digest": "0"},
+        {"key_means": [[0.5, -1.0, 2.0, 0.0], [1.0, 1.0, -3.5, 0.5]]},
+        {"key_means": [[0.5, -1.0, 2.0, 0.0]]},
+        {"key_means": [[0.5, -1.0, 2.0, float("nan")], [1.0, 1.0, -3.5, 0.25]]},
         {"value_sensitivities": [0.5, 0.5]},
     ],
 )

@@ -21,7 +21,8 @@ def command(
     """
     from unsloth_spectral import reports
     from unsloth_spectral.eval.profile import facts_of, measure_profile
-    from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, profile_to_json, save_profile
+    from unsloth_spectral.integrations.huggingface.fingerprint import profile_target, save_profile
+    from unsloth_spectral.integrations.profile_file import profile_to_json
 
     check_outputs(json_file)
     with progress_shown() as report:

@@ -1,8 +1,8 @@
-"""Measure a model's bases: the principal axes of keys under the queries' metric, averaged over texts."""
+"""Measure a model's bases and means of keys, averaged over texts: axes are principal under the queries' metric."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +18,28 @@ from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
 
 
-def measure_bases(
-    loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None
-) -> tuple[ModelBasis, ...]:
-    """One basis for each full-attention layer, from the prefills of ``texts``, ``[1, n]`` token ids each.
-
-    Empty if the texts are too short to be sealed. Covariances of the keys, each around its text's own mean, and metrics
-    of the queries are averaged over the texts.
+class SharedKeys(NamedTuple):
+    """Attributes:
+    bases: for each full-attention layer, the basis of its keys.
+    means: for each layer, the mean ``[H, D]`` float32 of its un-rotated keys.
     """
+
+    bases: tuple[ModelBasis, ...]
+    means: tuple[Tensor, ...]
+
+
+def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None) -> SharedKeys:
+    """The bases and means of all layers, from the prefills of ``texts``, ``[1, n]`` token ids each.
+
+    Empty if the texts are too short to be sealed. Means of the keys, covariances around each text's own mean, and
+    metrics of the queries are averaged over the texts.
+    """
+    means: dict[int, list[Tensor]] = defaultdict(list)
     covariances: dict[int, list[Tensor]] = defaultdict(list)
     metrics: dict[int, list[Tensor]] = defaultdict(list)
 
     def note(layer: int, statistics: KeyStatistics) -> None:
+        means[layer].append(statistics.mean[0].float().cpu())
         covariances[layer].append(statistics.covariance[0].cpu())
         metrics[layer].append(statistics.metric[0].cpu())
 
@@ -45,8 +55,12 @@ def measure_bases(
     bases = [principal_basis(_mean(covariances[layer]), _mean(metrics[layer])) for layer in sorted(covariances)]
     # Texts that are too short are not sealed, and what is not finite stays exact.
     is_whole = len(bases) == num_layers and all(bool(torch.isfinite(basis.vectors).all()) for basis in bases)
-    return tuple(ModelBasis.rounded(*basis) for basis in bases) if is_whole else ()
+    if not is_whole:
+        return SharedKeys((), ())
+    return SharedKeys(
+        tuple(ModelBasis.rounded(*basis) for basis in bases), tuple(_mean(means[layer]) for layer in sorted(means))
+    )
 
 
-def _mean(matrices: list[Tensor]) -> Tensor:
-    return torch.stack(matrices).mean(0)
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).mean(0)

@@ -106,7 +106,7 @@ def measure_profile(
     KL is measured on ``continuation`` tokens behind a prefix, for each layer in turn; gradients divide the damage of a
     layer's keys among its heads. Figures are means over the texts that begin at tokens ``starts`` of ``document``
     (None: the default one). Texts that repeat facts from everywhere in their prefix, measured by gradients alone, are
-    added with a small weight. Bases for the keys come from texts of many kinds.
+    added with a small weight. Bases and means of the keys come from texts of many kinds.
 
     Raises:
         LoadError: the document is too short.
@@ -131,13 +131,14 @@ def measure_profile(
     kinds = texts_by_kind(str(loaded.tokenizer.decode(texts[0][0])))
     most = min(BASIS_TOKENS, positions_of(loaded) or BASIS_TOKENS)
     basis_texts = [ids_of(loaded, text)[:, :most] for text in kinds.values()]
-    bases = measure_bases(loaded, basis_texts, on_progress)
+    shared = measure_bases(loaded, basis_texts, on_progress)
     least = max(_LEAST_SENSITIVITY * float(torch.cat(keys).mean()), torch.finfo(torch.float32).tiny)
     return ModelProfile(
         tuple(map(float, values)),
         tuple(tuple(heads.clamp_min(least).tolist()) for heads in keys),
         tuple(tuple(variances.tolist()) for variances in prose.variances),
-        bases,
+        shared.bases,
+        tuple(tuple(means.flatten().tolist()) for means in shared.means),
     )
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Blocks, ChunkLayout, Heads, Latent, Planes
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.engine_records import EngineRecords
+from unsloth_spectral.integrations.profile_file import read_profile
 
 # The options of each layout; the first may differ by group of layers.
 _LAYOUT_OPTIONS = {
@@ -14,6 +16,7 @@ _LAYOUT_OPTIONS = {
     "planes": ("head_dim",),
     "latent": ("kv_lora_rank", "qk_rope_head_dim"),
 }
+_WITH_PROFILE = ("heads", "blocks", "planes")
 _COMMON_OPTIONS = ("bits_per_element", "layout", "rope_theta", "max_workers")
 _EXAMPLES = {
     "bits_per_element": 2.5,
@@ -35,10 +38,12 @@ def records_from_options(options: dict[str, Any]) -> EngineRecords:
     ``options``: ``bits_per_element`` and ``rope_theta`` as in ``ChunkCodec``; ``layout``, ``"heads"``, ``"blocks"``,
     ``"planes"`` or ``"latent"``, and the options of that layout (see ``codec.chunk.layout``). Where chunks have several
     groups of layers, ``head_dim`` or ``kv_lora_rank`` is a list with a number for each, or None for a group to be
-    stored raw. ``max_workers`` is left to the server's integration.
+    stored raw. ``profile``, for all layouts but ``"latent"``: the path of the model's profile, or a list with a path
+    or None for each group. ``max_workers`` is left to the server's integration.
 
     Raises:
-        InvalidArgumentError: an option is missing, unknown, of another layout or out of its range.
+        InvalidArgumentError: an option is missing, unknown, of another layout or out of its range, or a profile cannot
+            be used.
     """
     name = options.get("layout")
     if name is None:
@@ -49,7 +54,7 @@ def records_from_options(options: dict[str, Any]) -> EngineRecords:
     if not isinstance(name, str) or name not in _LAYOUT_OPTIONS:
         raise InvalidArgumentError(f"layout must be one of {', '.join(_LAYOUT_OPTIONS)}, got {name!r}: {_WHICH_LAYOUT}")
     needed = _LAYOUT_OPTIONS[name]
-    accepted = (*_COMMON_OPTIONS, *needed)
+    accepted = (*_COMMON_OPTIONS, *needed, *(("profile",) if name in _WITH_PROFILE else ()))
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise InvalidArgumentError(
@@ -66,8 +71,28 @@ def records_from_options(options: dict[str, Any]) -> EngineRecords:
             f"{size_option} must be a number, or a list with a number for each group of layers, got {sizes}"
         )
     bits, theta = options["bits_per_element"], options.get("rope_theta")
-    codecs = [None if size is None else ChunkCodec(bits, _layout(name, size, options), theta) for size in sizes]
+    profiles = _profiles(options.get("profile"), len(sizes))
+    codecs = [
+        None if size is None else ChunkCodec(bits, _layout(name, size, options), theta, profile)
+        for size, profile in zip(sizes, profiles, strict=True)
+    ]
     return EngineRecords(codecs, size_option)
+
+
+def _profiles(option: Any, num_groups: int) -> list[ModelProfile | None]:
+    """The profile of each group of layers.
+
+    Raises:
+        InvalidArgumentError: one cannot be used, or there are not as many as groups.
+    """
+    paths = option if isinstance(option, list) else [option] * num_groups
+    is_good = all(path is None or isinstance(path, str) for path in paths) and len(paths) == num_groups
+    if not is_good:
+        raise InvalidArgumentError(
+            f"profile must be the path of a profile, or a list with a path or null for each of {num_groups} groups of "
+            f"layers, got {option!r}"
+        )
+    return [None if path is None else read_profile(path) for path in paths]
 
 
 def _layout(name: str, size: int, options: dict[str, Any]) -> ChunkLayout:

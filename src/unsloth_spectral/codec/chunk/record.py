@@ -1,7 +1,8 @@
 """Coded keys and values as bytes, one layer behind another, and back: what a record of a chunk is made of.
 
 A record starts with a header: a magic word, a checksum of all that both sides must agree on, a checksum of what
-follows, and the width of the values. Nothing else is needed: each layer's widths tell the sizes of what follows them.
+follows, and a small number (the width of the values). Nothing else is needed: each layer's widths tell the sizes of
+what follows them.
 """
 
 import struct
@@ -16,10 +17,12 @@ from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, fixed_bytes, 
 from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
+from unsloth_spectral.codec.tensors import raw_bytes
 from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation, own_anchors
 
-_MAGIC = b"USC2"  # the last letter counts versions
+# The last letter counts versions.
+OWN_BASIS, MODEL_BASIS = b"USC2", b"USC3"
 _HEADER = struct.Struct("<4sIIB3x")
 HEADER_BYTES = _HEADER.size
 
@@ -73,19 +76,35 @@ def write_layer(keys: KeyCodes, values: ValueCodes, exact_keys: Tensor, exact_va
     widths = torch.zeros(keys.num_key_value_heads, keys.vectors.shape[-1], dtype=torch.uint8, device="cpu")
     for head, head_widths in enumerate(keys.widths):
         widths[head, : len(head_widths)] = torch.tensor(head_widths, dtype=torch.uint8, device="cpu")
-    flat = torch.nn.functional.pad(widths.flatten(), (0, widths.numel() % 2))
-    parts = [flat[0::2] | flat[1::2] << 4]
-    for codes in (keys, values):
-        for name, stored in codes.content().items():
-            tensor = getattr(codes, name)
-            parts.append(tensor[..., : codes.num_tokens] if "padded_tokens" in stored.shape else tensor)
+    parts = [pack_nibbles(widths), *parts_of(keys), *parts_of(values), exact_keys, exact_values]
+    return list(map(bytes_of, parts))
+
+
+def parts_of(codes: KeyCodes | ValueCodes) -> list[Tensor]:
+    """The tensors of ``codes`` that tokens are rebuilt from, without what fills up the last tile."""
+    content = ((getattr(codes, name), stored) for name, stored in codes.content().items())
+    return [
+        tensor[..., : codes.num_tokens] if "padded_tokens" in stored.shape else tensor for tensor, stored in content
+    ]
+
+
+def pack_nibbles(numbers: Tensor) -> Tensor:
+    """``numbers``, uint8 below 16, two in a byte."""
+    flat = torch.nn.functional.pad(numbers.flatten(), (0, numbers.numel() % 2))
+    return flat[0::2] | flat[1::2] << 4
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of ``tensor``, ``[n]`` uint8."""
     # A tensor of one element counts as contiguous with any strides; a view of its bytes wants a stride of 1.
-    copies = (part.clone(memory_format=torch.contiguous_format) for part in [*parts, exact_keys, exact_values])
-    return [copy.view(torch.uint8).flatten() for copy in copies]
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).flatten()
 
 
 class Reader:
-    """The layers of a record, one after another."""
+    """What a record holds behind its header, one after another.
+
+    Each method raises LoadError if the record ends too early.
+    """
 
     def __init__(self, record: Tensor) -> None:
         self._bytes, self._place = record, HEADER_BYTES
@@ -93,15 +112,11 @@ class Reader:
     def layer(
         self, shape: LayerShape, value_nbits: int, rotation: Rotation | None
     ) -> tuple[KeyCodes, ValueCodes, Tensor, Tensor]:
-        """What ``write_layer`` was given.
-
-        Raises:
-            LoadError: the record ends too early.
-        """
+        """What ``write_layer`` was given."""
         widths = self._widths(shape.num_heads, shape.key_dim)
         error = torch.zeros(1, shape.num_heads, dtype=torch.float16, device="cpu")
         keys = KeyCodes(
-            **self._tensors(KeyCodes, shape.key_sizes(widths)),
+            **self.tensors(KeyCodes, shape.key_sizes(widths)),
             relative_error=error,
             widths=widths,
             num_tokens=shape.num_tokens,
@@ -109,31 +124,38 @@ class Reader:
             spans=own_anchors(rotation),
         )
         values = ValueCodes(
-            **self._tensors(ValueCodes, shape.value_sizes(value_nbits)),
+            **self.tensors(ValueCodes, shape.value_sizes(value_nbits)),
             relative_error=error,
             head_dim=shape.value_dim,
             nbits=value_nbits,
             num_tokens=shape.num_tokens,
         )
-        exact_keys = self._take(shape.dtype, shape.num_heads, shape.num_exact, shape.key_dim)
-        exact_values = self._take(shape.dtype, shape.num_heads, shape.num_exact, shape.value_dim)
+        exact_keys = self.take(shape.dtype, shape.num_heads, shape.num_exact, shape.key_dim)
+        exact_values = self.take(shape.dtype, shape.num_heads, shape.num_exact, shape.value_dim)
         return keys, values, exact_keys, exact_values
 
-    def _tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Any]:
+    def tensors(self, codes: type[StoredTensors], sizes: Sizes) -> dict[str, Any]:
+        """What ``parts_of`` such codes gave, the last tile filled up, by name."""
         tensors = {}
         for name, stored in codes.content().items():
-            tensor = self._take(stored.dtype, *stored.sizes(sizes))
+            tensor = self.take(stored.dtype, *stored.sizes(sizes))
             if "padded_tokens" in stored.shape:
                 tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % TILE_TOKENS), value=stored.filling)
             tensors[name] = tensor
         return tensors
 
     def _widths(self, heads: int, dim: int) -> Widths:
-        packed = self._take(torch.uint8, -(-heads * dim // 2))
-        flat = torch.stack([packed & 15, packed >> 4], -1).flatten()[: heads * dim]
-        return tuple(tuple(width for width in row if width) for row in flat.view(heads, dim).tolist())
+        rows = self.nibbles(heads, dim).tolist()
+        return tuple(tuple(width for width in row if width) for row in rows)
 
-    def _take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+    def nibbles(self, *shape: int) -> Tensor:
+        """What ``pack_nibbles`` packed."""
+        count = torch.Size(shape).numel()
+        packed = self.take(torch.uint8, -(-count // 2))
+        return torch.stack([packed & 15, packed >> 4], -1).flatten()[:count].view(shape)
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """The next tensor."""
         end = self._place + torch.Size(shape).numel() * dtype.itemsize
         if end > len(self._bytes):
             raise LoadError(f"a record of {len(self._bytes)} bytes ends too early: it needs {end}")
@@ -142,31 +164,30 @@ class Reader:
         return piece.view(dtype).view(shape)
 
 
-def write_header(record: Tensor, agreement: bytes, value_nbits: int) -> None:
-    """Fill in the first bytes of a ``record`` that is otherwise complete."""
-    body = _checksum(record)
-    header = bytearray(_HEADER.pack(_MAGIC, zlib.crc32(agreement), body, value_nbits))
+def write_header(record: Tensor, agreement: bytes, number: int, magic: bytes = OWN_BASIS) -> None:
+    """Fill in the first bytes of a ``record`` that is otherwise complete; ``number`` is below 256."""
+    header = bytearray(_HEADER.pack(magic, zlib.crc32(agreement), _checksum(record), number))
     record[:HEADER_BYTES] = torch.frombuffer(header, dtype=torch.uint8)
 
 
 def _checksum(record: Tensor) -> int:
-    return zlib.crc32(record[HEADER_BYTES:].numpy().tobytes())
+    return zlib.crc32(raw_bytes(record[HEADER_BYTES:]))
 
 
-def read_header(record: Tensor, agreement: bytes) -> int:
-    """The width of the values.
+def read_header(record: Tensor, agreement: bytes, magic: bytes = OWN_BASIS) -> int:
+    """The number in the header.
 
     Raises:
         LoadError: this is no record, an altered one, or one that was made with other options.
     """
     if len(record) < HEADER_BYTES:
         raise LoadError(f"not a spectral record: {len(record)} bytes are less than its header")
-    magic, agreed, body, value_nbits = _HEADER.unpack(record[:HEADER_BYTES].numpy().tobytes())
-    if magic != _MAGIC:
-        what = "a spectral record of another version" if magic[:3] == _MAGIC[:3] else "not a spectral record"
-        raise LoadError(f"{what}: it starts with {magic!r}, not {_MAGIC!r}")
+    found, agreed, body, number = _HEADER.unpack(record[:HEADER_BYTES].numpy().tobytes())
+    if found != magic:
+        what = "a spectral record of another version" if found[:3] == magic[:3] else "not a spectral record"
+        raise LoadError(f"{what}: it starts with {found!r}, not {magic!r}")
     if agreed != zlib.crc32(agreement):
         raise LoadError(f"a record made with other options than {agreement.decode()}")
     if body != _checksum(record):
         raise LoadError("a record was altered: its checksum differs")
-    return int(value_nbits)
+    return int(number)

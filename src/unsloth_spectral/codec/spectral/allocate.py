@@ -20,7 +20,7 @@ GAINS = tuple(DISTORTION[b] - DISTORTION[b + 1] for b in range(8))
 # Noise over signal of a quantizer whose scale makes it unbiased; and how much each bit after the first lowers the
 # noise, relative to the noise at one bit.
 _UNBIASED = np.array([distortion / (1 - distortion) for distortion in DISTORTION[1:]])
-_VALUE_GAINS = -np.diff(_UNBIASED) / _UNBIASED[0]
+VALUE_GAINS = -np.diff(_UNBIASED) / _UNBIASED[0]
 _TINY = 1e-30
 _HALVINGS = 24  # narrows some 50 octaves to millionths of one
 
@@ -30,11 +30,11 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
     ``first_bit_cost`` is what a component's first bit costs, the component's own metadata included, in bits.
     """
-    least = torch.from_numpy(_least_variances(level, first_bit_cost)).to(variances)
+    least = torch.from_numpy(least_variances(level, first_bit_cost)).to(variances)
     return (variances[..., None] >= least).sum(-1)
 
 
-def _least_variances(level: float, first_bit_cost: float) -> np.ndarray:
+def least_variances(level: float, first_bit_cost: float) -> np.ndarray:
     """The least variances that get one bit, two, up to eight at ``level``, ``[8]`` float32, never falling."""
     return np.float32(level) * _variances_per_level(first_bit_cost)
 
@@ -220,7 +220,7 @@ class _Demand:
         self._ordered, self._first_bit_cost = np.sort(variances), first_bit_cost
 
     def at(self, level: float) -> float:
-        counts = len(self._ordered) - self._ordered.searchsorted(_least_variances(level, self._first_bit_cost))
+        counts = len(self._ordered) - self._ordered.searchsorted(least_variances(level, self._first_bit_cost))
         return float(counts.sum() + (self._first_bit_cost - 1) * counts[0])
 
     def range(self) -> tuple[float, float] | None:
@@ -236,7 +236,7 @@ class _ValueDemand:
     def __init__(self, profile: ModelProfile, layers: Sequence[int], elements: int) -> None:
         damages = np.array([profile.value_sensitivities[layer] for layer in layers], dtype=np.float64)
         # Nats gained by one more bit per value, per bit of its cost per token.
-        gains = damages[:, None] * (_VALUE_GAINS / max(1, elements))
+        gains = damages[:, None] * (VALUE_GAINS / max(1, elements))
         self._ordered, self._count, self._elements = np.sort(gains, axis=None), len(layers), elements
         self.most = float(gains.max())
 

@@ -1,32 +1,25 @@
 """Recognising a model, and storing the profile measured for it."""
 
-import base64
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.codec.profile import ModelProfile
-from unsloth_spectral.codec.tensors import raw_bytes
-from unsloth_spectral.errors import InvalidArgumentError, LoadError, UnsupportedModelError
+from unsloth_spectral.errors import InvalidArgumentError, UnsupportedModelError
 from unsloth_spectral.files import check_target, replacing
 from unsloth_spectral.integrations.cache_folder import CACHE_VARIABLE, cache_folder
 from unsloth_spectral.integrations.huggingface.weights import plain_tensors, sample
+from unsloth_spectral.integrations.profile_file import VERSION, profile_from_json, profile_to_json
 from unsloth_spectral.log import warn_once
 
 _known: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
 _SAMPLES = 4096
-_VERSION = 4
-_DTYPES = {"vectors": torch.int8, "row_scales": torch.float32, "variances": torch.float32}
-_TABLES = ("value_sensitivities", "key_sensitivities", "key_variances")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -75,7 +68,7 @@ def profile_path(model: PreTrainedModel) -> Path:
     Raises:
         OSError: the user has no home folder.
     """
-    return cache_folder() / "profiles" / f"{fingerprint(model)}-v{_VERSION}.json"
+    return cache_folder() / "profiles" / f"{fingerprint(model)}-v{VERSION}.json"
 
 
 def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
@@ -100,7 +93,10 @@ def profile_of(model: PreTrainedModel, num_layers: int) -> ModelProfile | None:
         )
         return None
     try:
-        return _profile(content, num_layers)
+        profile = profile_from_json(content)
+        if profile.num_layers != num_layers:
+            raise ValueError(f"is of {profile.num_layers} layers, not {num_layers}")
+        return profile
     except ValueError as error:
         warn_once("the profile %s is ignored, as it %s: delete it or measure it again", path, error)
         return None
@@ -130,76 +126,7 @@ def save_profile(model: PreTrainedModel, profile: ModelProfile, facts: dict[str,
         OSError: the disk is full or the like.
     """
     path = profile_target(model)
-    record = {"version": _VERSION, **profile_to_json(profile), **facts}
+    record = {**profile_to_json(profile), **facts}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
-    """The contents of ``profile``, ready for JSON; tensors as base64."""
-    tables = {name: getattr(profile, name) for name in _TABLES}
-    bases = [
-        {"shape": basis.shape, **{name: _text_of(getattr(basis, name)) for name in _DTYPES}} for basis in profile.bases
-    ]
-    return {**tables, "bases": bases, "digest": profile.digest}
-
-
-def _text_of(tensor: Tensor) -> str:
-    return base64.b64encode(raw_bytes(tensor)).decode()
-
-
-def _basis(entry: Any) -> ModelBasis:
-    """The basis in ``entry``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        heads, dims = map(int, entry["shape"])
-        vectors, row_scales, variances = (
-            torch.frombuffer(bytearray(base64.b64decode(entry[name], validate=True)), dtype=dtype)
-            for name, dtype in _DTYPES.items()
-        )
-        return ModelBasis.of(
-            vectors.view(heads, dims, dims), row_scales.view(heads, dims, 1), variances.view(heads, dims)
-        )
-    except (LoadError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError("has a damaged basis") from error
-
-
-# Of the content, so that the file is parsed once however many caches there are.
-@lru_cache(maxsize=4)
-def _profile(content: bytes, num_layers: int) -> ModelProfile:
-    """The profile in ``content``.
-
-    Raises:
-        ValueError: there is none of this version; the message continues a sentence after "it".
-    """
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError("is no JSON") from None
-    entries: dict[str, Any] = record if isinstance(record, dict) else {}
-    values, *tables = (entries.get(name, []) for name in _TABLES)
-    good = entries.get("version") == _VERSION and _are_numbers(values)
-    if not good or not all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in tables):
-        raise ValueError("is no profile of this version")
-    keys, variances = (tuple(tuple(map(float, row)) for row in rows) for rows in tables)
-    stored = entries.get("bases", [])
-    if not isinstance(stored, list):
-        raise ValueError("is no profile of this version")
-    bases = tuple(map(_basis, stored))
-    profile = ModelProfile(tuple(map(float, values)), keys, variances, bases)
-    if not profile.is_consistent:
-        raise ValueError("is no profile of this version")
-    if entries.get("digest") != profile.digest:
-        raise ValueError("was altered")
-    if len(values) != num_layers:
-        raise ValueError(f"is of {len(values)} layers, not {num_layers}")
-    return profile
-
-
-def _are_numbers(values: Any) -> bool:
-    """True if ``values`` is a non-empty list of non-negative numbers."""
-    return isinstance(values, list) and bool(values) and all(isinstance(x, int | float) and x >= 0 for x in values)

@@ -1,0 +1,42 @@
+"""Profiles as fields of a snapshot."""
+
+from dataclasses import replace
+
+import pytest
+from known_model import known_profile
+
+from unsloth_spectral.codec.profile import ModelProfile
+from unsloth_spectral.errors import LoadError
+from unsloth_spectral.fields import Fields, flatten
+
+PROFILE = known_profile(2, 2, 8)
+
+
+def read(profile: ModelProfile, without: str | None = None) -> ModelProfile:
+    """``profile`` as a snapshot gives it back, one field left out."""
+    values, tensors = flatten({name: field for name, field in profile.to_fields().items() if name != without})
+    return ModelProfile.from_fields(Fields(values, lambda number, device: tensors[number]), profile.num_layers)
+
+
+def test_a_profile_comes_back_from_its_fields() -> None:
+    assert read(PROFILE) == PROFILE
+    assert read(PROFILE).digest == PROFILE.digest
+
+
+def test_means_count_in_the_digest() -> None:
+    assert replace(PROFILE, key_means=PROFILE.key_means[::-1]).digest != PROFILE.digest
+
+
+def test_snapshots_made_before_there_were_means_are_read() -> None:
+    assert read(PROFILE, without="key_means") == replace(PROFILE, key_means=())
+
+
+@pytest.mark.parametrize("means", [PROFILE.key_means[:1], ((1.0,),) * 2])
+def test_means_must_be_those_of_the_bases(means: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(LoadError, match="heads of 2 layers"):
+        read(replace(PROFILE, key_means=means))
+
+
+def test_the_other_fields_are_needed() -> None:
+    with pytest.raises(LoadError):
+        read(PROFILE, without="key_variances")
