@@ -78,7 +78,7 @@ def main() -> None:
     if profile is None or not profile.bases:
         raise SystemExit("this needs a profile with bases: run `unsloth-spectral profile` first")
     cases, contexts, counts = texts(subject), [], []
-    without = replace(profile, bases=(), key_means=())
+    without = replace(profile, bases=(), key_means=(), rope_steps=())
     for context in CONTEXTS:
         for name, ids in cases.items():
             row: dict[str, Any] = {"context": context, "text": name}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unsloth_spectral.codec.chunk.rotations import rotation_at
+from unsloth_spectral.codec.chunk.rotations import rotation_at, steps_of
 from unsloth_spectral.codec.model_basis import ModelBasis
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.rope import anchors_of, rotate, spans_of
@@ -41,7 +41,7 @@ def chunk_of(profile: ModelProfile, tokens: int, number: int, theta: float | Non
     if theta is None:
         keys = keys + mean
     else:
-        rotation = rotation_at(dim, theta, tokens, number * tokens)
+        rotation = rotation_at(profile.rope_steps or steps_of(dim, theta), tokens, number * tokens)
         keys = rotate(keys, anchors_of(rotation, spans_of(rotation)), rotation)
         keys = keys + rotate(mean.expand_as(keys), rotation.table(), rotation)
     values = torch.randn(layers, heads, tokens, dim, generator=generator)

@@ -82,7 +82,7 @@ class IdentityLayer(LayerCodec):
     def __init__(self, codec: "IdentityCodec") -> None:
         self._codec = codec
 
-    def unit(self, is_first: bool) -> int:
+    def unit(self, is_first: bool, num_sealed: int = 0) -> int:
         return self._codec.config.block_size
 
     def seal(

@@ -27,16 +27,22 @@ def test_means_count_in_the_digest() -> None:
     assert replace(PROFILE, key_means=PROFILE.key_means[::-1]).digest != PROFILE.digest
 
 
-def test_snapshots_made_before_there_were_means_are_read() -> None:
-    assert read(PROFILE, without="key_means") == replace(PROFILE, key_means=())
+def test_steps_count_in_the_digest() -> None:
+    assert replace(PROFILE, rope_steps=(1.0, 0.5)).digest != PROFILE.digest
 
 
-@pytest.mark.parametrize("means", [PROFILE.key_means[:1], ((1.0,),) * 2])
+@pytest.mark.parametrize("means", [(), PROFILE.key_means[:1], ((1.0,),) * 2])
 def test_means_must_be_those_of_the_bases(means: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(LoadError, match="heads of 2 layers"):
         read(replace(PROFILE, key_means=means))
 
 
-def test_the_other_fields_are_needed() -> None:
+@pytest.mark.parametrize("name", ["key_variances", "key_means", "rope_steps"])
+def test_every_field_is_needed(name: str) -> None:
     with pytest.raises(LoadError):
-        read(PROFILE, without="key_variances")
+        read(PROFILE, without=name)
+
+
+def test_more_pairs_than_a_head_has_room_for_are_refused() -> None:
+    with pytest.raises(LoadError, match="heads of 2 layers"):
+        read(replace(PROFILE, rope_steps=(0.5,) * 5))

@@ -25,7 +25,7 @@ from unsloth_spectral.files import check_target, replacing
 FORMAT = "unsloth-spectral snapshot"
 # Raise this whenever a reader of the old format would misread the new one. Codes mean what the tables of
 # codec/spectral/trellis.json say: they are a part of the format.
-VERSION = 8
+VERSION = 9
 SUFFIX = ".safetensors"
 
 

@@ -19,7 +19,9 @@ class ModelProfile:
     key_variances: for each layer, the variances of its keys' components in the scores, head by head: an estimate for
         layers that are still to be sealed.
     bases: for each layer, the basis that its keys share over texts; empty if none was measured.
-    key_means: for each layer with a basis, the mean of its un-rotated keys over texts, head by head; may be empty.
+    key_means: for each layer with a basis, the mean of its un-rotated keys over texts, head by head.
+    rope_steps: radians from one token to the next of each rotary pair, whose parts are the halves of what is rotated of
+        a head; empty if layers differ, or rotate otherwise.
     """
 
     value_sensitivities: tuple[float, ...]
@@ -27,6 +29,7 @@ class ModelProfile:
     key_variances: tuple[tuple[float, ...], ...]
     bases: tuple[ModelBasis, ...] = ()
     key_means: tuple[tuple[float, ...], ...] = ()
+    rope_steps: tuple[float, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -39,15 +42,16 @@ class ModelProfile:
         fits = all(heads and variances and len(variances) % len(heads) == 0 for heads, variances in rows)
         fits = fits and len(self.bases) in (0, self.num_layers)
         sizes = [basis.variances.numel() for basis in self.bases]
-        fits = fits and [len(means) for means in self.key_means] in ([], sizes)
+        fits = fits and [len(means) for means in self.key_means] == sizes
+        fits = fits and all(2 * len(self.rope_steps) <= basis.shape[1] for basis in self.bases)
         return fits and self.num_layers == len(self.key_sensitivities) == len(self.key_variances)
 
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits, a hash of all that is measured."""
         names = [basis.digest for basis in self.bases]
-        measured = (self.value_sensitivities, self.key_sensitivities, self.key_variances, names, self.key_means)
-        return hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:16]
+        tables = (self.value_sensitivities, self.key_sensitivities, self.key_variances, self.key_means)
+        return hashlib.sha256(json.dumps((tables, names, self.rope_steps)).encode()).hexdigest()[:16]
 
     def to_fields(self) -> dict[str, Field]:
         # As tensors: the variances are thousands of numbers.
@@ -56,21 +60,20 @@ class ModelProfile:
             "key_sensitivities": [_numbers(heads) for heads in self.key_sensitivities],
             "key_variances": [_numbers(variances) for variances in self.key_variances],
             "key_means": [_numbers(means) for means in self.key_means],
+            "rope_steps": _numbers(self.rope_steps),
             "bases": [basis.to_fields() for basis in self.bases],
         }
 
     @classmethod
     def from_fields(cls, fields: Fields, num_layers: int) -> "ModelProfile":
         values = fields.tensor("value_sensitivities", torch.float64, (num_layers,), on_host=True)
-        # Snapshots made before profiles had means lack them; caches do not use them.
         keys, variances, means = (
-            [tuple(row.tolist()) for row in fields.tensors(name, torch.float64, (None,), on_host=True)]
-            if name != "key_means" or fields.has(name)
-            else []
+            tuple(tuple(row.tolist()) for row in fields.tensors(name, torch.float64, (None,), on_host=True))
             for name in ("key_sensitivities", "key_variances", "key_means")
         )
+        steps = tuple(fields.tensor("rope_steps", torch.float64, (None,), on_host=True).tolist())
         bases = tuple(ModelBasis.from_fields(basis) for basis in fields.subs("bases"))
-        profile = cls(tuple(values.tolist()), tuple(keys), tuple(variances), bases, tuple(means))
+        profile = cls(tuple(values.tolist()), keys, variances, bases, means, steps)
         fields.require(profile.is_consistent, f"sensitivities and variances of the heads of {num_layers} layers")
         return profile
 

@@ -16,16 +16,19 @@ from unsloth_spectral.eval.tasks.asking import fill
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.models import LoadedModel
 from unsloth_spectral.integrations.unsloth import unpatch_unsloth_attention
+from unsloth_spectral.rope import Rotation
 
 
 class SharedKeys(NamedTuple):
     """Attributes:
     bases: for each full-attention layer, the basis of its keys.
     means: for each layer, the mean ``[H, D]`` float32 of its un-rotated keys.
+    rope_steps: as in ``ModelProfile``.
     """
 
-    bases: tuple[ModelBasis, ...]
-    means: tuple[Tensor, ...]
+    bases: tuple[ModelBasis, ...] = ()
+    means: tuple[Tensor, ...] = ()
+    rope_steps: tuple[float, ...] = ()
 
 
 def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnProgress | None = None) -> SharedKeys:
@@ -37,8 +40,10 @@ def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnP
     means: dict[int, list[Tensor]] = defaultdict(list)
     covariances: dict[int, list[Tensor]] = defaultdict(list)
     metrics: dict[int, list[Tensor]] = defaultdict(list)
+    steps: set[tuple[float, ...]] = set()
 
     def note(layer: int, statistics: KeyStatistics) -> None:
+        steps.add(_steps(statistics.rotation))
         means[layer].append(statistics.mean[0].float().cpu())
         covariances[layer].append(statistics.covariance[0].cpu())
         metrics[layer].append(statistics.metric[0].cpu())
@@ -56,10 +61,25 @@ def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnP
     # Texts that are too short are not sealed, and what is not finite stays exact.
     is_whole = len(bases) == num_layers and all(bool(torch.isfinite(basis.vectors).all()) for basis in bases)
     if not is_whole:
-        return SharedKeys((), ())
+        return SharedKeys()
     return SharedKeys(
-        tuple(ModelBasis.rounded(*basis) for basis in bases), tuple(_mean(means[layer]) for layer in sorted(means))
+        bases=tuple(ModelBasis.rounded(*basis) for basis in bases),
+        means=tuple(_mean(means[layer]) for layer in sorted(means)),
+        rope_steps=steps.pop() if len(steps) == 1 else (),
     )
+
+
+def _steps(rotation: Rotation | None) -> tuple[float, ...]:
+    """The rotation's steps; none if they are unknown, or the parts of its pairs are no halves."""
+    if rotation is None or rotation.step is None or rotation.axes is not None:
+        return ()
+    pairs, dims = rotation.num_pairs, 2 * rotation.num_pairs
+    halves = [tensor.tolist() for tensor in rotation.indices(dims)] if _are_slices(rotation) else []
+    return tuple(rotation.step.tolist()) if halves == [[*range(pairs)], [*range(pairs, dims)]] else ()
+
+
+def _are_slices(rotation: Rotation) -> bool:
+    return isinstance(rotation.first, slice) and isinstance(rotation.second, slice)
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:

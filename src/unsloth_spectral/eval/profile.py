@@ -139,6 +139,7 @@ def measure_profile(
         tuple(tuple(variances.tolist()) for variances in prose.variances),
         shared.bases,
         tuple(tuple(means.flatten().tolist()) for means in shared.means),
+        shared.rope_steps,
     )
 
 

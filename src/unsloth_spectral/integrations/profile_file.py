@@ -18,12 +18,12 @@ from unsloth_spectral.errors import InvalidArgumentError, LoadError
 VERSION = 5
 _DTYPES = {"vectors": torch.int8, "row_scales": torch.float32, "variances": torch.float32}
 _TABLES = ("value_sensitivities", "key_sensitivities", "key_variances")
-_MEANS = "key_means"
+_MEANS, _STEPS = "key_means", "rope_steps"
 
 
 def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
     """The contents of ``profile``, ready for JSON; tensors as base64."""
-    tables = {name: getattr(profile, name) for name in (*_TABLES, _MEANS)}
+    tables = {name: getattr(profile, name) for name in (*_TABLES, _MEANS, _STEPS)}
     bases = [
         {"shape": basis.shape, **{name: _text_of(getattr(basis, name)) for name in _DTYPES}} for basis in profile.bases
     ]
@@ -44,14 +44,16 @@ def profile_from_json(content: bytes) -> ModelProfile:
         raise ValueError("is no JSON") from None
     entries: dict[str, Any] = record if isinstance(record, dict) else {}
     values, *tables = (entries.get(name, []) for name in _TABLES)
-    means, stored = entries.get(_MEANS, []), entries.get("bases", [])
+    means, steps, stored = (entries.get(name, []) for name in (_MEANS, _STEPS, "bases"))
     good = entries.get("version") == VERSION and _are_numbers(values, 0)
     good = good and all(isinstance(rows, list) and all(_are_numbers(row, 0) for row in rows) for rows in tables)
     good = good and isinstance(means, list) and all(map(_are_numbers, means))
+    good = good and (steps == [] or _are_numbers(steps))
     if not good or not isinstance(stored, list):
         raise ValueError("is no profile of this version")
     keys, variances, means = (tuple(tuple(map(float, row)) for row in rows) for rows in (*tables, means))
-    profile = ModelProfile(tuple(map(float, values)), keys, variances, tuple(map(_basis, stored)), means)
+    bases = tuple(map(_basis, stored))
+    profile = ModelProfile(tuple(map(float, values)), keys, variances, bases, means, tuple(map(float, steps)))
     if not profile.is_consistent:
         raise ValueError("is no profile of this version")
     if entries.get("digest") != profile.digest:

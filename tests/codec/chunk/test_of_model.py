@@ -90,6 +90,22 @@ def test_keys_lose_less_than_in_bases_of_their_own(number: int) -> None:
     assert of_the_model < 0.8 * own
 
 
+def test_a_scaled_rotary_embedding_is_that_of_the_profile() -> None:
+    """Slow pairs turn eight times slower than the base says, as Llama 3.1's do."""
+    steps = tuple(step if step > 0.1 else step / 8 for step in rotations.steps_of(64, THETA))
+    profile = replace(PROFILE, rope_steps=steps)
+    chunk = chunk_of(profile, 256, 40)
+    record = ChunkCodec(3.0, Planes(64), THETA, profile).encode(chunk)
+    assert number_in(record) == 40
+    by_steps, by_base = (
+        relative_error(chunk[0], there_and_back(ChunkCodec(3.0, Planes(64), THETA, given), chunk)[0])
+        for given in (profile, PROFILE)
+    )
+    assert by_steps < 0.6 * by_base
+    without_base = there_and_back(ChunkCodec(3.0, Planes(64), None, profile), chunk)
+    assert relative_error(chunk[0], without_base[0]) == by_steps
+
+
 def test_the_layout_changes_no_number() -> None:
     chunk = chunk_of(PROFILE, 256, 4)
     expected = Planes(64).split(there_and_back(ChunkCodec(3.0, Planes(64), THETA, PROFILE), chunk))

@@ -7,6 +7,7 @@ from torch import Tensor
 from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Planes
 from unsloth_spectral.codec.chunk.record import Reader
+from unsloth_spectral.codec.chunk.rotations import steps_of
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.eval.model_bases import measure_bases
@@ -30,6 +31,7 @@ def profile(smollm2: LoadedModel, ids: Tensor) -> ModelProfile:
         key_variances=tuple(tuple(basis.variances.flatten().tolist()) for basis in shared.bases),
         bases=shared.bases,
         key_means=tuple(tuple(means.flatten().tolist()) for means in shared.means),
+        rope_steps=shared.rope_steps,
     )
 
 
@@ -43,8 +45,12 @@ def chunks(smollm2: LoadedModel, ids: Tensor) -> list[Tensor]:
     return [chunk.contiguous() for chunk in both.split(TOKENS, 2)]
 
 
+def test_the_steps_of_the_rotary_embedding_are_measured(profile: ModelProfile) -> None:
+    assert profile.rope_steps == pytest.approx(steps_of(64, THETA), rel=1e-6)
+
+
 def test_places_are_found_in_the_middle_of_a_text(profile: ModelProfile, chunks: list[Tensor]) -> None:
-    codec = ChunkCodec(2.5, Planes(64), THETA, profile)
+    codec = ChunkCodec(2.5, Planes(64), None, profile)
     numbers = [int(Reader(codec.encode(chunk)).take(torch.int32, 1)) for chunk in chunks]
     assert numbers == list(range(COUNT))
 

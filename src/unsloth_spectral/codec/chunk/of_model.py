@@ -27,7 +27,7 @@ from unsloth_spectral.codec.chunk.filling import Costs, widths_within
 from unsloth_spectral.codec.chunk.layout import ChunkLayout
 from unsloth_spectral.codec.chunk.place import number_of_chunk
 from unsloth_spectral.codec.chunk.record import HEADER_BYTES, MODEL_BASIS, Reader, bytes_of, pack_nibbles, parts_of
-from unsloth_spectral.codec.chunk.rotations import rotation_at
+from unsloth_spectral.codec.chunk.rotations import rotation_at, steps_of
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral import kernel, trellis
 from unsloth_spectral.codec.spectral import keys as key_codec
@@ -70,6 +70,8 @@ class _Model(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class OfModel:
     """Codes chunks in the bases of ``profile``; the other attributes as in ``ChunkCodec``.
+
+    The profile's steps of the rotary embedding, which may be scaled, come before those of ``rope_theta``.
 
     Raises:
         InvalidArgumentError: the profile has no bases, or layers of different heads.
@@ -242,9 +244,10 @@ class OfModel:
         return 4 + -(-numbers // 2) + layers + numbers + 2 * 4 * layers * heads + exact + coded_values
 
     def _rotation(self, num_tokens: int, number: int) -> Rotation | None:
-        if self.rope_theta is None:
-            return None
-        return rotation_at(self.layout.key_dim, self.rope_theta, num_tokens, number * num_tokens)
+        steps = self.profile.rope_steps
+        if not steps and self.rope_theta is not None:
+            steps = steps_of(self.layout.key_dim, self.rope_theta)
+        return rotation_at(steps, num_tokens, number * num_tokens) if steps else None
 
 
 def _model_of(profile: ModelProfile) -> _Model:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unsloth_spectral.codec.chunk.layout import ChunkLayout
 from unsloth_spectral.codec.chunk.record import HEADER_BYTES, OWN_BASIS, LayerShape, Reader, write_layer
-from unsloth_spectral.codec.chunk.rotations import rotation_at
+from unsloth_spectral.codec.chunk.rotations import rotation_at, steps_of
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.allocate import uniform_value_width, widths_at
@@ -104,7 +104,9 @@ class OwnBasis:
         return LayerShape(self.layout.num_heads(shape), shape[-2] - _NUM_EXACT, _NUM_EXACT, *dims, dtype)
 
     def _rotation(self, num_tokens: int) -> Rotation | None:
-        return None if self.rope_theta is None else rotation_at(self.layout.key_dim, self.rope_theta, num_tokens)
+        if self.rope_theta is None:
+            return None
+        return rotation_at(steps_of(self.layout.key_dim, self.rope_theta), num_tokens)
 
     def _widths(self, bases: list[Basis], layer: LayerShape, value_nbits: int, nbytes: int) -> tuple[float, Tensor]:
         """The level at which the record is full, and the widths ``[layers, H, D]`` there."""
