@@ -70,16 +70,14 @@ def measure_bases(loaded: LoadedModel, texts: Sequence[Tensor], on_progress: OnP
 
 
 def _steps(rotation: Rotation | None) -> tuple[float, ...]:
-    """The rotation's steps; none if they are unknown, or the parts of its pairs are no halves."""
-    if rotation is None or rotation.step is None or rotation.axes is not None:
+    """The rotation's steps; none if they are unknown, along several axes, or of pairs whose parts are no halves."""
+    if rotation is None or rotation.step is None or len(set(rotation.axes or (0,))) > 1:
         return ()
-    pairs, dims = rotation.num_pairs, 2 * rotation.num_pairs
-    halves = [tensor.tolist() for tensor in rotation.indices(dims)] if _are_slices(rotation) else []
-    return tuple(rotation.step.tolist()) if halves == [[*range(pairs)], [*range(pairs, dims)]] else ()
-
-
-def _are_slices(rotation: Rotation) -> bool:
-    return isinstance(rotation.first, slice) and isinstance(rotation.second, slice)
+    pairs, first, second = rotation.num_pairs, rotation.first, rotation.second
+    if not isinstance(first, slice) or not isinstance(second, slice):
+        return ()
+    are_halves = (first, second) == (slice(0, pairs, 1), slice(pairs, 2 * pairs, 1))
+    return tuple(rotation.step.tolist()) if are_halves else ()
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
