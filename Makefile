@@ -105,7 +105,7 @@ eval: $(STAMP) ## every method on the fidelity task and the report: about half a
 	$(BIN)/unsloth-spectral report results
 
 # The others need an engine, a GPU or other models: docs/results.md names their commands.
-BENCHMARKS := rsvd quantize model_basis attention_paths attention_fidelity key_frames sealing decode decode_memory end_to_end half_precision snapshots soak lmcache_profile
+BENCHMARKS := rsvd quantize model_basis attention_paths attention_fidelity key_frames sealing decode decode_steps decode_memory end_to_end half_precision snapshots soak lmcache_profile
 
 bench: $(STAMP) ## every benchmark of this library on a CPU, one after another; results go to benchmarks/results
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
