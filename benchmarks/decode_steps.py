@@ -31,7 +31,7 @@ def steps(subject: Subject, input_ids: torch.Tensor, cache: Any) -> list[float]:
 def main() -> None:
     options = arguments("decode_steps", __doc__ or "", repeats=2)
     subject = Subject()
-    input_ids, rows, targets = subject.ids(0, CONTEXT + STEPS), [], []
+    input_ids, rows = subject.ids(0, CONTEXT + STEPS), []
     for use_profile in (True, False) * options.repeats:
         cache = SpectralCache(subject.model, preset="balanced", use_profile=use_profile)
         seconds = steps(subject, input_ids, cache)
@@ -39,10 +39,9 @@ def main() -> None:
         row = {"use_profile": use_profile, "seconds": sum(seconds), "median": median, "largest": max(seconds) / median}
         rows.append(row)
         print(", ".join(f"{name} {number:.4g}" for name, number in row.items()), flush=True)
-    for use_profile in (True, False):
-        largest = min(float(row["largest"]) for row in rows if row["use_profile"] == use_profile)
-        name = f"largest step over the median, {'with' if use_profile else 'without'} profile"
-        targets.append(Target(name, LARGEST, largest, at_least=False))
+    # Of the calmest run: a pause of the machine is no sealing.
+    largest = min(float(row["largest"]) for row in rows if row["use_profile"])
+    targets = [Target("largest step over the median, with a profile", LARGEST, largest, at_least=False)]
     finish(options.json, {"benchmark": "decode_steps", "context": CONTEXT, "steps": STEPS, "rows": rows}, targets)
 
 
