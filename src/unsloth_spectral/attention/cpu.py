@@ -27,24 +27,33 @@ def obstacle(query: Tensor, blocks: Sequence[Block]) -> str | None:
     """Why the kernel cannot attend with ``query`` to ``blocks``; None where it can."""
     if torch.compiler.is_compiling():
         return "inside a compiled graph"
-    if query.device.type != "cpu" or query.dtype not in _DTYPES:
-        return f"queries in {query.dtype} on {query.device.type}"
-    if query.shape[-1] > _MOST_DIMS:
-        return f"a head_dim of {query.shape[-1]}: sums of more than {_MOST_DIMS} products may overflow"
+    unserved = obstacle_of(query.device, query.dtype, query.shape[-1])
+    if unserved is not None:
+        return unserved
     if query.requires_grad and torch.is_grad_enabled():
         return "gradients are wanted"
     if not any(block.num_tokens for block in blocks):
         return "no tokens at all"
-    for block in blocks:
-        if isinstance(block, SpectralBlock):
-            unreadable = block.keys.kernel_obstacle
-            if unreadable is not None:
-                return unreadable
-        elif not isinstance(block, ExactBlock):
-            return f"a block of another codec ({type(block).__name__})"
-        elif not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
-            return f"exact tokens in {block.keys.dtype} and {block.values.dtype}, or not contiguous"
-    return library.obstacle()
+    return next(filter(None, map(_unreadable, blocks)), None) or library.obstacle()
+
+
+def obstacle_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel cannot serve queries in ``dtype`` on ``device``, of ``head_dim``; None where it can."""
+    if device.type != "cpu" or dtype not in _DTYPES:
+        return f"queries in {dtype} on {device.type}"
+    if head_dim > _MOST_DIMS:
+        return f"a head_dim of {head_dim}: sums of more than {_MOST_DIMS} products may overflow"
+    return None
+
+
+def _unreadable(block: Block) -> str | None:
+    if isinstance(block, SpectralBlock):
+        return block.keys.kernel_obstacle
+    if not isinstance(block, ExactBlock):
+        return f"a block of another codec ({type(block).__name__})"
+    if not all(part.dtype in _DTYPES and part.stride(-1) == 1 for part in (block.keys, block.values)):
+        return f"exact tokens in {block.keys.dtype} and {block.values.dtype}, or not contiguous"
+    return None
 
 
 def attend(
@@ -58,22 +67,86 @@ def attend(
     Raises:
         InvalidArgumentError: a tensor's shape is not what the others say, so that the kernel would read elsewhere.
     """
-    batch, num_attention_heads, query_length, key_dim = query.shape
     num_heads, value_dim = blocks[0].num_key_value_heads, blocks[0].value_dim
+    shape = (query.shape[0], num_heads, query.shape[-1], value_dim)
+    structures = (abi.Block * len(blocks))(*(_prepare(block, shape) for block in blocks))
+    num_tokens = sum(block.num_tokens for block in blocks)
+    has_codes = any(isinstance(block, SpectralBlock) for block in blocks)
+    prepared = _Blocks(ctypes.addressof(structures), len(blocks), has_codes, num_tokens)
+    return _call(query, shape, prepared, mask, options, variant)
+
+
+def directory_of(blocks: Sequence[Block], shape: tuple[int, int, int, int]) -> tuple[Tensor, list[Tensor]]:
+    """Where ``blocks`` of ``shape`` (batch, heads, key and value dimensions) lie, ``[n, m]`` uint8, for
+    ``attend_to_places``; and tensors to keep, which no block has: a block that the kernel cannot read is rebuilt.
+    """
+    structures, kept = [], []
+    for block in blocks:
+        if _unreadable(block) is not None:
+            block = ExactBlock(*block.reconstruct())
+            kept += [block.keys, block.values]
+        structures.append(_prepare(block, shape))
+    entries = (abi.Block * len(structures))(*structures)
+    size = ctypes.sizeof(abi.Block)
+    return torch.tensor(bytearray(entries), dtype=torch.uint8, device="cpu").view(len(structures), size), kept
+
+
+def attend_to_places(
+    query: Tensor, places: Tensor, ring: ExactBlock, counts: Tensor, mask: Tensor | None, options: ScoreOptions
+) -> Tensor:
+    """``attend`` to the blocks that ``directory_of`` described, and behind them to the first ``counts[0]`` tokens of
+    ``ring``.
+
+    ``places [n, m]`` may have zeros behind them, which are no blocks, and ``mask`` columns for more tokens.
+    """
+    batch, num_heads, _, key_dim = ring.keys.shape
+    shape = (batch, num_heads, key_dim, ring.value_dim)
+    last = _exact_block(ring, shape)
+    last.count = address("counts", counts, torch.int64, (2,))
+    blocks = _Blocks(
+        address("places", places, torch.uint8, (len(places), ctypes.sizeof(abi.Block))),
+        len(places),
+        has_codes=True,
+        num_tokens=0 if mask is None else mask.shape[-1],
+        last=last,
+    )
+    return _call(query, shape, blocks, mask, options)
+
+
+class _Blocks(NamedTuple):
+    """Structures of blocks at an address, whether some are coded, and how many columns a mask for them has."""
+
+    structures: int
+    num_blocks: int
+    has_codes: bool
+    num_tokens: int
+    last: abi.Block | None = None
+
+
+def _call(
+    query: Tensor,
+    shape: tuple[int, int, int, int],
+    blocks: _Blocks,
+    mask: Tensor | None,
+    options: ScoreOptions,
+    variant: str | None = None,
+) -> Tensor:
+    """``attend`` to ``blocks`` of ``shape`` (batch, heads, key and value dimensions)."""
+    batch, num_heads, key_dim, value_dim = shape
+    num_attention_heads, query_length = query.shape[1:3]
     if num_heads <= 0 or num_attention_heads % num_heads:
         raise refusal("query heads", f"a multiple of {num_heads}", num_attention_heads)
-    shape = (batch, num_heads, key_dim, value_dim)
     query = query.to(torch.float32).contiguous()
     answer_shape = (batch, num_attention_heads, query_length, value_dim)
     output = torch.empty(answer_shape, dtype=torch.float32, device="cpu")
-    structures = (abi.Block * len(blocks))(*(_prepare(block, shape) for block in blocks))
-    num_tokens = 0 if mask is None else sum(block.num_tokens for block in blocks)
+    num_tokens = blocks.num_tokens
     mask = None if mask is None else _additive(mask, (batch, query_length, num_tokens))
     sink_logits = None if options.sink_logits is None else options.sink_logits.detach().float().flatten().contiguous()
     constants = _constants(value_dim)
     call = abi.Call(
-        blocks=ctypes.addressof(structures),
-        num_blocks=len(blocks),
+        blocks=blocks.structures,
+        num_blocks=blocks.num_blocks,
+        last=None if blocks.last is None else ctypes.addressof(blocks.last),
         query=address("query", query, torch.float32, (batch, num_attention_heads, query_length, key_dim)),
         mask=None if mask is None else address("mask", mask, torch.float32, (len(mask), query_length, num_tokens)),
         mask_batch=0 if mask is None or len(mask) == 1 else query_length * num_tokens,
@@ -81,7 +154,7 @@ def attend(
         sink_logits=None
         if sink_logits is None
         else address("sink logits", sink_logits, torch.float32, (num_attention_heads,)),
-        hadamard=constants.hadamard_address if any(isinstance(block, SpectralBlock) for block in blocks) else None,
+        hadamard=constants.hadamard_address if blocks.has_codes else None,
         output=address("output", output, torch.float32, answer_shape),
         batch=batch,
         num_heads=num_heads,

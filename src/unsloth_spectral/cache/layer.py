@@ -13,6 +13,7 @@ from unsloth_spectral.cache.residual import ResidualBuffer, check_tokens
 from unsloth_spectral.cache.sealing import Sealing, without_padding
 from unsloth_spectral.cache.sink_tokens import SinkTokens
 from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.cache.step_buffers import STEP_UNIT, StepBuffers
 from unsloth_spectral.cache.tiers import Tiers, padding_within
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.codec.codec import CodecConfig, LayerCodec
@@ -31,16 +32,23 @@ class SpectralLayer:
     is attended to exactly before it is compressed.
 
     An interrupted call leaves the layer as it was: new contents are built aside and assigned at once.
+
+    Args:
+        config: the options.
+        codec: seals the tokens.
+        step: for a layer that compiled steps append to: the buffers that they use.
     """
 
-    def __init__(self, config: CodecConfig, codec: LayerCodec | None = None) -> None:
-        self.config = config
+    def __init__(self, config: CodecConfig, codec: LayerCodec | None = None, step: StepBuffers | None = None) -> None:
+        self.config, self.step = config, step
         # A single layer has the whole budget.
         self._codec = make_codec(config, 1).layer(0) if codec is None else codec
         self._tiers = Tiers()
+        self._num_attention_heads: int | None = None
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self._unsettle()
         self._codec.reset()
         self._tiers = Tiers()
 
@@ -105,6 +113,7 @@ class SpectralLayer:
         """
         check_tokens(keys, values, self.config, None if self._tiers.residual is None else self._tiers.residual.block)
         keys, values = keys.detach(), values.detach()
+        self._unsettle()
         if self._tiers.residual is None:
             # By reference: a prefill is read once by its own attention and then sealed.
             self._tiers.residual = ResidualBuffer(keys, values)
@@ -139,8 +148,12 @@ class SpectralLayer:
         tiers = self._tiers
         if not self.uses_queries or tiers.residual is None:
             return
-        new = query.shape[2]
-        tiers.positions.append(None, tiers.residual.num_tokens - new - tiers.positions.num_tokens)
+        new, self._num_attention_heads = query.shape[2], query.shape[1]
+        missing = tiers.residual.num_tokens - new - tiers.positions.num_tokens
+        if self.step is None:
+            tiers.positions.append(None, missing)
+        else:
+            tiers.positions.go_on(missing)
         tiers.positions.append(rotation, new)
         # Of a whole block, in case the codec finds that it differs from the tokens before.
         if self._codec.wants_queries or new >= self.config.block_size:
@@ -156,10 +169,15 @@ class SpectralLayer:
             padding: ``[B]`` integers, tokens at the start of each row that no query saw; None: as ``note_padding``
                 noted it. Each row's own first tokens are its sinks, and padding is zeroed so that it takes no rank.
         """
+        if self._tiers.residual is not None and not self._num_missing:
+            self._note_steps()
+            self._seal(padding)
+        self._settle()
+
+    def _seal(self, padding: Tensor | None) -> None:
         config, tiers, residual = self.config, self._tiers, self._tiers.residual
+        assert residual is not None
         first_time = not self.is_sealed
-        if residual is None or self._num_missing:
-            return
         noted = tiers.padding if padding is None else padding.cpu()
         padding = self._padding_of_residual(noted)
         before, sinks = tiers.num_before_residual, tiers.sinks
@@ -190,6 +208,7 @@ class SpectralLayer:
         tally = tiers.tally.add(blocks, config.block_size, time.perf_counter() - started)
         # The sinks are final once the first tokens of every row are sealed.
         has_late_rows = noted is not None and bool((noted >= before + stop).any())
+        self._unsettle()
         self._tiers = Tiers(
             sinks, cold, rest, noted if has_late_rows else None, positions, newest=tiers.newest, tally=tally
         )
@@ -208,6 +227,8 @@ class SpectralLayer:
         if num_tokens == 0:
             self.reset()
             return
+        self._note_steps()
+        self._unsettle()
         if self._tiers.sinks is not None and num_tokens < self._tiers.sinks.block.num_tokens:
             keys, values = self.reconstruct()
             residual = ResidualBuffer(keys[..., :num_tokens, :].clone(), values[..., :num_tokens, :].clone())
@@ -228,6 +249,8 @@ class SpectralLayer:
         """Apply ``function`` (index, repeat, move) along the batch dimension of all tensors."""
         if self.is_empty:
             return
+        self._note_steps()
+        self._unsettle()
         function = _once_each(function)
         mapped = self._tiers.map_batch(function)
         try:
@@ -241,6 +264,7 @@ class SpectralLayer:
 
     def to_fields(self) -> dict[str, Field]:
         """The contents of this layer, which must not be empty, without the budget that layers share."""
+        self._note_steps()
         return {"tokens": self._tiers.to_fields(), "sealer": self._codec.to_fields()}
 
     def restore(self, fields: Fields) -> None:
@@ -251,6 +275,7 @@ class SpectralLayer:
         """
         tiers = Tiers.from_fields(fields.sub("tokens"))
         self._codec.restore(fields.sub("sealer"), tiers.shape)
+        self._unsettle()
         self._tiers = tiers
 
     # Counting
@@ -262,9 +287,59 @@ class SpectralLayer:
             return LayerStats(kind="spectral", num_tokens=0)
         shared = SharedBytes() if shared is None else shared
         noted = tiers.queries.nbytes + (0 if tiers.padding is None else shared.of([tiers.padding]))
+        if self.step is not None:
+            noted += self.step.nbytes
         return count(
             tiers.sinks, tiers.cold, tiers.residual, tiers.positions, self._codec.nbytes, noted, tiers.tally, shared
         )
+
+    # Compiled steps
+
+    def prepare_step(self, num_exact: int) -> None:
+        """Make the layer, whose ring holds ``num_exact`` tokens, ready for one more step: seal what is due."""
+        if self.step is not None and (not self.step.is_ready or num_exact >= self.step.due):
+            self.seal()
+
+    def _unsettle(self) -> None:
+        """No step may use the buffers until the layer settles again."""
+        if self.step is not None:
+            self.step.is_ready = False
+
+    def _settle(self) -> None:
+        """Bring the residual and the places of all blocks into the buffers that a step uses."""
+        step, tiers = self.step, self._tiers
+        if step is None or step.is_ready or tiers.residual is None:
+            return
+        if tiers.padding is not None and bool((tiers.padding >= self.num_tokens).any()):
+            return  # the mask of a later pass says where these rows begin
+        block, num_exact = tiers.residual.block, tiers.residual.num_tokens
+        missing = self._num_missing
+        if not missing:
+            return
+        usual = self.config.residual_length + self.config.num_sink_tokens
+        step.fit(block.keys, block.values, max(num_exact + missing, usual + STEP_UNIT))
+        step.due = num_exact + missing
+        wants_queries = self.uses_queries and self._codec.wants_queries
+        step.fit_queries(self._num_attention_heads if wants_queries else None)
+        step.place_sinks(None if tiers.sinks is None else tiers.sinks.positions)
+        if not tiers.residual.lies_in(step.counts):
+            tiers.residual = step.hold(tiers.residual, self.num_tokens)
+        first: list[Block] = [] if tiers.sinks is None else [tiers.sinks.block]
+        step.describe([*first, *tiers.cold])
+        step.is_ready = True
+
+    def _note_steps(self) -> None:
+        """Note the positions and queries of the tokens that steps have appended to the ring."""
+        step, tiers = self.step, self._tiers
+        if step is None or tiers.residual is None or not self.uses_queries:
+            return
+        missing = tiers.residual.num_tokens - tiers.positions.num_tokens
+        if missing <= 0:
+            return
+        tiers.positions.go_on(missing)
+        tiers.newest = 1
+        if step.queries is not None:
+            tiers.queries.note_each(*step.last_queries(self.num_tokens, missing))
 
     # Inside
 

@@ -42,6 +42,11 @@ class PositionLog:
         if len(self._pieces) > _MOST_PIECES:
             self._keep(0, self.num_tokens)
 
+    def go_on(self, num_tokens: int) -> None:
+        """Add ``num_tokens`` tokens, each one place behind the one before."""
+        rotation = self._pieces[-1].rotation if self._pieces else None
+        self.append(None if rotation is None else rotation.continued(num_tokens), num_tokens)
+
     def range(self, start: int, stop: int) -> Rotation | None:
         """Rotations of tokens ``start`` to ``stop``; None unless all their positions are known."""
         rotations, begin = [], 0

@@ -9,7 +9,7 @@ from unsloth_spectral.fields import Field, Fields
 _PREFILL_SAMPLES = 256
 # While decoding: every fourth query of the last 128 before a sealing, in half precision, to keep few bytes for a short
 # time.
-_DECODE_WINDOW, _DECODE_STRIDE = 128, 4
+DECODE_WINDOW, DECODE_STRIDE = 128, 4
 
 
 class QuerySampler:
@@ -33,22 +33,29 @@ class QuerySampler:
         """
         length = query.shape[2]
         first = num_tokens - length
-        if missing > _DECODE_WINDOW:
+        if missing > DECODE_WINDOW:
             return
         wanted = torch.ones(1, length, dtype=torch.bool, device="cpu") if asking is None else asking
-        if missing > 0:
+        is_few = missing > 0 or length == 1
+        if is_few:
             # They are kept until the sealing, so take few. Pick by position: assisted decoding may remove the newest of
             # the tokens that come together.
             positions = torch.arange(first, num_tokens, dtype=torch.int64, device="cpu")
-            wanted = wanted & (positions >= num_tokens + missing - _DECODE_WINDOW) & (positions % _DECODE_STRIDE == 0)
+            is_last_of_stride = positions % DECODE_STRIDE == DECODE_STRIDE - 1
+            wanted = wanted & (positions >= num_tokens + missing - DECODE_WINDOW) & is_last_of_stride
         places, is_query = _evenly_picked(wanted, _PREFILL_SAMPLES)
         if not places.shape[1]:
             return
         picked = _picked(query, places, is_query) * scaling
-        picked = picked.half() if missing > 0 else picked
+        picked = picked.half() if is_few else picked
         asked_at = torch.where(is_query, first + places, -1).expand(len(query), -1)
         # New lists, assigned together: an interruption changes both or neither, and copies keep the old lists.
         self._queries, self._positions = [*self._queries, picked], [*self._positions, asked_at]
+
+    def note_each(self, queries: Tensor, positions: Tensor) -> None:
+        """Note scaled ``queries [B, num_attention_heads, n, D]`` of single tokens at ``positions [n]``."""
+        asked_at = positions.expand(len(queries), -1)
+        self._queries, self._positions = [*self._queries, queries], [*self._positions, asked_at]
 
     def crop(self, num_tokens: int) -> None:
         """Forget the queries of all but the first ``num_tokens`` tokens."""

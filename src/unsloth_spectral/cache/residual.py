@@ -14,11 +14,24 @@ _SPARE_TOKENS = 32
 
 
 class ResidualBuffer:
-    """Keys and values ``[B, H, num_tokens, head_dim]``, newest last, in the model's dtype."""
+    """Keys and values ``[B, H, num_tokens, head_dim]``, newest last, in the model's dtype.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys, values
-        self.num_tokens = keys.shape[-2]
+    Args:
+        keys, values: the tokens or, with ``counts``, room for them.
+        counts: a tensor whose first number is that of the tokens, for a buffer that a compiled step appends to.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, counts: Tensor | None = None) -> None:
+        self._keys, self._values, self._counts = keys, values, counts
+        self._num_tokens = keys.shape[-2]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens if self._counts is None else int(self._counts[0])
+
+    def lies_in(self, counts: Tensor) -> bool:
+        """True if ``counts`` counts the tokens."""
+        return self._counts is counts
 
     @property
     def nbytes(self) -> int:
@@ -35,13 +48,14 @@ class ResidualBuffer:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the newest tokens."""
-        stop = self.num_tokens + keys.shape[-2]
-        if stop > self._keys.shape[-2] or self._is_frozen():
+        start = self.num_tokens
+        stop = start + keys.shape[-2]
+        if self._counts is not None or stop > self._keys.shape[-2] or self._is_frozen():
             grown_keys, grown_values = self._grown(self._keys, stop), self._grown(self._values, stop)
-            self._keys, self._values = grown_keys, grown_values
-        self._keys[..., self.num_tokens : stop, :] = keys
-        self._values[..., self.num_tokens : stop, :] = values
-        self.num_tokens = stop
+            self._keys, self._values, self._counts, self._num_tokens = grown_keys, grown_values, None, start
+        self._keys[..., start:stop, :] = keys
+        self._values[..., start:stop, :] = values
+        self._num_tokens = stop
 
     def copy(self, start: int, stop: int) -> "ResidualBuffer":
         """A buffer of tokens ``start`` to ``stop`` alone, so that the bytes of the others can be freed."""

@@ -73,13 +73,10 @@ class SinkTokens:
         """Columns of ``mask [B or 1, 1, Q, num_tokens]`` with the sinks first and their originals masked."""
         if self.positions is None:
             return mask
-        batch, count = self.positions.shape
         if mask is None:
+            batch = len(self.positions)
             mask = torch.ones(batch, 1, 1, num_tokens, dtype=torch.bool, device=self.positions.device)
-        mask = mask.expand(batch, -1, -1, -1)
-        places = self.positions[:, None, None, :].expand(-1, *mask.shape[1:3], count)
-        nothing = False if mask.dtype == torch.bool else -torch.inf
-        return torch.cat([mask.gather(-1, places), mask.scatter(-1, places, nothing)], dim=-1)
+        return copies_first(mask, self.positions)
 
     def put_back(self, tokens: ExactBlock) -> ExactBlock:
         """Dense ``tokens`` from position ``num_leading`` on, with the sinks exact in their places."""
@@ -110,6 +107,15 @@ class SinkTokens:
             inside = bool(((positions >= 0) & (positions < num_tokens)).all())
             fields.require(inside, f"positions below {num_tokens}")
         return cls(block, positions)
+
+
+def copies_first(mask: Tensor, positions: Tensor) -> Tensor:
+    """``mask [B or 1, 1, Q, n]`` with columns of the tokens at ``positions [B, S]`` in front, hidden at their own."""
+    batch, count = positions.shape
+    mask = mask.expand(batch, -1, -1, -1)
+    places = positions[:, None, None, :].expand(-1, *mask.shape[1:3], count)
+    nothing = False if mask.dtype == torch.bool else -torch.inf
+    return torch.cat([mask.gather(-1, places), mask.scatter(-1, places, nothing)], dim=-1)
 
 
 def _index(positions: Tensor, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.errors import CacheBypassedError
+from unsloth_spectral.integrations.huggingface.attention_call import in_compiled_step
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_in
 from unsloth_spectral.integrations.huggingface.owners import Owner, innermost
 from unsloth_spectral.integrations.huggingface.private_api import PREPARE_CACHE
@@ -53,16 +54,19 @@ def check_cache_was_used(call: Call, model: PreTrainedModel, method: Callable[..
         raise CacheBypassedError(_explain(model, method, "gave its spectral cache no token"))
 
 
-# Not compiled: the compiler would compile the model again for every length.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def before_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook, with keyword arguments, of a model: tells a spectral cache that a pass begins."""
-    begin_pass = getattr(cache_in(kwargs), "begin_pass", None)
-    if begin_pass is not None:
-        begin_pass(model)
+    cache = cache_in(kwargs)
+    if hasattr(cache, "begin_pass") and not in_compiled_step(cache):
+        _begin(model, cache)
 
 
+# Not compiled: the compiler would compile the model again for every length.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def _begin(model: PreTrainedModel, cache: Any) -> None:
+    cache.begin_pass(model)
+
+
 def after_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any], __: Any) -> None:
     """A forward hook, with keyword arguments, of a model.
 
@@ -73,7 +77,13 @@ def after_pass(model: PreTrainedModel, _: Any, kwargs: dict[str, Any], __: Any) 
         CacheBypassedError: in a call of ``generate``, if its cache received no token; elsewhere it warns once.
     """
     cache = cache_in(kwargs)
-    if getattr(cache, "received_nothing", False):
+    if hasattr(cache, "begin_pass") and not in_compiled_step(cache):
+        _check(model, cache)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check(model: PreTrainedModel, cache: Any) -> None:
+    if cache.received_nothing:
         bypassed(model, model.forward, cache, f"took a step after {cache.get_seq_length()} tokens past")
 
 

@@ -59,6 +59,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // A run of tokens, exact or coded; the parts of the other kind are zeros.
 #define BLOCK(FIELD)                                                                                                \
     FIELD(int64_t, num_tokens)                                                                                      \
+    FIELD(const int64_t*, count)        /* the number of tokens where it changes from call to call; else null */    \
     FIELD(int64_t, is_coded)                                                                                        \
     FIELD(ExactTokens, exact_keys)                                                                                  \
     FIELD(ExactTokens, exact_values)                                                                                \
@@ -70,6 +71,7 @@ enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 #define CALL(FIELD)                                                                                                 \
     FIELD(const Block*, blocks)                                                                                     \
     FIELD(int64_t, num_blocks)                                                                                      \
+    FIELD(const Block*, last)           /* one more block behind these; null for none */                            \
     FIELD(const float*, query)          /* [batch, head, row, key dim]; a row is one query of one head of the group */ \
     FIELD(const float*, mask)           /* additive, [batch, query, token] by strides; null for none */             \
     FIELD(int64_t, mask_batch)                                                                                      \

@@ -93,6 +93,7 @@ class Block(_Structure):
     __slots__ = ()
     _fields_ = [
         ("num_tokens", c_int64),
+        ("count", c_void_p),
         ("is_coded", c_int64),
         ("exact_keys", ExactTokens),
         ("exact_values", ExactTokens),
@@ -107,6 +108,7 @@ class Call(_Structure):
     _fields_ = [
         ("blocks", c_void_p),
         ("num_blocks", c_int64),
+        ("last", c_void_p),
         ("query", c_void_p),
         ("mask", c_void_p),
         ("mask_batch", c_int64),

@@ -38,16 +38,19 @@ struct Run {
     int64_t cost;
 };
 
+const Block& block_at(const Call& call, int64_t i) { return i < call.num_blocks ? call.blocks[i] : *call.last; }
+
 std::vector<Run> split(const Call& call) {
     std::vector<Run> runs;
     int64_t column = 0;
-    for (int64_t i = 0; i < call.num_blocks; ++i) {
-        const Block& block = call.blocks[i];
-        for (int64_t token = 0; token < block.num_tokens; token += RUN) {
-            const int length = static_cast<int>(std::min<int64_t>(RUN, block.num_tokens - token));
+    for (int64_t i = 0; i < call.num_blocks + (call.last ? 1 : 0); ++i) {
+        const Block& block = block_at(call, i);
+        const int64_t num_tokens = block.count ? *block.count : block.num_tokens;
+        for (int64_t token = 0; token < num_tokens; token += RUN) {
+            const int length = static_cast<int>(std::min<int64_t>(RUN, num_tokens - token));
             runs.push_back({i, token, column + token, length, length * (block.is_coded ? 1 : 2)});
         }
-        column += block.num_tokens;
+        column += num_tokens;
     }
     return runs;
 }
@@ -79,7 +82,7 @@ void work(Worker& w, const std::vector<Run>& runs, int64_t cost, int64_t from, i
             if (!mine) continue;
             if (!started) start_head(w, b, h);
             started = true;
-            const Block& block = call.blocks[run.block];
+            const Block& block = block_at(call, run.block);
             if (block.is_coded && current != run.block) start_block(w, block, b, h);
             current = run.block;
             for (int64_t row = 0; row < call.num_rows; row += MOST_ROWS) {

@@ -128,9 +128,16 @@ class Rotation:
         numbers = sliced.places.numbers(sliced.offset, sliced.offset + sliced.num_tokens)
         if bool((numbers.diff() != 1).any()):
             return sliced
-        places = Places.of(numbers)
-        rows = self.rows if max(len(self.unit), places.num_rows) > 1 else None
-        return replace(sliced, places=places, rows=rows, offset=0)
+        return self._at(Places.of(numbers), stop - start)
+
+    def continued(self, num_tokens: int) -> "Rotation | None":
+        """The rotations of the next ``num_tokens`` tokens, each one place behind the one before; None if the places are
+        unknown."""
+        if self.step is None:
+            return None
+        last = self.offset + self.num_tokens - 1
+        numbers = self.places.numbers(last, last + 1) + torch.arange(1, num_tokens + 1, dtype=torch.int64, device="cpu")
+        return self._at(Places.of(numbers), num_tokens)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """``function`` applied along the batch dimension, if the rows differ."""
@@ -182,6 +189,11 @@ class Rotation:
         if step is not None:
             step, unit = interned(step, step.device), interned(unit, unit.device)
         return cls(first, second, unit, step, num_tokens, places, axes, rows, offset)
+
+    def _at(self, places: Places, num_tokens: int) -> "Rotation":
+        """The rotation of tokens at ``places``, of the same rows."""
+        rows = self.rows if max(len(self.unit), places.num_rows) > 1 else None
+        return replace(self, places=places, rows=rows, offset=0, num_tokens=num_tokens)
 
     def _by_batch(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None or len(tensor) == 1 else tensor[self.rows]

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from unsloth_spectral.attention import dispatch
+from unsloth_spectral.attention import dispatch, steps
 from unsloth_spectral.attention.scores import ScoreOptions, causal_mask
 from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.sink_tokens import copies_first
+from unsloth_spectral.cache.step_buffers import StepBuffers
 from unsloth_spectral.codec.block import Block, ExactBlock
 from unsloth_spectral.errors import SpectralError, UnsupportedModelError
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
@@ -17,9 +19,6 @@ from unsloth_spectral.integrations.huggingface.rotary import rotation_of
 from unsloth_spectral.integrations.huggingface.visible import visible_through
 
 
-# It also runs uncompiled within a compiled forward: a graph would fix values that change from token to token, and use
-# the kernel's pointers after their tensors are freed.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -57,6 +56,37 @@ def attend(
             "output_attentions=True asks for attention weights, which a spectral cache does not make: call "
             'unpatch_unsloth_attention(model) and model.set_attn_implementation("eager") for them'
         )
+    if key.step is not None:
+        return _attend_in_step(query, key, key.step, attention_mask, options), None
+    return _attend_layer(module, query, key, attention_mask, options, kwargs), None
+
+
+def _attend_in_step(
+    query: Tensor, key: CompressedStates, step: StepBuffers, mask: Tensor | None, options: ScoreOptions
+) -> Tensor:
+    """Attention of one query in each row, by operators that a compiled graph can contain."""
+    if step.sink_places is not None:
+        if mask is None:
+            mask = torch.ones(len(query), 1, 1, step.max_length, dtype=torch.bool, device=query.device)
+        mask = copies_first(mask, step.sink_places)
+    step.note_query(query * options.scaling)
+    output = steps.attend(query, step.keys, step.values, step.counts, step.directory, mask, options)
+    if key.seal_after and not torch.compiler.is_compiling():
+        key.layer.seal()
+    return output
+
+
+# It also runs uncompiled within a compiled forward: a graph would fix values that change from token to token, and use
+# the kernel's pointers after their tensors are freed.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: CompressedStates,
+    attention_mask: Tensor | None,
+    options: ScoreOptions,
+    kwargs: dict[str, Any],
+) -> Tensor:
     layer = key.layer
     if not key.was_read:
         _observe(key.call, query, attention_mask, options, layer)
@@ -73,7 +103,7 @@ def attend(
         output = _attend_dense(module, query, dense, attention_mask, options, 0.0, kwargs)
     if key.seal_after:
         layer.seal()
-    return output, None
+    return output
 
 
 def _observe(

@@ -25,13 +25,22 @@ class AttentionCall:
         return self
 
 
-# Not compiled, because the call changes at every step.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook, with keyword arguments, of an attention module: tells a spectral cache about the call.
 
     The cache is recognised by its type, because models name it differently (``layer_past`` in GPT-NeoX).
     """
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache) and hasattr(value, "note_call"):
-            value.note_call(module.layer_idx, AttentionCall(module, kwargs.get("position_embeddings")))
+        if isinstance(value, Cache) and hasattr(value, "note_call") and not in_compiled_step(value):
+            _note(value, module, kwargs.get("position_embeddings"))
+
+
+# Not compiled, because the call changes at every step.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _note(cache: Any, module: nn.Module, position_embeddings: Any) -> None:
+    cache.note_call(module.layer_idx, AttentionCall(module, position_embeddings))
+
+
+def in_compiled_step(cache: Any) -> bool:
+    """True while a step of ``cache`` is compiled: its graph needs no more than the cache's buffers."""
+    return torch.compiler.is_compiling() and cache.is_in_step

@@ -20,6 +20,7 @@ from unsloth_spectral.codec.registry import codec_of, make_codec
 from unsloth_spectral.errors import InvalidArgumentError, LoadError, SpectralError
 from unsloth_spectral.fields import Field
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
+from unsloth_spectral.integrations.huggingface.compiling import usable_length
 from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.huggingface.header import check_header, config_in, make_header
 from unsloth_spectral.integrations.huggingface.layer_plans import CrossAttentionLayer, layers_of
@@ -68,6 +69,9 @@ class SpectralCache(Cache):
         preset: ``"quality"``, ``"balanced"`` (the default), ``"small"`` or ``"tiny"``, in place of a ``config``.
         config: bits or ranks, block size and exact tiers.
         use_profile: whether to spend bits by the model's profile, if one was measured (``unsloth-spectral profile``).
+        max_length: the most tokens, prompt and answer together, for decoding by compiled steps: then the cache
+            ``is_compileable``, and ``generate`` compiles the step. None: the cache grows without limit, and decoding is
+            not compiled. Where steps cannot be compiled, one warning says why, and decoding is as without it.
 
     Raises:
         UnsupportedModelError: the model cannot carry a spectral cache; the message names the model and what is
@@ -82,14 +86,19 @@ class SpectralCache(Cache):
         preset: str | None = None,
         config: CodecConfig | None = None,
         use_profile: bool = True,
+        max_length: int | None = None,
     ) -> None:
         chosen = config_of(config, preset=preset)
         model = unwrapped(model)
         check_model(model, chosen)
         wants_profile = use_profile and codec_of(chosen).uses_profile
-        self._build(model, chosen, profile_of(model, _num_spectral(model)) if wants_profile else None)
+        profile = profile_of(model, _num_spectral(model)) if wants_profile else None
+        self._build(model, chosen, profile, max_length)
 
-    def _build(self, model: PreTrainedModel, config: CodecConfig, profile: ModelProfile | None) -> None:
+    def _build(
+        self, model: PreTrainedModel, config: CodecConfig, profile: ModelProfile | None, max_length: int | None = None
+    ) -> None:
+        max_length = usable_length(model, config, max_length)
         hold(model)
         # Weak, because copying a cache must not copy the model.
         self.config, self.profile, self._model = config, profile, _ModelReference(model)
@@ -101,11 +110,12 @@ class SpectralCache(Cache):
             _warn_that_it_is_rebuilt(model, reason)
         kind = SpectralCacheLayer if reason is None else MaterialisingCacheLayer
         layers = [
-            kind(config, self.codec.layer(next(numbers)), self._model)
+            kind(config, self.codec.layer(next(numbers)), self._model, max_length)
             if plan.layer_type == "full_attention"
-            else plan.transformers_layer()
+            else plan.transformers_layer(max_length)
             for plan in plans
         ]
+        self.max_length = max_length
         super().__init__(layers=layers)
         self._spectral = [layer for layer in layers if isinstance(layer, SpectralCacheLayer)]
         self._crossing = [layer for layer in layers if isinstance(layer, CrossAttentionLayer)]
@@ -118,21 +128,70 @@ class SpectralCache(Cache):
         self._depth, self._num_before = _depth(model), -1
         self._first = layers.index(self._spectral[0])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def prepare_step(self, num_tokens: int = 1) -> None:
+        """Make the cache ready for ``num_tokens`` more tokens: seal what is due, between two steps.
+
+        ``generate`` calls it. A loop of one's own that runs a compiled model calls it before each step.
+
+        Raises:
+            InvalidArgumentError: with them the cache would have more than ``max_length`` tokens.
+            SpectralError: as ``update``.
+        """
+        if self.max_length is None:
+            return
+        if not all(layer.is_ready_for(1) for layer in self._spectral):
+            self._take_back()
+            self._check_room(self._shortest + num_tokens)
+            return
+        counts = torch.stack([layer.step.counts for layer in self._spectral if layer.step is not None]).tolist()
+        self._check_room(min(held for _, held in counts) + num_tokens)
+        if len({held for _, held in counts}) > 1:
+            self._take_back()
+        if num_tokens > 1:
+            return  # the pass attends exactly, then seals
+        for layer, (num_exact, _) in zip(self._spectral, counts, strict=True):
+            layer.spectral.prepare_step(num_exact)
+
+    def _check_room(self, num_tokens: int) -> None:
+        if self.max_length is not None and num_tokens > self.max_length:
+            raise InvalidArgumentError(
+                f"this cache was made for max_length={self.max_length} tokens, and this pass would make them "
+                f"{num_tokens}; nothing is lost: cache.reset() empties it, "
+                f"SpectralCache(model, max_length={2 * num_tokens}) makes a larger one"
+            )
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Append a layer's new tokens; those of the first spectral layer begin a forward pass.
 
         Raises:
+            InvalidArgumentError: the cache would have more than its ``max_length``.
             SpectralError: the last pass was interrupted, and layers of other kinds cannot remove its tokens; or the
                 cache was made for another model.
         """
+        if torch.compiler.is_compiling() and self._is_step(key_states.shape[-2]):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_in_step(self) -> bool:
+        """True if a pass with one new token can be a compiled step."""
+        return self._is_step(1)
+
+    def _is_step(self, query_length: int) -> bool:
+        return self._spectral[0].is_ready_for(query_length)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         if layer_idx >= len(self.layers):
             raise self._made_for_another(f"more than {layer_idx}")
         if layer_idx == self._first:
             self._take_back()
             self._num_before = self._shortest
+            self._check_room(self._num_before + key_states.shape[-2])
             for layer in self._crossing:
                 layer.begin_pass()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -165,11 +224,13 @@ class SpectralCache(Cache):
             f"{num_layers}; make one for it: cache = SpectralCache(model)"
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that all spectral layers have; tokens of an interrupted pass, which only some have, do not count.
 
         For a layer that attends to an image, the number of the image's tokens.
         """
+        if torch.compiler.is_compiling() and self._is_step(1):
+            return self._spectral[0].get_seq_length()
         num_tokens = super().get_seq_length(layer_idx)
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], CrossAttentionLayer):
             return num_tokens
@@ -177,6 +238,8 @@ class SpectralCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], SpectralCacheLayer):
+            if self.max_length is not None and self._is_step(query_length):
+                return self.max_length, 0
             return self._shortest + query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 

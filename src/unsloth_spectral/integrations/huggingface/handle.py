@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel
 
 from unsloth_spectral.cache.layer import SpectralLayer
+from unsloth_spectral.cache.step_buffers import StepBuffers
 from unsloth_spectral.errors import SpectralError
 from unsloth_spectral.integrations.huggingface.attention_call import AttentionCall
 from unsloth_spectral.integrations.huggingface.cache_argument import CACHE_NAME
@@ -30,9 +31,10 @@ class CompressedStates:
             has no spectral cache or has been unpatched.
         was_read: whether attention has read the handle. In some models several layers share one layer's keys: only the
             first, which made them, knows their positions.
+        step: the layer's buffers, if the newest tokens are in their ring; None if they are in the layer alone.
     """
 
-    __slots__ = ("call", "layer", "model", "seal_after", "was_read")
+    __slots__ = ("call", "layer", "model", "seal_after", "step", "was_read")
 
     def __init__(
         self,
@@ -40,12 +42,14 @@ class CompressedStates:
         seal_after: bool,
         model: ModelReference | None = None,
         call: AttentionCall | None = None,
+        step: StepBuffers | None = None,
     ) -> None:
         self.layer = layer
         self.seal_after = seal_after
         self.model = model
         self.call = call
         self.was_read = False
+        self.step = step
 
     def to(self, *_: Any) -> "CompressedStates":
         """The handle itself: in the first supported releases, Gemma 4 moves shared keys to the device of each layer."""

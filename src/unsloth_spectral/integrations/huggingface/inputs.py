@@ -22,8 +22,10 @@ def prepare_inputs(
     Raises:
         CacheBypassedError: the cache is dropped, but part of the text is not available to be read again.
     """
+    cache, length = cache_in(kwargs), kwargs.get("next_sequence_length")
+    if hasattr(cache, "prepare_step"):
+        cache.prepare_step(input_ids.shape[1] if length is None else length)
     inputs = original(input_ids, *args, **kwargs)
-    cache = cache_in(kwargs)
     if not hasattr(cache, "begin_pass") or cache_in(inputs) is cache or not kwargs.get("use_cache", True):
         return inputs
     if cache_in(inputs) is not None:

@@ -58,11 +58,11 @@ class LayerPlan:
         """True if there is a cache layer for this type."""
         return self.layer_type == _CROSS_ATTENTION or has_layer_class(self.layer_type)
 
-    def transformers_layer(self) -> Any:
-        """The cache layer that a model uses here without this library."""
+    def transformers_layer(self, max_length: int | None = None) -> Any:
+        """The cache layer that a model uses here without this library; one of fixed size for ``max_length`` tokens."""
         if self.layer_type == _CROSS_ATTENTION:
             return CrossAttentionLayer()
-        return make_layer(self.layer_type, self.options)
+        return make_layer(self.layer_type, self.options, max_length)
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerPlan]:

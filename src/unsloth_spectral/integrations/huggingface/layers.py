@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from unsloth_spectral.attention import steps
+from unsloth_spectral.attention.cpu import directory_of
 from unsloth_spectral.cache.layer import SpectralLayer
 from unsloth_spectral.cache.layer_stats import SharedBytes
 from unsloth_spectral.cache.stats import LayerStats
+from unsloth_spectral.cache.step_buffers import StepBuffers
 from unsloth_spectral.codec.codec import CodecConfig, LayerCodec
 from unsloth_spectral.codec.tensors import storage_bytes
 from unsloth_spectral.errors import InvalidArgumentError
@@ -29,6 +32,7 @@ class SpectralCacheLayer(CacheLayerMixin):
         config: the options of the cache.
         codec: seals this layer's tokens.
         model: the model that the cache is made for, for error messages; None for a layer without a model.
+        max_length: the most tokens, for a layer whose steps can be compiled; None for one that grows without limit.
 
     Attributes:
         call: the attention module's call that will bring the next tokens, between its pre-hook and ``update``.
@@ -36,12 +40,19 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    is_compileable = False
 
-    def __init__(self, config: CodecConfig, codec: LayerCodec, model: ModelReference | None = None) -> None:
+    def __init__(
+        self,
+        config: CodecConfig,
+        codec: LayerCodec,
+        model: ModelReference | None = None,
+        max_length: int | None = None,
+    ) -> None:
         super().__init__()
-        self.spectral = SpectralLayer(config, codec)
-        self.model = model
+        self.step = None if max_length is None else StepBuffers(directory_of, max_length)
+        self.spectral = SpectralLayer(config, codec, self.step)
+        self.model, self.max_length = model, max_length
+        self.is_compileable = max_length is not None
         self.call: AttentionCall | None = None
         self.record_past = False
 
@@ -56,6 +67,15 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
+        step = self.step
+        if step is not None and self.is_ready_for(key_states.shape[2]) and len(key_states) == len(step.keys):
+            steps.append(step.keys, step.values, step.counts, key_states, value_states)
+            handle = CompressedStates(self.spectral, not self.record_past, self.model, None, step)
+            return handle, handle
+        return self._update(key_states, value_states)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update(self, key_states: Tensor, value_states: Tensor) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.spectral.append(key_states, value_states)
@@ -63,11 +83,17 @@ class SpectralCacheLayer(CacheLayerMixin):
         self.call = None
         return handle, handle
 
-    def get_seq_length(self) -> int:
+    def is_ready_for(self, query_length: int) -> bool:
+        """True if a pass with so many new tokens can be a compiled step."""
+        return query_length == 1 and self.step is not None and self.step.is_ready
+
+    def get_seq_length(self) -> Any:
+        if torch.compiler.is_compiling() and self.step is not None and self.step.is_ready:
+            return self.step.counts[1]
         return self.spectral.num_tokens
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.max_length is None else self.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -127,7 +153,7 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns all, sealed ones
         rebuilt."""
-        super().update(key_states, value_states)
+        self._update(key_states, value_states)
         dense = self.spectral.reconstruct()
         if not self.record_past:
             self.spectral.seal()

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     HQQQuantizedLayer,
     QuantizedLayer,
     QuantoQuantizedLayer,
@@ -71,9 +72,16 @@ def has_layer_class(layer_type: str) -> bool:
     return layer_type in DYNAMIC_LAYER_TYPE_MAPPING
 
 
-def make_layer(layer_type: str, options: dict[str, Any]) -> Any:
-    """The cache layer that a DynamicCache has for layers of this type."""
-    return DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
+def has_fixed_layer_class(layer_type: str) -> bool:
+    """True if transformers has a cache layer of fixed size for layers of this type."""
+    return layer_type in STATIC_LAYER_TYPE_MAPPING
+
+
+def make_layer(layer_type: str, options: dict[str, Any], max_length: int | None = None) -> Any:
+    """The cache layer that a DynamicCache has for layers of this type or, with a ``max_length``, a StaticCache."""
+    if max_length is None:
+        return DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**options)
+    return STATIC_LAYER_TYPE_MAPPING[layer_type](max_cache_len=max_length, **options)
 
 
 def quantized_states(layer: QuantizedLayer) -> tuple[Any, Any]:

@@ -54,10 +54,10 @@ def note_rotations(model: nn.Module) -> tuple[Any, ...]:
     return tuple(handles)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _note_origin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tables: Any) -> None:
     """A forward hook of a module of rotary embeddings, ``(x, position_ids [B, n] or [axes, B, n])`` to ``tables``."""
-    if not isinstance(tables, tuple) or not isinstance(tables[0], Tensor):
+    # A compiled step needs no positions, and elsewhere in a compiled graph the tables themselves are read.
+    if torch.compiler.is_compiling() or not isinstance(tables, tuple) or not isinstance(tables[0], Tensor):
         return
     positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
     is_known = isinstance(positions, Tensor) and positions.dtype in (torch.int64, torch.int32)

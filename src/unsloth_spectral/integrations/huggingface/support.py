@@ -54,9 +54,15 @@ def check_model(model: object, config: CodecConfig) -> None:
     reason = _obstacle(model)
     if reason is not None:
         raise UnsupportedModelError(f"{name} {reason}; {SUPPORTED}")
-    for layer in _full_attention_layers(model):
-        if not getattr(layer, "kv_lora_rank", None):  # latents have no heads: the cache checks its first tokens instead
-            config.check_head_dim(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    for head_dim in full_attention_dims(model):
+        config.check_head_dim(head_dim)
+
+
+def full_attention_dims(model: PreTrainedModel) -> list[int]:
+    """The head_dim of each layer that becomes spectral, as its configuration says; none for layers of latents."""
+    # Latents have no heads: the cache checks its first tokens instead.
+    layers = [layer for layer in _full_attention_layers(model) if not getattr(layer, "kv_lora_rank", None)]
+    return [getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers]
 
 
 def why_materialised(model: PreTrainedModel) -> str | None:

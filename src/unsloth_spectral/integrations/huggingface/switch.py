@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
 
 from unsloth_spectral.integrations import fast_path
 from unsloth_spectral.integrations.forward_check import after_pass, before_pass
 from unsloth_spectral.integrations.huggingface.attention import attend
+from unsloth_spectral.integrations.huggingface.compiling import step_mask
 from unsloth_spectral.integrations.huggingface.inputs import prepare_inputs, refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, innermost, lock
@@ -136,7 +136,7 @@ def _switch_off(model: PreTrainedModel, switched: _Switched) -> None:
 def _register() -> None:
     AttentionInterface.register(ATTENTION_NAME, attend)
     # Without a mask function of the same name transformers would silently ignore padding.
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, step_mask)
 
 
 def _implementations(model: PreTrainedModel) -> _Implementations:
