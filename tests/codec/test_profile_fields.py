@@ -1,6 +1,8 @@
 """Profiles as fields of a snapshot."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from known_model import known_profile
@@ -41,6 +43,25 @@ def test_means_must_be_those_of_the_bases(means: tuple[tuple[float, ...], ...]) 
 def test_every_field_is_needed(name: str) -> None:
     with pytest.raises(LoadError):
         read(PROFILE, without=name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value_sensitivities": (1.0, -1.0)},
+        {"value_sensitivities": (math.nan, 1.0)},
+        {"key_sensitivities": ((1.0, math.inf),) * 2},
+        {"key_variances": ((1.0, -1e-9),) * 2},
+        {"key_means": ((math.nan,) * 16,) * 2},
+        {"rope_steps": (1.0, math.inf)},
+        # The bases have two heads.
+        {"key_sensitivities": ((1.0,),) * 2},
+        {"key_sensitivities": ((1.0,) * 4,) * 2},
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="heads of 2 layers"):
+        read(replace(PROFILE, **change))
 
 
 def test_more_pairs_than_a_head_has_room_for_are_refused() -> None:
