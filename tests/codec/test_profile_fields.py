@@ -25,6 +25,13 @@ def test_a_profile_comes_back_from_its_fields() -> None:
     assert read(PROFILE).digest == PROFILE.digest
 
 
+def test_the_long_tables_are_compared_and_not_hashed() -> None:
+    for name in ("key_variances", "key_means"):
+        other: ModelProfile = replace(PROFILE, **{name: ((2.0,) * 16,) * 2})
+        assert other != PROFILE
+        assert hash(other) == hash(PROFILE)
+
+
 def test_means_count_in_the_digest() -> None:
     assert replace(PROFILE, key_means=PROFILE.key_means[::-1]).digest != PROFILE.digest
 

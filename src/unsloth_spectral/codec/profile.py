@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -28,9 +28,10 @@ class ModelProfile:
 
     value_sensitivities: tuple[float, ...]
     key_sensitivities: tuple[tuple[float, ...], ...]
-    key_variances: tuple[tuple[float, ...], ...]
+    # What is cached by profile is looked up for each layer that is sealed: the long tables are compared, not hashed.
+    key_variances: tuple[tuple[float, ...], ...] = field(hash=False)
     bases: tuple[ModelBasis, ...] = ()
-    key_means: tuple[tuple[float, ...], ...] = ()
+    key_means: tuple[tuple[float, ...], ...] = field(default=(), hash=False)
     rope_steps: tuple[float, ...] = ()
 
     @property
