@@ -1,6 +1,7 @@
 """The time of each step while SmolLM2 decodes a text token by token, and how much longer than the median any takes.
 
 Under a profile with bases 32 tokens are sealed at a time, without one 512. The contenders run one after another.
+Needs a profile: run ``unsloth-spectral profile`` first.
 """
 
 import time
@@ -31,6 +32,7 @@ def steps(subject: Subject, input_ids: torch.Tensor, cache: Any) -> list[float]:
 def main() -> None:
     options = arguments("decode_steps", __doc__ or "", repeats=2)
     subject = Subject()
+    subject.profile()  # without one both contenders would be the same
     input_ids, rows = subject.ids(0, CONTEXT + STEPS), []
     for use_profile in (True, False) * options.repeats:
         cache = SpectralCache(subject.model, preset="balanced", use_profile=use_profile)

@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 from harness import Target, arguments, finish
-from serde_rows import Row, profile_for, spectral
+from serde_rows import Row, spectral
 from smollm2 import Subject
 
 SIZES = ((2.5, 256), (2.25, 256), (3.0, 256), (2.5, 1024))
@@ -17,7 +17,7 @@ SIZES = ((2.5, 256), (2.25, 256), (3.0, 256), (2.5, 1024))
 def main() -> None:
     options = arguments("lmcache_profile", __doc__ or "", repeats=3)
     subject = Subject()
-    profile = profile_for(subject)
+    profile = subject.profile()
     rows = [
         Row(name, spectral(bits, profile=given), tokens)
         for bits, tokens in SIZES

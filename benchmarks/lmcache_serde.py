@@ -18,7 +18,7 @@ from lmcache.storage_backend.serde.cachegen_decoder import decode_function_gpu, 
 from lmcache.storage_backend.serde.cachegen_encoder import encode_function
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.storage_backend.naive_serde.cachegen_basics import CacheGenConfig
-from serde_rows import HEAD_DIM, HEADS, Row, Serde, profile_for, spectral
+from serde_rows import HEAD_DIM, HEADS, Row, Serde, spectral
 from smollm2 import PREFIX, Slice, Subject, mean_fidelity
 from torch import Tensor
 
@@ -92,7 +92,7 @@ def main() -> None:
     rows += [Row("kivi 4, reference", reference(Kivi(4))), Row("spectral 5", spectral(5.0))]
     caches: list[Agreement] = []
     subject, number = Subject(), 0
-    profile = profile_for(subject)
+    profile = subject.profile()
     for bits, tokens in ((2.25, 256), (2.5, 256), (3.0, 256), (5.0, 256), (2.5, 1024)):
         rows.append(Row(f"spectral {bits:g}, with profile", spectral(bits, profile=profile), tokens))
     with torch.inference_mode():

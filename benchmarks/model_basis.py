@@ -23,7 +23,6 @@ from unsloth_spectral.eval.model_bases import measure_bases
 from unsloth_spectral.eval.profile import BASIS_TOKENS
 from unsloth_spectral.eval.tasks.asking import ids_of
 from unsloth_spectral.integrations.huggingface import cache as cache_module
-from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.models import load_model
 from unsloth_spectral.plots.style import blank_figure, save_figure, tidy
 
@@ -74,9 +73,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     options = arguments("model_basis", __doc__ or "", repeats=1)
     subject = Subject()
-    profile = profile_of(subject.model, subject.model.config.num_hidden_layers)
-    if profile is None or not profile.bases:
-        raise SystemExit("this needs a profile with bases: run `unsloth-spectral profile` first")
+    profile = subject.profile()
     cases, contexts, counts = texts(subject), [], []
     without = replace(profile, bases=(), key_means=(), rope_steps=())
     for context in CONTEXTS:

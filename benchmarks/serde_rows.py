@@ -15,7 +15,6 @@ from unsloth_spectral.codec.chunk.codec import ChunkCodec
 from unsloth_spectral.codec.chunk.layout import Planes
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.agreement import Agreement
-from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 
 THETA, HEADS, HEAD_DIM = 100_000.0, 3, 64
 # From a chunk ``[2, layers, tokens, heads * head_dim]`` to the decoded chunk, the bytes of its record, and the seconds
@@ -89,11 +88,3 @@ class Row:
             **({"encode_ms_per_chunk": 1e3 * self.encode_seconds} if any(self.encoding) else {}),
             **mean_fidelity(self.fidelities),
         }
-
-
-def profile_for(subject: Subject) -> ModelProfile:
-    """The model's profile, from the cache folder."""
-    profile = profile_of(subject.model, subject.model.config.num_hidden_layers)
-    if profile is None:
-        raise SystemExit("the model has no profile: run `unsloth-spectral profile` first")
-    return profile

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.eval.agreement import Agreement, compare_logits
 from unsloth_spectral.eval.documents import default_document, tokens_of
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_of
+from unsloth_spectral.integrations.huggingface.fingerprint import profile_of
 from unsloth_spectral.integrations.models import load_model
 
 # Where the slices begin in the default document, in tokens, and how they are cut.
@@ -44,6 +46,13 @@ class Subject:
 
     def ids(self, start: int, count: int) -> Tensor:
         return self.document_ids[:, start : start + count]
+
+    def profile(self) -> ModelProfile:
+        """The model's profile, from the cache folder; ends the program if there is none with bases."""
+        profile = profile_of(self.model, self.model.config.num_hidden_layers)
+        if profile is None or not profile.bases:
+            raise SystemExit("this needs a profile with bases: run `unsloth-spectral profile` first")
+        return profile
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, cache: Any = None) -> Any:

@@ -36,6 +36,16 @@ def test_a_profile_comes_back(tmp_path: Path) -> None:
         ("[]", "is no profile of this version"),
         (json.dumps({**profile_to_json(PROFILE), "version": VERSION - 1}), "is no profile of this version"),
         (json.dumps({**profile_to_json(PROFILE), "key_means": [[0.1] * 8] * 2}), "was altered"),
+        # Integers of JSON may be larger than any float, and floats larger than those that the tables are used in.
+        (
+            json.dumps({**profile_to_json(PROFILE), "value_sensitivities": [10**400]}),
+            "is no profile of this version",
+        ),
+        (
+            json.dumps({**profile_to_json(PROFILE), "key_variances": [[1e300] * 2] * 2}),
+            "is no profile of this version",
+        ),
+        (json.dumps({**profile_to_json(PROFILE), "rope_steps": [-(10**400)]}), "is no profile of this version"),
     ],
 )
 def test_files_that_are_no_profile_are_named_with_the_fix(text: str | None, message: str, tmp_path: Path) -> None:
@@ -46,6 +56,12 @@ def test_files_that_are_no_profile_are_named_with_the_fix(text: str | None, mess
         read_profile(path)
     assert str(path) in str(raised.value)
     assert "unsloth-spectral profile MODEL --json FILE" in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["~no-user-of-this-name/profile.json", "profile\0.json"])
+def test_paths_that_name_no_file_are_refused(path: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_profile(path)
 
 
 def test_reading_loads_no_transformers() -> None:

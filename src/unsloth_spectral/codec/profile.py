@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,9 +28,10 @@ class ModelProfile:
 
     value_sensitivities: tuple[float, ...]
     key_sensitivities: tuple[tuple[float, ...], ...]
-    key_variances: tuple[tuple[float, ...], ...]
+    # What is cached by profile is looked up for each layer that is sealed: the long tables are compared, not hashed.
+    key_variances: tuple[tuple[float, ...], ...] = field(hash=False)
     bases: tuple[ModelBasis, ...] = ()
-    key_means: tuple[tuple[float, ...], ...] = ()
+    key_means: tuple[tuple[float, ...], ...] = field(default=(), hash=False)
     rope_steps: tuple[float, ...] = ()
 
     @property
@@ -37,12 +40,19 @@ class ModelProfile:
 
     @property
     def is_consistent(self) -> bool:
-        """True if every table has a row for each layer, and the variances are of as many heads as the sensitivities."""
+        """True if every table has a row for each layer, variances and bases are of as many heads as the sensitivities,
+        and all numbers are finite, those of sensitivities and variances not negative."""
         rows = zip(self.key_sensitivities, self.key_variances, strict=False)
         fits = all(heads and variances and len(variances) % len(heads) == 0 for heads, variances in rows)
         fits = fits and len(self.bases) in (0, self.num_layers)
+        fits = fits and all(
+            basis.shape[0] == len(heads) for basis, heads in zip(self.bases, self.key_sensitivities, strict=False)
+        )
         sizes = [basis.variances.numel() for basis in self.bases]
         fits = fits and [len(means) for means in self.key_means] == sizes
+        shares = chain(self.value_sensitivities, *self.key_sensitivities, *self.key_variances)
+        fits = fits and all(0 <= number < math.inf for number in shares)
+        fits = fits and all(map(math.isfinite, chain(self.rope_steps, *self.key_means)))
         fits = fits and all(2 * len(self.rope_steps) <= basis.shape[1] for basis in self.bases)
         return fits and self.num_layers == len(self.key_sensitivities) == len(self.key_variances)
 

@@ -37,7 +37,7 @@ class EngineRecords:
         """Fill ``record``, uint8 of ``nbytes`` or more; returns ``nbytes``.
 
         Raises:
-            InvalidArgumentError: a number in a coded group is not finite.
+            InvalidArgumentError: a number in a coded group is not finite, or is beyond those of float16.
         """
         place, reasons = 0, []
         for group, plan in zip(groups, self._plan_of(groups), strict=True):

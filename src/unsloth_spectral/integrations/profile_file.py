@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ VERSION = 5
 _DTYPES = {"vectors": torch.int8, "row_scales": torch.float32, "variances": torch.float32}
 _TABLES = ("value_sensitivities", "key_sensitivities", "key_variances")
 _MEANS, _STEPS = "key_means", "rope_steps"
+_LARGEST = torch.finfo(torch.float32).max  # tables are used in float32
 
 
 def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
@@ -45,9 +45,8 @@ def profile_from_json(content: bytes) -> ModelProfile:
     entries: dict[str, Any] = record if isinstance(record, dict) else {}
     values, *tables = (entries.get(name, []) for name in _TABLES)
     means, steps, stored = (entries.get(name, []) for name in (_MEANS, _STEPS, "bases"))
-    good = entries.get("version") == VERSION and _are_numbers(values, 0)
-    good = good and all(isinstance(rows, list) and all(_are_numbers(row, 0) for row in rows) for rows in tables)
-    good = good and isinstance(means, list) and all(map(_are_numbers, means))
+    good = entries.get("version") == VERSION and _are_numbers(values)
+    good = good and all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in (*tables, means))
     good = good and (steps == [] or _are_numbers(steps))
     if not good or not isinstance(stored, list):
         raise ValueError("is no profile of this version")
@@ -69,9 +68,13 @@ def read_profile(path: str | Path) -> ModelProfile:
     """
     measure = "write one with `unsloth-spectral profile MODEL --json FILE`"
     try:
-        return profile_from_json(Path(path).expanduser().read_bytes())
-    except OSError as error:
-        raise InvalidArgumentError(f"the profile {path} cannot be read ({error.strerror}): {measure}") from error
+        content = Path(path).expanduser().read_bytes()
+    # An unknown user's home folder, and a path with zero bytes.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidArgumentError(f"the profile {path} cannot be read ({reason}): {measure}") from error
+    try:
+        return profile_from_json(content)
     except ValueError as error:
         raise InvalidArgumentError(f"the profile {path} cannot be used, as it {error}: {measure}") from error
 
@@ -99,8 +102,8 @@ def _basis(entry: Any) -> ModelBasis:
         raise ValueError("has a damaged basis") from error
 
 
-def _are_numbers(values: Any, least: float = -math.inf) -> bool:
-    """True if ``values`` is a non-empty list of finite numbers of ``least`` or more."""
+def _are_numbers(values: Any) -> bool:
+    """True if ``values`` is a non-empty list of numbers that float32 can hold."""
     if not isinstance(values, list) or not values:
         return False
-    return all(isinstance(x, int | float) and math.isfinite(x) and x >= least for x in values)
+    return all(isinstance(x, int | float) and abs(x) <= _LARGEST for x in values)

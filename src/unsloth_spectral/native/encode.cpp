@@ -78,7 +78,7 @@ struct Coder {
 };
 
 // `count` numbers in the unit of the tables: the nearest integers to x times their inverses, halves away from zero,
-// bounded.
+// bounded; the lowest one for NaN.
 template <typename Inverse>
 INLINE void inputs_of(const float* x, const Inverse& inverse_of, int64_t count, int16_t* inputs) {
     constexpr float LIMIT = LARGEST_INPUT;
@@ -114,9 +114,11 @@ uint8_t search_all(Coder& coder, const Trellis& trellis, int nbits, int64_t coun
     return static_cast<uint8_t>(first_carry);
 }
 
-// The code of x under a uniform quantizer of 2 * half steps of 1 / inverse.
+// The code of x under a uniform quantizer of 2 * half steps of 1 / inverse; the lowest one if x is NaN.
 INLINE int uniform_code(float x, float inverse, float half) {
-    const float scaled = std::min(std::max(x * inverse, -half), half);
+    float scaled = x * inverse;
+    scaled = scaled > -half ? scaled : -half;
+    scaled = scaled < half ? scaled : half;
     // Rounded down by a conversion that rounds to zero, of a number that is not negative.
     return std::min(static_cast<int>(scaled + half), static_cast<int>(2.0f * half) - 1);
 }
@@ -136,7 +138,8 @@ void quantize_uniformly(const float* x, int nbits, const float* clips, int64_t n
             trials[t] = static_cast<float>(uniform_code(x[t], inverse, half)) - half + 0.5f;
         // The error once the scale is the least-squares one for these codes.
         const double overlap = dot(x, trials, count), along = overlap * overlap / dot(trials, trials, count);
-        if (along > best) best = along, std::copy(trials, trials + count, reconstructed);
+        // The first one in any case: nothing is larger than NaN, and larger than it.
+        if (!i || along > best) best = along, std::copy(trials, trials + count, reconstructed);
     }
     for (int t = 0; t < count; ++t)
         windows[t] = static_cast<uint8_t>(static_cast<int>(reconstructed[t] + half - 0.5f) << (8 - nbits));

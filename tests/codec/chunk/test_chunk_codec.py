@@ -190,9 +190,9 @@ def test_altered_cut_and_foreign_records_are_refused() -> None:
 def test_a_record_of_an_earlier_version_is_refused() -> None:
     chunk, codec = cached(2, 256, 1, 64), ChunkCodec(2.5, Planes(64), THETA)
     record = codec.encode(chunk)
-    assert bytes(record[:4].tolist()) == b"USC2"
+    assert bytes(record[:4].tolist()) == b"USC4"
     record[3] = ord("1")
-    with pytest.raises(LoadError, match="a spectral record of another version: it starts with b'USC1', not b'USC2'"):
+    with pytest.raises(LoadError, match="a spectral record of another version: it starts with b'USC1', not b'USC4'"):
         codec.decode(record, chunk.shape, chunk.dtype)
     record[0] = ord("X")
     with pytest.raises(LoadError, match="not a spectral record"):

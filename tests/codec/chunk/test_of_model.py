@@ -232,7 +232,7 @@ def test_altered_cut_and_foreign_records_are_refused() -> None:
     for reader, foreign in ((own, record), (codec, own.encode(chunk))):
         with pytest.raises(LoadError, match="another version"):
             reader.decode(foreign, chunk.shape, chunk.dtype)
-    assert bytes(record[:4].tolist()) == b"USC3"
+    assert bytes(record[:4].tolist()) == b"USC5"
     codec.decode(record, chunk.shape, chunk.dtype)
 
 

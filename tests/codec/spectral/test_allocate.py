@@ -362,3 +362,17 @@ def test_values_that_do_not_matter_get_one_bit() -> None:
 
 def test_one_width_without_a_profile() -> None:
     assert [uniform_value_width(bits) for bits in (1.2, 2.12, 3.05, 8.0)] == [1, 2, 3, 8]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("with_profile", [False, True])
+def test_widths_do_not_depend_on_the_unit_of_the_variances(with_profile: bool) -> None:
+    """Nor do thresholds above all numbers of float32 raise warnings."""
+    variances = spectrum(1).view(HEADS, HEAD_DIM)
+    profile = ModelProfile((0.0,) * 2, ((1.0,) * HEADS,) * 2, (tuple(variances.flatten().tolist()),) * 2)
+    allocated = []
+    for exponent in (-60, 0, 60, 120, 125):
+        budget = Budget(3.0, 2, profile if with_profile else None)
+        allocated.append([budget.allocate(layer, variances * 2.0**exponent, 1.1, 8.0) for layer in range(2)])
+    for other in allocated[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(allocated[0], other, strict=True))

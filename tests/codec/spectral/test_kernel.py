@@ -96,6 +96,35 @@ def test_every_build_gives_the_same_codes_bit_for_bit(tokens: int) -> None:
 
 
 @every_variant
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("tokens", [100, 256])
+def test_numbers_that_cannot_be_coded_do_not_depend_on_other_components(
+    variant: str, number: float, tokens: int
+) -> None:
+    """Nor do they disturb these: whether a group is finite is only known once it is coded."""
+    coefficients = heavy(1, len(WIDTHS), tokens)
+    broken = coefficients.clone()
+    broken[:, 1::2, 3] = number
+    for chosen in range(len(WIDTHS)):
+        one = slice(chosen, chosen + 1)
+        alone = kernel.encode_keys(broken[:, one], WIDTHS[one], key_codec.CLIPS, variant=variant)
+        among = kernel.encode_keys(broken, WIDTHS, key_codec.CLIPS, variant=variant)
+        row = sum(WIDTHS[:chosen])
+        assert torch.equal(among.streams[:, :, row : row + WIDTHS[chosen]], alone.streams)
+        torch.testing.assert_close(among.squares[:, one], alone.squares, rtol=0, atol=0)
+        assert float(alone.squares.max()) <= tokens * 127.5**2
+
+
+@every_variant
+@pytest.mark.parametrize("nbits", [3, 7])
+def test_values_that_cannot_be_coded_keep_to_the_range_of_their_codes(variant: str, nbits: int) -> None:
+    rotated = heavy(1, 2, 8, 40)
+    rotated[0, 0, 2, 5] = float("nan")
+    encoded = kernel.encode_values(rotated, nbits, variant=variant)
+    assert float(encoded.squares.max()) <= 8 * 127.5**2
+
+
+@every_variant
 @pytest.mark.parametrize("count", [8, 32, 96])
 def test_codes_at_given_scales_are_those_of_torch(variant: str, count: int) -> None:
     """The first group takes the scales that it is given, so that its tokens can join earlier ones in their group."""

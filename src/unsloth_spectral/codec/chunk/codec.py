@@ -15,7 +15,7 @@ from torch import Tensor
 from unsloth_spectral.codec.chunk.layout import ChunkLayout
 from unsloth_spectral.codec.chunk.of_model import OfModel
 from unsloth_spectral.codec.chunk.own_basis import OwnBasis
-from unsloth_spectral.codec.chunk.record import HEADER_BYTES, Reader, read_header, write_header
+from unsloth_spectral.codec.chunk.record import HEADER_BYTES, LARGEST_NUMBER, Reader, read_header, write_header
 from unsloth_spectral.codec.config import SpectralConfig
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.errors import InvalidArgumentError, LoadError
@@ -120,16 +120,19 @@ class ChunkCodec:
         """The record of ``chunk``, ``[nbytes]`` uint8.
 
         Raises:
-            InvalidArgumentError: the chunk's shape or dtype does not fit, or a number in it is not finite.
+            InvalidArgumentError: the chunk's shape or dtype does not fit, or a number in it is not finite or is beyond
+                those of float16.
         """
         self._check(chunk.shape, chunk.dtype)
-        # In float64, which no sum of finite numbers exceeds.
-        if not math.isfinite(float(chunk.float().sum(dtype=torch.float64))):
-            raise InvalidArgumentError("a chunk must be finite, got one with infinities or NaNs")
+        low, high = map(float, torch.aminmax(chunk.float()))
+        if not -LARGEST_NUMBER <= low <= high <= LARGEST_NUMBER:  # NaN is neither less nor more
+            rule = f"a chunk must be finite, with numbers from {-LARGEST_NUMBER:g} to {LARGEST_NUMBER:g}"
+            raise InvalidArgumentError(f"{rule}, got {low:g} to {high:g}")
         keys, values = self.layout.split(chunk)
         nbytes = self.nbytes(chunk.shape)
         fields, number = self._coding.encode(keys, values, chunk.shape, nbytes)
         body = torch.cat(fields)
+        assert HEADER_BYTES + len(body) <= nbytes, "padding would cut the record off"
         record = torch.nn.functional.pad(body, (HEADER_BYTES, nbytes - HEADER_BYTES - len(body)))
         write_header(record, self._agreement(chunk.shape, chunk.dtype), number, self._coding.magic)
         return record

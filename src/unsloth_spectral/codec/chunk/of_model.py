@@ -26,7 +26,15 @@ from torch import Tensor
 from unsloth_spectral.codec.chunk.filling import Costs, widths_within
 from unsloth_spectral.codec.chunk.layout import ChunkLayout
 from unsloth_spectral.codec.chunk.place import number_of_chunk
-from unsloth_spectral.codec.chunk.record import HEADER_BYTES, MODEL_BASIS, Reader, bytes_of, pack_nibbles, parts_of
+from unsloth_spectral.codec.chunk.record import (
+    HEADER_BYTES,
+    MODEL_BASIS,
+    Reader,
+    bytes_of,
+    narrowed,
+    pack_nibbles,
+    parts_of,
+)
 from unsloth_spectral.codec.chunk.rotations import rotation_at, steps_of
 from unsloth_spectral.codec.profile import ModelProfile
 from unsloth_spectral.codec.spectral import kernel, trellis
@@ -38,7 +46,7 @@ from unsloth_spectral.codec.spectral.scales import decode_scales, encode_scales,
 from unsloth_spectral.codec.spectral.statistics import centre
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.tensors import rounded_rows
-from unsloth_spectral.errors import InvalidArgumentError
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.rope import Rotation, anchors_of, rotate, spans_of, unrotated_sum
 
 # Rows of less variance than this share of their head's largest have scales as if they had it.
@@ -94,6 +102,8 @@ class OfModel:
 
     def obstacle(self, shape: Sequence[int]) -> str | None:
         """Why chunks of this shape, which has the layout, cannot be coded; None if they can."""
+        if self.layout.value_dim != self.layout.key_dim:
+            return "with a profile values must have the size of keys: leave profile out for multi-head latent attention"
         sizes = (shape[-3], self.layout.num_heads(shape), self.layout.key_dim)
         expected = tuple(self._model.means.shape)
         if sizes == expected:
@@ -137,6 +147,8 @@ class OfModel:
         before = int(reader.take(torch.int32, 1))
         widths = reader.nibbles(*size)
         value_widths = reader.take(torch.uint8, size[0]).tolist()
+        if not 1 <= min(value_widths) <= max(value_widths) <= MAX_NBITS or number > 1:
+            raise LoadError(f"a record has values of {value_widths} bits and {number} exact tokens")
         mean = self._model.means + reader.take(torch.int8, *size) * reader.take(torch.float32, *size[:2], 1)
         tops = reader.take(torch.float32, *size[:2])
         exact = [reader.take(dtype, *size) for _ in range(2 * number)]
@@ -146,7 +158,7 @@ class OfModel:
             tensors = reader.tensors(ValueCodes, {**sizes, "padded_tokens": num_tokens})
             error = torch.zeros(1, size[1], dtype=torch.float16, device="cpu")
             codes = ValueCodes(**tensors, relative_error=error, head_dim=size[2], nbits=nbits, num_tokens=num_tokens)
-            values[layers] = codes.reconstruct().to(dtype)
+            values[layers] = narrowed(codes.reconstruct(), dtype)
         coefficients = self._decode_keys(reader, widths, tops, num_tokens)
         keys = self._keys(coefficients, mean, before, dtype)
         if number:
@@ -184,10 +196,10 @@ class OfModel:
         for layers in _parts(keys):
             x, fixed = coefficients[layers].mT @ self._model.rows[layers], mean[layers, :, None]
             if rotation is None:
-                keys[layers] = x + fixed
+                keys[layers] = narrowed(x + fixed, dtype)
             else:
                 x = rotate(x, anchors_of(rotation, spans_of(rotation)), rotation)
-                keys[layers] = x + rotate(fixed.expand_as(x), rotation.table(), rotation)
+                keys[layers] = narrowed(x + rotate(fixed.expand_as(x), rotation.table(), rotation), dtype)
         return keys
 
     def _encode_keys(self, coefficients: Tensor, widths: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.chunk.layout import ChunkLayout
-from unsloth_spectral.codec.chunk.record import HEADER_BYTES, OWN_BASIS, LayerShape, Reader, write_layer
+from unsloth_spectral.codec.chunk.record import (
+    HEADER_BYTES,
+    LARGEST_NUMBER,
+    OWN_BASIS,
+    LayerShape,
+    Reader,
+    narrowed,
+    write_layer,
+)
 from unsloth_spectral.codec.chunk.rotations import rotation_at, steps_of
 from unsloth_spectral.codec.spectral import keys as key_codec
 from unsloth_spectral.codec.spectral import values as value_codec
 from unsloth_spectral.codec.spectral.allocate import uniform_value_width, widths_at
 from unsloth_spectral.codec.spectral.packing import MAX_NBITS
 from unsloth_spectral.codec.spectral.statistics import Basis, KeyStatistics
+from unsloth_spectral.errors import InvalidArgumentError, LoadError
 from unsloth_spectral.rope import Rotation, own_anchors
 
 _NUM_EXACT = 1
@@ -64,6 +73,8 @@ class OwnBasis:
             KeyStatistics.of(layer_keys[None, :, _NUM_EXACT:], metric, rotation, own_anchors(rotation))
             for layer_keys in keys
         ]
+        if not all(bool(torch.isfinite(run.mean).all()) for run in runs):
+            raise InvalidArgumentError(f"the keys of a chunk must have means up to {LARGEST_NUMBER:g}")
         bases = [run.basis() for run in runs]
         level, widths = self._widths(bases, layer_shape, value_nbits, nbytes)
         fields = []
@@ -76,6 +87,8 @@ class OwnBasis:
     def decode(self, reader: Reader, number: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values that ``encode`` was given."""
         layer = self._layer(shape, dtype)
+        if number != self._value_nbits(layer):
+            raise LoadError(f"a record has values of {number} bits, not {self._value_nbits(layer)}")
         rotation = self._rotation(layer.num_tokens)
         size = (shape[-3], layer.num_heads, shape[-2])
         keys = torch.empty((*size, layer.key_dim), dtype=dtype, device="cpu")
@@ -83,8 +96,8 @@ class OwnBasis:
         for layer_keys, layer_values in zip(keys, values, strict=True):
             coded, coded_values, exact_keys, exact_values = reader.layer(layer, number, rotation)
             layer_keys[:, :_NUM_EXACT], layer_values[:, :_NUM_EXACT] = exact_keys, exact_values
-            layer_keys[:, _NUM_EXACT:] = coded.reconstruct()[0].to(dtype)
-            layer_values[:, _NUM_EXACT:] = coded_values.reconstruct()[0].to(dtype)
+            layer_keys[:, _NUM_EXACT:] = narrowed(coded.reconstruct()[0], dtype)
+            layer_values[:, _NUM_EXACT:] = narrowed(coded_values.reconstruct()[0], dtype)
         return keys, values
 
     def _value_nbits(self, layer: LayerShape) -> int:

@@ -1,8 +1,8 @@
 """Coded keys and values as bytes, one layer behind another, and back: what a record of a chunk is made of.
 
 A record starts with a header: a magic word, a checksum of all that both sides must agree on, a checksum of what
-follows, and a small number (the width of the values). Nothing else is needed: each layer's widths tell the sizes of
-what follows them.
+follows, and a small number, whose meaning is the coding's. Nothing else is needed: each layer's widths tell the sizes
+of what follows them.
 """
 
 import struct
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unsloth_spectral.codec.spectral.keys import KeyCodes, Widths, fixed_bytes, key_sizes
-from unsloth_spectral.codec.spectral.packing import TILE_TOKENS
+from unsloth_spectral.codec.spectral.packing import MAX_NBITS, TILE_TOKENS
 from unsloth_spectral.codec.spectral.values import ValueCodes, value_sizes
 from unsloth_spectral.codec.stored_tensors import Sizes, StoredTensors
 from unsloth_spectral.codec.tensors import raw_bytes
@@ -22,8 +22,11 @@ from unsloth_spectral.errors import LoadError
 from unsloth_spectral.rope import Rotation, own_anchors
 
 # The last letter counts versions.
-OWN_BASIS, MODEL_BASIS = b"USC2", b"USC3"
+OWN_BASIS, MODEL_BASIS = b"USC4", b"USC5"
 _HEADER = struct.Struct("<4sIIB3x")
+_CHECKED = 12  # the checksum is of what follows it: the number, and all behind the header
+# Means are of float16, and sums of squares of float32.
+LARGEST_NUMBER = torch.finfo(torch.float16).max
 HEADER_BYTES = _HEADER.size
 
 
@@ -94,6 +97,12 @@ def pack_nibbles(numbers: Tensor) -> Tensor:
     return flat[0::2] | flat[1::2] << 4
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` float32, which may be changed, in ``dtype``; what is beyond its numbers becomes the outermost of them."""
+    limits = torch.finfo(dtype)
+    return (x.clamp_(limits.min, limits.max) if limits.max <= LARGEST_NUMBER else x).to(dtype)
+
+
 def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of ``tensor``, ``[n]`` uint8."""
     # A tensor of one element counts as contiguous with any strides; a view of its bytes wants a stride of 1.
@@ -103,7 +112,7 @@ def bytes_of(tensor: Tensor) -> Tensor:
 class Reader:
     """What a record holds behind its header, one after another.
 
-    Each method raises LoadError if the record ends too early.
+    Each method raises LoadError if the record ends too early, or has widths that no encoder writes.
     """
 
     def __init__(self, record: Tensor) -> None:
@@ -112,7 +121,7 @@ class Reader:
     def layer(
         self, shape: LayerShape, value_nbits: int, rotation: Rotation | None
     ) -> tuple[KeyCodes, ValueCodes, Tensor, Tensor]:
-        """What ``write_layer`` was given."""
+        """What ``write_layer`` was given; ``value_nbits`` is 1 to 8."""
         widths = self._widths(shape.num_heads, shape.key_dim)
         error = torch.zeros(1, shape.num_heads, dtype=torch.float16, device="cpu")
         keys = KeyCodes(
@@ -149,10 +158,13 @@ class Reader:
         return tuple(tuple(width for width in row if width) for row in rows)
 
     def nibbles(self, *shape: int) -> Tensor:
-        """What ``pack_nibbles`` packed."""
+        """Widths of 0 to 8 that ``pack_nibbles`` packed."""
         count = torch.Size(shape).numel()
         packed = self.take(torch.uint8, -(-count // 2))
-        return torch.stack([packed & 15, packed >> 4], -1).flatten()[:count].view(shape)
+        widths = torch.stack([packed & 15, packed >> 4], -1).flatten()[:count].view(shape)
+        if int(widths.max()) > MAX_NBITS:
+            raise LoadError(f"a record has codes of {int(widths.max())} bits, more than {MAX_NBITS}")
+        return widths
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """The next tensor."""
@@ -166,12 +178,17 @@ class Reader:
 
 def write_header(record: Tensor, agreement: bytes, number: int, magic: bytes = OWN_BASIS) -> None:
     """Fill in the first bytes of a ``record`` that is otherwise complete; ``number`` is below 256."""
-    header = bytearray(_HEADER.pack(magic, zlib.crc32(agreement), _checksum(record), number))
-    record[:HEADER_BYTES] = torch.frombuffer(header, dtype=torch.uint8)
+    agreed = zlib.crc32(agreement)
+    record[:HEADER_BYTES] = _header(magic, agreed, 0, number)
+    record[:HEADER_BYTES] = _header(magic, agreed, _checksum(record), number)
+
+
+def _header(magic: bytes, agreed: int, checksum: int, number: int) -> Tensor:
+    return torch.frombuffer(bytearray(_HEADER.pack(magic, agreed, checksum, number)), dtype=torch.uint8)
 
 
 def _checksum(record: Tensor) -> int:
-    return zlib.crc32(raw_bytes(record[HEADER_BYTES:]))
+    return zlib.crc32(raw_bytes(record[_CHECKED:]))
 
 
 def read_header(record: Tensor, agreement: bytes, magic: bytes = OWN_BASIS) -> int:

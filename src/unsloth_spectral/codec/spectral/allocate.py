@@ -36,7 +36,9 @@ def widths_at(level: float, variances: Tensor, first_bit_cost: float) -> Tensor:
 
 def least_variances(level: float, first_bit_cost: float) -> np.ndarray:
     """The least variances that get one bit, two, up to eight at ``level``, ``[8]`` float32, never falling."""
-    return np.float32(level) * _variances_per_level(first_bit_cost)
+    # Infinity, for what no variance reaches.
+    with np.errstate(over="ignore"):
+        return np.float32(level) * _variances_per_level(first_bit_cost)
 
 
 @lru_cache(maxsize=64)
