@@ -124,7 +124,7 @@ def test_names_that_are_no_fields_are_refused(structure: type[ctypes.Structure])
 
 def test_parts_of_the_other_kind_of_block_are_zeros() -> None:
     exact = abi.ExactTokens(data=1, dtype=abi.FLOAT16, batch_stride=2, head_stride=3, token_stride=4)
-    block = abi.Block(num_tokens=5, is_coded=False, exact_keys=exact, exact_values=exact)
+    block = abi.Block(num_tokens=5, count=None, is_coded=False, exact_keys=exact, exact_values=exact)
     assert (block.exact_values.token_stride, block.keys.streams, block.rotation.num_pairs) == (4, None, 0)
     exact.data = 9
     assert block.exact_keys.data == 1

@@ -101,8 +101,7 @@ def attend_to_places(
     """
     batch, num_heads, _, key_dim = ring.keys.shape
     shape = (batch, num_heads, key_dim, ring.value_dim)
-    last = _exact_block(ring, shape)
-    last.count = address("counts", counts, torch.int64, (2,))
+    last = _exact_block(ring, shape, address("counts", counts, torch.int64, (2,)))
     blocks = _Blocks(
         address("places", places, torch.uint8, (len(places), ctypes.sizeof(abi.Block))),
         len(places),
@@ -216,11 +215,13 @@ class _Prepared(NamedTuple):
     pointed: "_PointedTensors"
 
 
-def _exact_block(block: ExactBlock, shape: tuple[int, int, int, int]) -> abi.Block:
+def _exact_block(block: ExactBlock, shape: tuple[int, int, int, int], counts: int | None = None) -> abi.Block:
+    """Its structure; its tokens are as many as the number at ``counts`` says, if that is an address."""
     batch, num_heads, key_dim, value_dim = shape
     count = block.num_tokens
     return abi.Block(
         num_tokens=count,
+        count=counts,
         is_coded=False,
         exact_keys=_exact_tokens("exact keys", block.keys, (batch, num_heads, count, key_dim)),
         exact_values=_exact_tokens("exact values", block.values, (batch, num_heads, count, value_dim)),
@@ -267,6 +268,7 @@ def _coded_block(block: SpectralBlock, shape: tuple[int, int, int, int]) -> _Pre
     pointed = _PointedTensors()
     structure = abi.Block(
         num_tokens=num_tokens,
+        count=None,
         is_coded=True,
         keys=_coded_keys(block.keys, (batch, num_heads, key_dim), pointed),
         rotation=_rotation(block.keys, (batch, key_dim), pointed),
