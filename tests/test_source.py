@@ -115,7 +115,12 @@ def test_structures_that_the_kernel_reads_are_filled_by_keyword_and_wholly(path:
 def test_the_checks_themselves_see_breaches() -> None:
     for line in ("abi.CodedValues(1, 2, 3, 4)", "abi.CodedValues(streams=1)", "abi.CodedValues(**fields)"):
         assert filled_in_part(ast.parse(line)), line
-    for line in ("abi.Rotation()", "abi.Block(num_tokens=1, count=None, is_coded=False)", "ast.Call(1)", "abi.differences(2)"):
+    for line in (
+        "abi.Rotation()",
+        "abi.Block(num_tokens=1, count=None, is_coded=False)",
+        "ast.Call(1)",
+        "abi.differences(2)",
+    ):
         assert not filled_in_part(ast.parse(line)), line
     for line in (
         "torch.zeros(3)",

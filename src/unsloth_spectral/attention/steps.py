@@ -27,7 +27,7 @@ def append(keys: Tensor, values: Tensor, counts: Tensor, new_keys: Tensor, new_v
     """Write the newest tokens ``[B, H, n, head_dim]`` into the ring ``keys`` and ``values``, and count them.
 
     Raises:
-        IndexError or RuntimeError: the ring has no room; nothing was written.
+        IndexError or RuntimeError: the ring has no room; nothing is counted.
     """
     torch.ops.unsloth_spectral.append(keys, values, counts, new_keys, new_values)
 
@@ -78,7 +78,6 @@ def _(
     return query.new_empty(batch, query_length, num_heads, values.shape[-1])
 
 
-@torch.library.impl("unsloth_spectral::append", "CPU")
 def _append(keys: Tensor, values: Tensor, counts: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
     # An index beyond the end raises, so that a full ring is refused and nothing is counted.
     places = counts[:1] + torch.arange(new_keys.shape[2], dtype=torch.int64, device="cpu")
@@ -87,7 +86,6 @@ def _append(keys: Tensor, values: Tensor, counts: Tensor, new_keys: Tensor, new_
     counts += new_keys.shape[2]
 
 
-@torch.library.impl("unsloth_spectral::attend", "CPU")
 def _attend(
     query: Tensor,
     keys: Tensor,
@@ -103,3 +101,7 @@ def _attend(
     ring = ExactBlock(keys, values)
     output = cpu.attend_to_places(query, directory, ring, counts, mask, options).to(query.dtype)
     return output.transpose(1, 2).contiguous()
+
+
+torch.library.impl("unsloth_spectral::append", "CPU", _append)
+torch.library.impl("unsloth_spectral::attend", "CPU", _attend)

@@ -161,7 +161,8 @@ class SpectralLayer:
 
     @torch.no_grad()
     def seal(self, padding: Tensor | None = None) -> None:
-        """Seal every whole block older than the residual. Each block is encoded once and never again.
+        """Seal every whole block older than the residual. Each block is encoded once and never again. Then a compiled
+        step may use the layer's buffers, if it has any.
 
         A prefill is sealed in multiples of the codec's first unit; tokens that came one by one wait for a later one.
 
@@ -294,11 +295,6 @@ class SpectralLayer:
         )
 
     # Compiled steps
-
-    def prepare_step(self, num_exact: int) -> None:
-        """Make the layer, whose ring holds ``num_exact`` tokens, ready for one more step: seal what is due."""
-        if self.step is not None and (not self.step.is_ready or num_exact >= self.step.due):
-            self.seal()
 
     def _unsettle(self) -> None:
         """No step may use the buffers until the layer settles again."""

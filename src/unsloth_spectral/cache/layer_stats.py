@@ -88,6 +88,7 @@ def count(
         sink_bytes=0 if sinks is None else sinks.nbytes,
         cold_bytes=cold_bytes,
         residual_bytes=residual.nbytes + noted_bytes + shared.of(positions.tensors),
+        room_bytes=max(0, residual.nbytes - residual.num_tokens * dense_per_token),
         dense_bytes=num_tokens * dense_per_token,
         elements=num_tokens * elements_per_token,
         cold_elements=num_cold * elements_per_token,

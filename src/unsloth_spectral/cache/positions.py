@@ -44,6 +44,8 @@ class PositionLog:
 
     def go_on(self, num_tokens: int) -> None:
         """Add ``num_tokens`` tokens, each one place behind the one before."""
+        if num_tokens <= 0:
+            return
         rotation = self._pieces[-1].rotation if self._pieces else None
         self.append(None if rotation is None else rotation.continued(num_tokens), num_tokens)
 

@@ -13,6 +13,7 @@ class LayerStats:
         kind: ``"spectral"``, or the class name of transformers' own layer (sliding window ...).
         num_tokens: tokens in the layer; ``sealed_tokens`` of them are compressed.
         sink_bytes, cold_bytes, residual_bytes: bytes of the three tiers.
+        room_bytes: those of them that wait for tokens still to come.
         dense_bytes: bytes a dense cache of the same dtype takes for the same tokens.
         elements: numbers a dense cache would hold, for ``bits_per_element``.
         cold_elements: numbers a dense cache would hold for the tokens of the cold tier.
@@ -34,6 +35,7 @@ class LayerStats:
     sink_bytes: int = 0
     cold_bytes: int = 0
     residual_bytes: int = 0
+    room_bytes: int = 0
     dense_bytes: int = 0
     elements: int = 0
     cold_elements: int = 0
@@ -59,12 +61,14 @@ class CacheStats:
     """The whole cache: the sums of its layers, and the layers.
 
     ``cold_bits_per_element`` covers the cold tier alone, metadata included; None while the tier is empty.
-    ``basis_bytes`` are kept once for all caches of the model, beside ``stored_bytes``.
+    ``room_bytes`` are those of ``stored_bytes`` that wait for tokens still to come. ``basis_bytes`` are kept once for
+    all caches of the model, beside ``stored_bytes``.
     """
 
     layers: tuple[LayerStats, ...] = field(repr=False)
     num_tokens: int
     stored_bytes: int
+    room_bytes: int
     dense_bytes: int
     compression_factor: float
     bits_per_element: float
@@ -84,6 +88,7 @@ class CacheStats:
             layers=tuple(layers),
             num_tokens=max((layer.num_tokens for layer in layers), default=0),
             stored_bytes=stored,
+            room_bytes=sum(layer.room_bytes for layer in layers),
             dense_bytes=dense,
             compression_factor=dense / stored if stored else 1.0,
             bits_per_element=8 * stored / elements if elements else 0.0,

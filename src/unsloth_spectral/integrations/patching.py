@@ -12,6 +12,7 @@ from unsloth_spectral.errors import CacheBypassedError
 from unsloth_spectral.integrations.forward_check import Call, check_cache_was_used, expect
 from unsloth_spectral.integrations.huggingface.cache import SpectralCache
 from unsloth_spectral.integrations.huggingface.cache_argument import cache_argument, cache_in
+from unsloth_spectral.integrations.huggingface.compiling import would_compile
 from unsloth_spectral.integrations.huggingface.inputs import refuse_batching
 from unsloth_spectral.integrations.huggingface.methods import Method, Replacement, give_back, replace
 from unsloth_spectral.integrations.huggingface.owners import Owner, Scope, entered, innermost, lock
@@ -180,8 +181,9 @@ def _prepare_cache(
     original: Callable[..., Any],
     generation_config: Any,
     model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> Any:
     call = innermost(model, Call)
     config = patched(model) if call is None else call.config
@@ -196,8 +198,9 @@ def _prepare_cache(
         or _names_another_cache(model, generation_config)
     ):
         expect(model, caller_cache if isinstance(caller_cache, SpectralCache) else None)
-        return original(generation_config, model_kwargs, *args, **kwargs)
-    cache = SpectralCache(model, config=config)
+        return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    max_length = max_cache_length if would_compile(model, generation_config) else None
+    cache = SpectralCache(model, config=config, max_length=max_length)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs |= cache_argument(cache)

@@ -139,18 +139,18 @@ class SpectralCache(Cache):
         """
         if self.max_length is None:
             return
-        if not all(layer.is_ready_for(1) for layer in self._spectral):
-            self._take_back()
+        buffers = [layer.step for layer in self._spectral if layer.step is not None and layer.step.is_ready]
+        counts = torch.stack([step.counts for step in buffers]).tolist() if buffers else []
+        if len(buffers) < len(self._spectral) or len({held for _, held in counts}) > 1:
             self._check_room(self._shortest + num_tokens)
-            return
-        counts = torch.stack([layer.step.counts for layer in self._spectral if layer.step is not None]).tolist()
-        self._check_room(min(held for _, held in counts) + num_tokens)
-        if len({held for _, held in counts}) > 1:
             self._take_back()
-        if num_tokens > 1:
-            return  # the pass attends exactly, then seals
-        for layer, (num_exact, _) in zip(self._spectral, counts, strict=True):
-            layer.spectral.prepare_step(num_exact)
+            for layer in self._spectral:
+                layer.seal()
+            return
+        self._check_room(counts[0][1] + num_tokens)
+        for layer, step, (num_exact, _) in zip(self._spectral, buffers, counts, strict=True):
+            if num_exact >= step.due:
+                layer.seal()
 
     def _check_room(self, num_tokens: int) -> None:
         if self.max_length is not None and num_tokens > self.max_length:
@@ -238,8 +238,8 @@ class SpectralCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], SpectralCacheLayer):
-            if self.max_length is not None and self._is_step(query_length):
-                return self.max_length, 0
+            if self._is_step(query_length):
+                return super().get_mask_sizes(query_length, layer_idx)
             return self._shortest + query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -269,7 +269,7 @@ class SpectralCache(Cache):
         """Forget all tokens."""
         super().reset()
         for layer in self._others:
-            if isinstance(layer, CacheLayerMixin):
+            if isinstance(layer, CacheLayerMixin) and not layer.is_compileable:
                 # In the first supported releases, a layer with a window zeroes its tensors instead of dropping them.
                 layer.is_initialized = False
 
@@ -344,7 +344,9 @@ class SpectralCache(Cache):
         profile = None
         if fields.has("profile"):
             profile = ModelProfile.from_fields(fields.sub("profile"), _num_spectral(model))
-        cache._build(model, config, profile)
+        max_length = fields.integer("max_length", 1) if fields.has("max_length") else None
+        cache._build(model, config, profile, max_length)
+        fields.require(cache.max_length == max_length, f"a cache that can have max_length={max_length} here")
         devices, layers = _devices(model), fields.subs("layers")
         fields.require(len(layers) == len(cache.layers), f"{len(cache.layers)} layers, not {len(layers)}")
         for number, (layer, stored) in enumerate(zip(cache.layers, layers, strict=True)):
@@ -358,6 +360,7 @@ class SpectralCache(Cache):
 
     def _to_fields(self) -> Field:
         return {
+            "max_length": self.max_length,
             "profile": None if self.profile is None else self.profile.to_fields(),
             "shared": self.codec.to_fields(),
             "layers": [layer_to_fields(layer) for layer in self.layers],

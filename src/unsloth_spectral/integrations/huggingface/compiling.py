@@ -12,7 +12,7 @@ from unsloth_spectral.codec.codec import CodecConfig
 from unsloth_spectral.codec.spectral.codec import SpectralCodec
 from unsloth_spectral.errors import InvalidArgumentError
 from unsloth_spectral.integrations.huggingface.layer_plans import layers_of
-from unsloth_spectral.integrations.huggingface.private_api import has_fixed_layer_class
+from unsloth_spectral.integrations.huggingface.private_api import compiles_everywhere, has_fixed_layer_class
 from unsloth_spectral.integrations.huggingface.support import full_attention_dims, why_materialised
 from unsloth_spectral.log import warn_once
 
@@ -50,6 +50,15 @@ def _obstacle(model: PreTrainedModel, config: CodecConfig) -> str | None:
             return f"its layers of type {plan.layer_type} have no form of fixed size"
     reasons = (steps.obstacle(model.device, model.dtype, dim) for dim in full_attention_dims(model))
     return next(filter(None, reasons), None)
+
+
+def would_compile(model: PreTrainedModel, generation_config: Any) -> bool:
+    """True if ``generate`` compiles the steps of ``model`` for a cache that allows it, and no kernel is missing."""
+    if generation_config.disable_compile or generation_config.is_assistant:
+        return False
+    if compiles_everywhere(generation_config):
+        return True
+    return model.device.type == "cuda" and steps.obstacle(model.device, model.dtype, 1) is None
 
 
 def step_mask(*args: Any, **kwargs: Any) -> Tensor | None:

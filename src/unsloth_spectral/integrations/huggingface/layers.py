@@ -96,6 +96,8 @@ class SpectralCacheLayer(CacheLayerMixin):
         return -1 if self.max_length is None else self.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.max_length is not None and self.is_ready_for(query_length):
+            return self.max_length, 0
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
@@ -118,6 +120,11 @@ class SpectralCacheLayer(CacheLayerMixin):
             )
         self.spectral.crop(max(0, self.spectral.num_tokens + tokens_to_remove))
         self.spectral.seal()
+
+    def seal(self) -> None:
+        """Seal what is due, unless ``crop`` will."""
+        if not self.record_past:
+            self.spectral.seal()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -155,8 +162,7 @@ class MaterialisingCacheLayer(SpectralCacheLayer):
         rebuilt."""
         self._update(key_states, value_states)
         dense = self.spectral.reconstruct()
-        if not self.record_past:
-            self.spectral.seal()
+        self.seal()
         return dense
 
 
@@ -174,11 +180,19 @@ def layer_stats(layer: Any, shared: SharedBytes | None = None) -> LayerStats:
     nbytes = storage_bytes(*tensors)
     return LayerStats(
         kind=type(layer).__name__,
-        num_tokens=layer.get_seq_length() if holds_text else 0,
+        num_tokens=int(layer.get_seq_length()) if holds_text else 0,
         residual_bytes=nbytes,
+        room_bytes=_room(layer) if holds_text and layer.is_compileable else 0,
         dense_bytes=nbytes,
         elements=sum(tensor.numel() for tensor in tensors),
     )
+
+
+def _room(layer: Any) -> int:
+    """Bytes that a layer of fixed size has for tokens still to come."""
+    capacity = layer.keys.shape[-2] if layer.is_initialized else 0
+    unused = max(0, capacity - int(layer.get_seq_length()))
+    return unused * (layer.keys.nbytes + layer.values.nbytes) // capacity if capacity else 0
 
 
 def layer_to_fields(layer: Any) -> dict[str, Field]:

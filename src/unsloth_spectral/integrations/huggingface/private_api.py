@@ -53,6 +53,12 @@ def supports_cache(kind: Any) -> bool:
     return bool(kind._supports_default_dynamic_cache())
 
 
+def compiles_everywhere(generation_config: Any) -> bool:
+    """True if a call of ``generate`` asks for compiled steps on any device."""
+    options = generation_config.compile_config
+    return options is not None and bool(options._compile_all_devices)
+
+
 def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """The type of each layer of a model with this (text) ``config``, and the options of its cache layer."""
     types: Any
