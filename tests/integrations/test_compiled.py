@@ -366,6 +366,28 @@ def test_room_is_counted_and_named() -> None:
     assert ring is not None
     assert stats.layers[1].residual_bytes >= ring.keys.nbytes + ring.values.nbytes + ring.directory.nbytes
     assert stats.room_bytes == sum(layer.room_bytes for layer in stats.layers)
+    cache.reset()
+    empty = cache.stats().layers[1]
+    assert empty.stored_bytes == empty.room_bytes >= ring.keys.nbytes + ring.values.nbytes
+
+
+@pytest.mark.parametrize("is_additive", [False, True])
+def test_a_mask_of_ones_own(is_additive: bool) -> None:
+    """As long as the text, or shorter: what has no column is hidden."""
+    model = build("Llama")
+    seen = torch.ones(1, 1, 1, PROMPT + 1, dtype=torch.bool)
+    seen[..., 40:60] = False
+    additive = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    mask, found = additive if is_additive else seen, []
+    for cache in (SpectralCache(model, config=EXACT, max_length=ROOM), DynamicCache(config=model.config)):
+        with torch.no_grad():
+            model(**prompts(False), **cache_argument(cache))
+            found.append(model(input_ids=token_ids(1, 1), attention_mask=mask, **cache_argument(cache)).logits)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+    cache = SpectralCache(model, config=EXACT, max_length=ROOM)
+    with torch.no_grad():
+        model(**prompts(False), **cache_argument(cache))
+        model(input_ids=token_ids(1, 1), attention_mask=mask[..., :20], **cache_argument(cache))
 
 
 @pytest.mark.parametrize("asks", [True, False])

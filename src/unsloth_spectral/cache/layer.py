@@ -2,6 +2,7 @@
 
 import time
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -283,16 +284,20 @@ class SpectralLayer:
 
     def stats(self, shared: SharedBytes | None = None) -> LayerStats:
         """Tokens, bytes, ranks and errors of this layer; without the bytes already counted in ``shared``."""
-        tiers = self._tiers
+        tiers, step = self._tiers, self.step
+        is_in_ring = tiers.residual is not None and step is not None and step.holds(tiers.residual)
+        # A ring that waits for the residual is room alone.
+        room = 0 if step is None or is_in_ring else step.ring_bytes
         if tiers.residual is None:
-            return LayerStats(kind="spectral", num_tokens=0)
+            room += 0 if step is None else step.other_bytes
+            return LayerStats(kind="spectral", num_tokens=0, residual_bytes=room, room_bytes=room)
         shared = SharedBytes() if shared is None else shared
         noted = tiers.queries.nbytes + (0 if tiers.padding is None else shared.of([tiers.padding]))
-        if self.step is not None:
-            noted += self.step.nbytes
-        return count(
+        noted += 0 if step is None else step.other_bytes
+        counted = count(
             tiers.sinks, tiers.cold, tiers.residual, tiers.positions, self._codec.nbytes, noted, tiers.tally, shared
         )
+        return replace(counted, residual_bytes=counted.residual_bytes + room, room_bytes=counted.room_bytes + room)
 
     # Compiled steps
 
@@ -318,7 +323,7 @@ class SpectralLayer:
         wants_queries = self.uses_queries and self._codec.wants_queries
         step.fit_queries(self._num_attention_heads if wants_queries else None)
         step.place_sinks(None if tiers.sinks is None else tiers.sinks.positions)
-        if not tiers.residual.lies_in(step.counts):
+        if not step.holds(tiers.residual):
             tiers.residual = step.hold(tiers.residual, self.num_tokens)
         first: list[Block] = [] if tiers.sinks is None else [tiers.sinks.block]
         step.describe([*first, *tiers.cold])

@@ -29,9 +29,9 @@ class ResidualBuffer:
     def num_tokens(self) -> int:
         return self._num_tokens if self._counts is None else int(self._counts[0])
 
-    def lies_in(self, counts: Tensor) -> bool:
-        """True if ``counts`` counts the tokens."""
-        return self._counts is counts
+    def lies_in(self, keys: Tensor) -> bool:
+        """True if the keys are in ``keys``, which a compiled step appends to."""
+        return self._counts is not None and self._keys is keys
 
     @property
     def nbytes(self) -> int:

@@ -58,8 +58,12 @@ class StepBuffers:
         return StepBuffers(self.places_of, self.max_length)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes beside those of the ring, which is counted as the residual where it is one."""
+    def ring_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes if self.is_made else 0
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes beside those of the ring."""
         if not self.is_made:
             return 0
         optional = [tensor for tensor in (self.sink_places, self.queries) if tensor is not None]
@@ -77,14 +81,15 @@ class StepBuffers:
             return
         # A tensor made under inference_mode may not be written to outside it.
         with torch.inference_mode(False):
-            self.keys, self.values = (
-                torch.zeros((*side.shape[:2], capacity, side.shape[3]), dtype=side.dtype, device=side.device)
+            rings = [
+                fixed(torch.zeros((*side.shape[:2], capacity, side.shape[3]), dtype=side.dtype, device=side.device))
                 for side in (keys, values)
-            )
+            ]
             self.counts = fixed(torch.zeros(2, dtype=torch.int64, device=keys.device))
             self.directory = torch.zeros(0, 0, dtype=torch.uint8, device=keys.device)
-        fixed(self.keys), fixed(self.values)
-        self.queries, self.is_made = None, True
+        self.queries = None
+        self.keys, self.values = rings
+        self.is_made = True
 
     def fit_queries(self, num_heads: int | None) -> None:
         """Make room for the queries of ``num_heads``; None for no queries."""
@@ -131,6 +136,10 @@ class StepBuffers:
         self.directory[: len(places)].copy_(places)
         self.directory[len(places) :].zero_()
         self.held = held
+
+    def holds(self, residual: ResidualBuffer) -> bool:
+        """True if the tokens of ``residual`` are those in the ring."""
+        return self.is_made and residual.lies_in(self.keys)
 
     def hold(self, residual: ResidualBuffer, num_tokens: int) -> ResidualBuffer:
         """Copy the tokens of ``residual`` into the ring, of a layer of ``num_tokens``; returns them there."""

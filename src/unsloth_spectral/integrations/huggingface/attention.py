@@ -65,6 +65,10 @@ def _attend_in_step(
     query: Tensor, key: CompressedStates, step: StepBuffers, mask: Tensor | None, options: ScoreOptions
 ) -> Tensor:
     """Attention of one query in each row, by operators that a compiled graph can contain."""
+    if mask is not None and mask.shape[-1] < step.max_length:
+        # The operator takes a column for every token that there may be.
+        hidden = False if mask.dtype == torch.bool else -torch.inf
+        mask = torch.nn.functional.pad(mask, (0, step.max_length - mask.shape[-1]), value=hidden)
     if step.sink_places is not None:
         if mask is None:
             mask = torch.ones(len(query), 1, 1, step.max_length, dtype=torch.bool, device=query.device)
