@@ -21,6 +21,7 @@ from unsloth_spectral.integrations.huggingface.cache_argument import cache_argum
 CONTEXTS, TINY_CONTEXT, ROOM = (1024, 8192), 1024, 2048
 COMPARED = 128
 SPECTRAL, COMPILED = "spectral, uncompiled", "spectral, compiled"
+STATIC, DYNAMIC = "static, compiled", "dynamic, uncompiled"
 
 
 def tiny() -> Any:
@@ -61,25 +62,25 @@ class Contender:
         return logits
 
 
-def contenders(model: Any, input_ids: torch.Tensor) -> dict[str, Contender]:
+def contender(name: str, model: Any, compiled: Any, input_ids: torch.Tensor) -> Contender:
     length = input_ids.shape[1] + ROOM
-    compiled = torch.compile(model, fullgraph=True)
-    kinds = {
-        SPECTRAL: (SpectralCache(model, preset="balanced"), model),
-        COMPILED: (SpectralCache(model, preset="balanced", max_length=length), compiled),
-        "static, compiled": (StaticCache(model.config, max_cache_len=length), compiled),
-        "dynamic, uncompiled": (DynamicCache(config=model.config), model),
-    }
-    return {name: Contender(model, cache, run, input_ids) for name, (cache, run) in kinds.items()}
+    cache: Any
+    if name == SPECTRAL:
+        cache = SpectralCache(model, preset="balanced")
+    elif name == COMPILED:
+        cache = SpectralCache(model, preset="balanced", max_length=length)
+    else:
+        cache = StaticCache(model.config, max_cache_len=length) if name == STATIC else DynamicCache(config=model.config)
+    return Contender(model, cache, compiled if name in (COMPILED, STATIC) else model, input_ids)
 
 
 def difference(model: Any, input_ids: torch.Tensor) -> dict[str, float]:
     """How far a compiled step's logits are from an uncompiled one's, on the same tokens."""
     prompt, rest = input_ids[:, :-COMPARED], input_ids[:, -COMPARED:]
-    found = []
+    found, compiled = [], torch.compile(model, fullgraph=True)
     for name in (SPECTRAL, COMPILED):
-        contender = contenders(model, prompt)[name]
-        found.append(torch.cat([contender.answer(token[:, None].clone()) for token in rest.unbind(1)]))
+        taking = contender(name, model, compiled, prompt)
+        found.append(torch.cat([taking.answer(token[:, None].clone()) for token in rest.unbind(1)]))
     agreement = compare_logits(found[0][:-1], found[1][:-1], rest[0, 1:])
     return {"largest": float((found[0] - found[1]).abs().max()), "kl": agreement.kl}
 
@@ -94,7 +95,9 @@ def main() -> None:
     for name, model, input_ids in cases:
         torch.compiler.reset()
         context = input_ids.shape[1]
-        timings = alternate(contenders(model, input_ids), options.repeats)
+        compiled = torch.compile(model, fullgraph=True)
+        names = (SPECTRAL, COMPILED, STATIC, DYNAMIC)
+        timings = alternate({n: contender(n, model, compiled, input_ids) for n in names}, options.repeats)
         rows.append({"model": name, "context": context, "milliseconds": {n: asdict(t) for n, t in timings.items()}})
         ratio = timings[COMPILED].median / timings[SPECTRAL].median
         print(name, context, {n: round(t.median, 2) for n, t in timings.items()}, flush=True)
