@@ -1,8 +1,9 @@
 """The model's basis against bases of their own, by context and kind of text; and how many texts it takes.
 
 For each context KL to the dense cache and the factor of the whole cache, with the profile's bases left out ("own"), in
-the model's basis at any length ("model's"), and by the codec's choice. Then the model's basis is measured from the
-first 1, 2, 4 and 8 texts. Needs a profile: run ``unsloth-spectral profile`` first.
+the model's basis at any length ("model's"), and by the codec's choice. The same for texts whose last 500 tokens come
+one by one. Then the model's basis is measured from the first 1, 2, 4 and 8 texts. Needs a profile: run
+``unsloth-spectral profile`` first.
 """
 
 from dataclasses import replace
@@ -27,6 +28,7 @@ from unsloth_spectral.integrations.models import load_model
 from unsloth_spectral.plots.style import blank_figure, save_figure, tidy
 
 CONTEXTS = (512, 1024, 2048, PREFIX)
+DECODED = 500
 COUNTS, CONTEXT_OF_COUNTS = (1, 2, 4, 8), 1024
 # Of the standard library; the profile takes others.
 CODE, CODE_START = "argparse", 2000
@@ -41,13 +43,17 @@ def texts(subject: Subject) -> dict[str, torch.Tensor]:
     return {**cases, "source code": torch.tensor([code[CODE_START : CODE_START + count]])}
 
 
-def measure(subject: Subject, ids: torch.Tensor, context: int, profile: ModelProfile) -> dict[str, float]:
-    """KL and factor behind the last ``context`` tokens of the prefix."""
+def measure(
+    subject: Subject, ids: torch.Tensor, context: int, profile: ModelProfile, decoded: int = 0
+) -> dict[str, float]:
+    """KL and factor behind the last ``context`` tokens of the prefix, of which the last ``decoded`` come one by one."""
     prefix, rest = ids[:, PREFIX - context : PREFIX], ids[:, PREFIX:-1]
     dense = subject.logits(rest, subject.prefill(prefix))
     with patch.object(cache_module, "profile_of", lambda *_: profile):
         cache = SpectralCache(subject.model, config=CONFIG)
-    subject.prefill(prefix, cache)
+    subject.prefill(prefix[:, : context - decoded], cache)
+    for token in prefix[:, context - decoded :].unbind(1):
+        subject.prefill(token[:, None], cache)
     factor = cache.stats().compression_factor
     agreement = compare_logits(dense, subject.logits(rest, cache), ids[0, PREFIX + 1 :])
     return {"kl": agreement.kl, "factor": factor}
@@ -70,6 +76,20 @@ def draw(rows: list[dict[str, Any]]) -> None:
     save_figure(figure, RESULTS.parents[1] / "docs" / "texts.png")
 
 
+def decoded_rows(
+    subject: Subject, ids: torch.Tensor, profile: ModelProfile, without: ModelProfile
+) -> list[dict[str, Any]]:
+    """The choice and bases of their own, behind ``DECODED`` tokens that came one by one."""
+    rows = []
+    for context in CONTEXTS[:-1]:
+        row: dict[str, Any] = {"prompt": context, "decoded": DECODED}
+        for name, chosen in (("own", without), ("choice", profile)):
+            row[name] = measure(subject, ids, context + DECODED, chosen, DECODED)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def main() -> None:
     options = arguments("model_basis", __doc__ or "", repeats=1)
     subject = Subject()
@@ -85,6 +105,7 @@ def main() -> None:
             row["choice"] = measure(subject, ids, context, profile)
             contexts.append(row)
             print(row, flush=True)
+    decoded = decoded_rows(subject, next(iter(cases.values())), profile, without)
     loaded = load_model()
     first = str(subject.tokenizer.decode(subject.ids(5_000, BASIS_TOKENS)[0]))
     by_kind = [ids_of(loaded, text)[:, :BASIS_TOKENS] for text in texts_by_kind(first).values()]
@@ -94,7 +115,7 @@ def main() -> None:
             counts.append({"texts": count, "text": name, **measure(subject, ids, CONTEXT_OF_COUNTS, fewer)})
             print(counts[-1], flush=True)
     draw(counts)
-    finish(options.json, {"benchmark": "model_basis", "contexts": contexts, "counts": counts}, [])
+    finish(options.json, {"benchmark": "model_basis", "contexts": contexts, "decoded": decoded, "counts": counts}, [])
 
 
 if __name__ == "__main__":
