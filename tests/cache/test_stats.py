@@ -118,19 +118,21 @@ def test_the_sums_of_a_cache() -> None:
             rank_values=8,
             basis="2x32-0123456789abcdef",
             basis_bytes=7,
+            room_bytes=3,
             error_keys=0.1,
             error_values=0.2,
             exact_blocks=1,
             svd_fallbacks=2,
             seal_seconds=0.5,
         ),
-        LayerStats("DynamicSlidingWindowLayer", 90, residual_bytes=40, dense_bytes=40, elements=20),
+        LayerStats("DynamicSlidingWindowLayer", 90, residual_bytes=40, dense_bytes=40, elements=20, room_bytes=8),
     ]
     stats = CacheStats.of(layers)
     assert dataclasses.asdict(stats) == {
         "layers": tuple(dataclasses.asdict(layer) for layer in layers),
         "num_tokens": 100,
         "basis_bytes": 7,
+        "room_bytes": 11,
         "stored_bytes": 100,
         "dense_bytes": 640,
         "compression_factor": 6.4,

@@ -251,7 +251,7 @@ def test_a_cache_refuses_more_tokens_than_it_was_made_for_and_loses_none() -> No
     model = build("Llama")
     cache = SpectralCache(model, config=EXACT, max_length=160)
     inputs = prompts(False)
-    with pytest.raises(InvalidArgumentError, match=r"max_length=160 tokens, and this pass would make them 161"):
+    with pytest.raises(InvalidArgumentError, match=r"max_length=160 tokens, and these would be 161"):
         generate(model, cache, inputs, 20)
     assert cache.get_seq_length() == 160
     with torch.no_grad(), pytest.raises(InvalidArgumentError, match="max_length=160"):
@@ -334,9 +334,12 @@ def test_a_stored_cache_goes_on_by_compiled_steps(family: str, tmp_path: Path) -
     cache = SpectralCache(model, config=CODED, max_length=ROOM)
     answer = generate(model, cache, inputs, 60)
     cache.save(tmp_path / "cache.safetensors")
-    loaded = SpectralCache.load(tmp_path / "cache.safetensors", model)
+    loaded = SpectralCache.load(tmp_path / "cache.safetensors", model, max_length=2 * ROOM)
     assert loaded.is_compileable
-    assert loaded.max_length == ROOM
+    assert loaded.max_length == 2 * ROOM
+    assert SpectralCache.load(tmp_path / "cache.safetensors", model).max_length == ROOM
+    with pytest.raises(InvalidArgumentError, match="max_length=100 tokens, and these would be 209"):
+        SpectralCache.load(tmp_path / "cache.safetensors", model, max_length=100)
     text = {"input_ids": torch.cat([answer, token_ids(1, 5)], 1)}
     found = generate(model, loaded, text, 60, compile_config=compiled.config)
     assert torch.equal(found, generate(model, cache, text, 60))

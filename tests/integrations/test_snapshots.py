@@ -62,6 +62,7 @@ def numbers(cache: SpectralCache) -> dict[str, Any]:
             "seal_seconds",
             "dense_bytes",
             "residual_bytes",
+            "room_bytes",
             "stored_bytes",
             "bits_per_element",
             "compression_factor",

@@ -13,7 +13,6 @@ class LayerStats:
         kind: ``"spectral"``, or the class name of transformers' own layer (sliding window ...).
         num_tokens: tokens in the layer; ``sealed_tokens`` of them are compressed.
         sink_bytes, cold_bytes, residual_bytes: bytes of the three tiers.
-        room_bytes: those of them that wait for tokens still to come.
         dense_bytes: bytes a dense cache of the same dtype takes for the same tokens.
         elements: numbers a dense cache would hold, for ``bits_per_element``.
         cold_elements: numbers a dense cache would hold for the tokens of the cold tier.
@@ -22,6 +21,7 @@ class LayerStats:
             none.
         basis: a hash of the model's basis, if the sealed keys are coded in it.
         basis_bytes: its bytes. All caches of the model share it, so ``cold_bytes`` does not have them.
+        room_bytes: those of the tiers' bytes that wait for tokens still to come.
         error_keys, error_values: mean relative error of the sealed blocks; None while nothing is sealed. The
             norm is Frobenius, and that of the queries for the spectral codec's keys.
         exact_blocks: blocks kept exact because they held NaN or infinity, or could not be factorized.
@@ -35,7 +35,6 @@ class LayerStats:
     sink_bytes: int = 0
     cold_bytes: int = 0
     residual_bytes: int = 0
-    room_bytes: int = 0
     dense_bytes: int = 0
     elements: int = 0
     cold_elements: int = 0
@@ -45,6 +44,7 @@ class LayerStats:
     bits_values: float | None = None
     basis: str | None = None
     basis_bytes: int = 0
+    room_bytes: int = 0
     error_keys: float | None = None
     error_values: float | None = None
     exact_blocks: int = 0

@@ -155,9 +155,9 @@ class SpectralCache(Cache):
     def _check_room(self, num_tokens: int) -> None:
         if self.max_length is not None and num_tokens > self.max_length:
             raise InvalidArgumentError(
-                f"this cache was made for max_length={self.max_length} tokens, and this pass would make them "
-                f"{num_tokens}; nothing is lost: cache.reset() empties it, "
-                f"SpectralCache(model, max_length={2 * num_tokens}) makes a larger one"
+                f"this cache was made for max_length={self.max_length} tokens, and these would be {num_tokens}; nothing"
+                f" is lost: cache.reset() empties it, SpectralCache(model, max_length={2 * num_tokens}) makes a larger "
+                f"one, and cache.save(path) with SpectralCache.load(path, model, max_length={2 * num_tokens}) goes on"
             )
 
     def update(
@@ -314,6 +314,7 @@ class SpectralCache(Cache):
         model: PreTrainedModel,
         input_ids: Tensor | None = None,
         model_inputs: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
     ) -> "SpectralCache":
         """The cache that ``save`` wrote to ``path``, with its codes mapped from the file.
 
@@ -326,11 +327,14 @@ class SpectralCache(Cache):
             input_ids: ``[B, n]``, a prompt that must begin with the cache's tokens.
             model_inputs: what the processor returned for that prompt, which must begin with the same images, video and
                 audio; those of a batch must be the same as a whole.
+            max_length: for decoding by compiled steps, in place of the saved cache's; None takes that one. Layers with
+                a sliding window must have been saved with one.
 
         Raises:
             LoadError: there is no such snapshot, it is truncated or altered, of another version, another model, other
                 tokens or other images; the message is one line that says what differs.
-            InvalidArgumentError: ``input_ids`` are no tokens, or ``model_inputs`` are missing.
+            InvalidArgumentError: ``input_ids`` are no tokens, ``model_inputs`` are missing, or the cache has more than
+                ``max_length`` tokens.
             UnsupportedModelError: the model cannot carry a spectral cache, or its weights cannot be read.
         """
         document, model = snapshot.read(path), unwrapped(model)
@@ -344,9 +348,9 @@ class SpectralCache(Cache):
         profile = None
         if fields.has("profile"):
             profile = ModelProfile.from_fields(fields.sub("profile"), _num_spectral(model))
-        max_length = fields.integer("max_length", 1) if fields.has("max_length") else None
+        if max_length is None and fields.has("max_length"):
+            max_length = fields.integer("max_length", 1)
         cache._build(model, config, profile, max_length)
-        fields.require(cache.max_length == max_length, f"a cache that can have max_length={max_length} here")
         devices, layers = _devices(model), fields.subs("layers")
         fields.require(len(layers) == len(cache.layers), f"{len(cache.layers)} layers, not {len(layers)}")
         for number, (layer, stored) in enumerate(zip(cache.layers, layers, strict=True)):
@@ -356,6 +360,7 @@ class SpectralCache(Cache):
         lengths = {layer.spectral.num_tokens for layer in cache._spectral}
         num_tokens = document.header.sub("tokens").integer("count", 1)
         fields.require(lengths == {num_tokens}, f"{num_tokens} tokens in every layer")
+        cache._check_room(num_tokens)
         return cache
 
     def _to_fields(self) -> Field:
