@@ -22,7 +22,7 @@ from unsloth_spectral.log import logger
 _NAME = "triton kernel"
 _MOST_DIMS = 256
 _ROWS, _CHUNK = 16, 32  # as in the kernels: query rows, and components or dimensions of the output, of a program
-# Measured on an H200 (benchmarks/gpu_attention.py). Larger pieces are as fast there and take more shared memory.
+# Measured on an H200 (benchmarks/gpu.py). Larger pieces are as fast there and take more shared memory.
 _PIECE, _WARPS = 32, 2
 _PROGRAMS = 512  # wanted at a time: a few on each multiprocessor
 _EXACT_TOKENS = 256  # of a split
