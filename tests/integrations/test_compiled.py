@@ -429,3 +429,37 @@ def test_a_cache_that_cannot_compile_says_so_and_grows(
 def test_a_length_that_is_none(max_length: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="max_length must be a number of tokens, 1 or more, got"):
         SpectralCache(build("Llama"), max_length=max_length)
+
+
+def fed(model: PreTrainedModel, cache: Any, lengths: list[int], batch: int = 1) -> Iterator[Tensor]:
+    """The last logits after each of the passes, of so many tokens of one text."""
+    text, start = token_ids(batch, sum(lengths)), 0
+    for length in lengths:
+        ids = text[:, start : start + length]
+        start += length
+        if isinstance(cache, SpectralCache):
+            cache.prepare_step(length)
+        yield model(input_ids=ids, **cache_argument(cache)).logits[:, -1]
+
+
+def check_alike(model: PreTrainedModel, config: SpectralConfig, lengths: list[int]) -> SpectralCache:
+    """A cache with steps answers as one without, bit by bit while both attend by the kernel; returns the former."""
+    stepping, plain = SpectralCache(model, config=config, max_length=ROOM), SpectralCache(model, config=config)
+    with torch.no_grad():
+        for found, expected in zip(fed(model, stepping, lengths), fed(model, plain, lengths), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    for mine, theirs in zip(stepping.layers, plain.layers, strict=True):
+        for block, other in zip(mine.spectral.blocks, theirs.spectral.blocks, strict=True):
+            assert torch.equal(block.reconstruct()[0], other.reconstruct()[0])
+    return stepping
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
+def test_a_prompt_too_short_to_seal(family: str) -> None:
+    model, compiled, inputs = build(family), Compiled(), prompts(False, 5)
+    cache = SpectralCache(model, config=EXACT, max_length=ROOM)
+    assert torch.equal(generate(model, cache, inputs, 40), dense(model, inputs, 40))
+    cache.reset()
+    found = generate(model, cache, inputs, 200, compile_config=compiled.config)
+    check_answers(found, model, inputs, 200)
+    assert 1 <= compiled.num_graphs <= 3  # and one more until a window is full

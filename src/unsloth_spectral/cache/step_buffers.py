@@ -128,7 +128,8 @@ class StepBuffers:
         """Write where ``blocks``, all but the ring, lie."""
         batch, num_heads, _, key_dim = self.keys.shape
         places, held = self.places_of(blocks, (batch, num_heads, key_dim, self.values.shape[-1]))
-        if len(places) > len(self.directory):
+        # One without places has the width of an entry too.
+        if len(places) > len(self.directory) or not self.directory.numel():
             room = max(_FEWEST_PLACES, 2 * len(places))
             with torch.inference_mode(False):
                 empty = torch.zeros((room, places.shape[1]), dtype=torch.uint8, device=self.directory.device)
