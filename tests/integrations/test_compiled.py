@@ -432,3 +432,119 @@ def test_a_cache_that_cannot_compile_says_so_and_grows(
 def test_a_length_that_is_none(max_length: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="max_length must be a number of tokens, 1 or more, got"):
         SpectralCache(build("Llama"), max_length=max_length)
+
+
+def fed(model: PreTrainedModel, cache: Any, lengths: list[int], batch: int = 1) -> Iterator[Tensor]:
+    """The last logits after each of the passes, of so many tokens of one text."""
+    text, start = token_ids(batch, sum(lengths)), 0
+    for length in lengths:
+        ids = text[:, start : start + length]
+        start += length
+        if isinstance(cache, SpectralCache):
+            cache.prepare_step(length)
+        yield model(input_ids=ids, **cache_argument(cache)).logits[:, -1]
+
+
+def check_alike(model: PreTrainedModel, config: SpectralConfig, lengths: list[int]) -> None:
+    """A cache with steps answers and seals as one without."""
+    stepping, plain = SpectralCache(model, config=config, max_length=ROOM), SpectralCache(model, config=config)
+    with torch.no_grad():
+        for found, expected in zip(fed(model, stepping, lengths), fed(model, plain, lengths), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    check_same_keys(stepping, plain)
+
+
+def check_same_keys(mine: SpectralCache, theirs: SpectralCache) -> None:
+    """All layers have sealed the same tokens in the same way."""
+    for layer, other in zip(mine.layers, theirs.layers, strict=True):
+        if hasattr(layer, "spectral"):
+            assert layer.spectral.is_sealed == other.spectral.is_sealed
+            torch.testing.assert_close(
+                layer.spectral.reconstruct()[0], other.spectral.reconstruct()[0], rtol=0, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
+def test_a_prompt_too_short_to_seal(family: str) -> None:
+    model, compiled, inputs = build(family), Compiled(), prompts(False, 5)
+    cache = SpectralCache(model, config=EXACT, max_length=ROOM)
+    assert torch.equal(generate(model, cache, inputs, 40), dense(model, inputs, 40))
+    cache.reset()
+    found = generate(model, cache, inputs, 200, compile_config=compiled.config)
+    check_answers(found, model, inputs, 200)
+    assert 1 <= compiled.num_graphs <= 3  # and one more until a window is full
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "lengths"),
+    [
+        # Tokens that come one by one wait for a whole block, even behind a prompt long enough for a smaller one.
+        ("Llama", SpectralConfig(preset="balanced", block_size=512, residual_length=16), [140] + [1] * 30),
+        # Of the steps before a long pass, the queries count as well.
+        ("Llama", CODED, [150] + [1] * 60 + [30] + [1] * 80),
+        # Of layers that share their keys, the first one's queries count.
+        ("Gemma 4, shared keys", CODED, [150] + [1] * 130),
+    ],
+    ids=["long prompt", "turns", "shared keys"],
+)
+def test_steps_seal_what_an_uncompiled_cache_seals(family: str, config: SpectralConfig, lengths: list[int]) -> None:
+    check_alike(build(family), config, lengths)
+
+
+@pytest.mark.parametrize("way", ["copy", "store"])
+def test_a_copy_seals_what_the_original_seals(way: str, tmp_path: Path) -> None:
+    """It has the queries of the steps before, and notes those of the steps behind."""
+    model, lengths = build("Llama"), [150] + [1] * 140
+    cache, plain = SpectralCache(model, config=CODED, max_length=ROOM), SpectralCache(model, config=CODED)
+    text = token_ids(1, sum(lengths))
+    with torch.no_grad():
+        for _ in fed(model, plain, lengths):
+            pass
+        model(input_ids=text[:, :150], **cache_argument(cache))
+        for place in range(150, text.shape[1]):
+            if place == 240:
+                cache = copy.deepcopy(cache) if way == "copy" else stored(cache, model, tmp_path)
+            cache.prepare_step()
+            model(input_ids=text[:, place : place + 1], **cache_argument(cache))
+    check_same_keys(cache, plain)
+
+
+def stored(cache: SpectralCache, model: PreTrainedModel, folder: Path) -> SpectralCache:
+    cache.save(folder / "cache.safetensors")
+    return SpectralCache.load(folder / "cache.safetensors", model)
+
+
+def test_rows_that_change_places_often_note_no_more_queries() -> None:
+    model = build("Llama")
+    config = SpectralConfig(preset="balanced", block_size=512, residual_length=16)
+    noted = []
+    for cache in (SpectralCache(model, config=config, max_length=ROOM), SpectralCache(model, config=config)):
+        with torch.no_grad():
+            for _ in fed(model, cache, [150] + [1] * 40, batch=2):
+                cache.reorder_cache(torch.tensor([1, 0]))
+        noted.append([layer.spectral._tiers.queries.nbytes for layer in cache.layers])
+    assert noted[0] == noted[1]
+
+
+def test_steps_under_grad_mode_keep_no_graph() -> None:
+    model = build("Llama")
+    cache = SpectralCache(model, config=CODED, max_length=ROOM)
+    for _ in fed(model, cache, [150] + [1] * 5):
+        pass
+    step = cache.layers[0].step
+    assert step is not None
+    assert step.queries is not None
+    assert not any(tensor.requires_grad for tensor in (step.keys, step.values, step.queries))
+    copy.deepcopy(cache)
+
+
+def test_steps_while_past_is_recorded() -> None:
+    """Nothing is sealed before a crop, however many tokens there are."""
+    model, found = build("Llama"), []
+    for cache in (SpectralCache(model, config=EXACT, max_length=ROOM), SpectralCache(model, config=EXACT)):
+        with torch.no_grad():
+            answers = fed(model, cache, [150] + [1] * 200)
+            first = next(answers)
+            cache.activate_past_recording()
+            found.append(torch.stack([first, *answers]))
+    assert torch.equal(*found)

@@ -3,6 +3,7 @@
 import time
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class SpectralLayer:
         self._codec = make_codec(config, 1).layer(0) if codec is None else codec
         self._tiers = Tiers()
         self._num_attention_heads: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The buffers of a copy are empty, so what they alone have is noted first.
+        self._note_steps()
+        return vars(self)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -114,6 +120,7 @@ class SpectralLayer:
         """
         check_tokens(keys, values, self.config, None if self._tiers.residual is None else self._tiers.residual.block)
         keys, values = keys.detach(), values.detach()
+        self._note_steps()
         self._unsettle()
         if self._tiers.residual is None:
             # By reference: a prefill is read once by its own attention and then sealed.
@@ -267,7 +274,11 @@ class SpectralLayer:
     def to_fields(self) -> dict[str, Field]:
         """The contents of this layer, which must not be empty, without the budget that layers share."""
         self._note_steps()
-        return {"tokens": self._tiers.to_fields(), "sealer": self._codec.to_fields()}
+        return {
+            "tokens": self._tiers.to_fields(),
+            "sealer": self._codec.to_fields(),
+            "num_attention_heads": self._num_attention_heads,
+        }
 
     def restore(self, fields: Fields) -> None:
         """Restore the contents that ``to_fields`` of a layer with the same config returned.
@@ -277,8 +288,9 @@ class SpectralLayer:
         """
         tiers = Tiers.from_fields(fields.sub("tokens"))
         self._codec.restore(fields.sub("sealer"), tiers.shape)
+        num_attention_heads = fields.integer("num_attention_heads", 1) if fields.has("num_attention_heads") else None
         self._unsettle()
-        self._tiers = tiers
+        self._tiers, self._num_attention_heads = tiers, num_attention_heads
 
     # Counting
 
@@ -327,6 +339,7 @@ class SpectralLayer:
             tiers.residual = step.hold(tiers.residual, self.num_tokens)
         first: list[Block] = [] if tiers.sinks is None else [tiers.sinks.block]
         step.describe([*first, *tiers.cold])
+        tiers.newest = 1  # from here on
         step.is_ready = True
 
     def _note_steps(self) -> None:
@@ -338,9 +351,8 @@ class SpectralLayer:
         if missing <= 0:
             return
         tiers.positions.go_on(missing)
-        tiers.newest = 1
         if step.queries is not None:
-            tiers.queries.note_each(*step.last_queries(self.num_tokens, missing))
+            tiers.queries.note_each(*step.last_queries(self.num_tokens, missing, self._num_missing))
 
     # Inside
 

@@ -54,6 +54,8 @@ class QuerySampler:
 
     def note_each(self, queries: Tensor, positions: Tensor) -> None:
         """Note scaled ``queries [B, num_attention_heads, n, D]`` of single tokens at ``positions [n]``."""
+        if not len(positions):
+            return
         asked_at = positions.expand(len(queries), -1)
         self._queries, self._positions = [*self._queries, queries], [*self._positions, asked_at]
 

@@ -107,11 +107,14 @@ class StepBuffers:
             place = (self.counts[1:] - 1) // DECODE_STRIDE % self.queries.shape[2]
             self.queries.index_copy_(2, place, query.to(self.queries.dtype))
 
-    def last_queries(self, num_tokens: int, count: int) -> tuple[Tensor, Tensor]:
-        """The noted queries of the newest ``count`` of ``num_tokens`` tokens, and the ``[n]`` positions of theirs."""
+    def last_queries(self, num_tokens: int, count: int, missing: int) -> tuple[Tensor, Tensor]:
+        """The noted queries of the newest ``count`` of ``num_tokens`` tokens, and the ``[n]`` positions of theirs.
+
+        As a ``QuerySampler`` notes them: none long before the next sealing, up to which ``missing`` tokens are to come.
+        """
         assert self.queries is not None
-        first = num_tokens - min(count, DECODE_WINDOW)
-        positions = torch.arange(first, num_tokens, dtype=torch.int64, device="cpu")
+        first = max(num_tokens - count, num_tokens + missing - DECODE_WINDOW)
+        positions = torch.arange(min(first, num_tokens), num_tokens, dtype=torch.int64, device="cpu")
         positions = positions[positions % DECODE_STRIDE == DECODE_STRIDE - 1]
         places = positions // DECODE_STRIDE % self.queries.shape[2]
         return self.queries[:, :, places.to(self.queries.device)], positions
@@ -128,7 +131,8 @@ class StepBuffers:
         """Write where ``blocks``, all but the ring, lie."""
         batch, num_heads, _, key_dim = self.keys.shape
         places, held = self.places_of(blocks, (batch, num_heads, key_dim, self.values.shape[-1]))
-        if len(places) > len(self.directory):
+        # One without places has the width of an entry too.
+        if len(places) > len(self.directory) or not self.directory.numel():
             room = max(_FEWEST_PLACES, 2 * len(places))
             with torch.inference_mode(False):
                 empty = torch.zeros((room, places.shape[1]), dtype=torch.uint8, device=self.directory.device)

@@ -73,7 +73,9 @@ def _attend_in_step(
         if mask is None:
             mask = torch.ones(len(query), 1, 1, step.max_length, dtype=torch.bool, device=query.device)
         mask = copies_first(mask, step.sink_places)
-    step.note_query(query * options.scaling)
+    if not key.was_read:
+        step.note_query(query.detach() * options.scaling)
+        key.was_read = True
     output = steps.attend(query, step.keys, step.values, step.counts, step.directory, mask, options)
     if key.seal_after and not torch.compiler.is_compiling():
         key.layer.seal()

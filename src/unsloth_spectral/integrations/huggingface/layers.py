@@ -69,7 +69,8 @@ class SpectralCacheLayer(CacheLayerMixin):
         """Append the new tokens ``(batch, num_key_value_heads, seq_len, head_dim)``; returns two handles."""
         step = self.step
         if step is not None and self.is_ready_for(key_states.shape[2]) and len(key_states) == len(step.keys):
-            steps.append(step.keys, step.values, step.counts, key_states, value_states)
+            self.call = None
+            steps.append(step.keys, step.values, step.counts, key_states.detach(), value_states.detach())
             handle = CompressedStates(self.spectral, not self.record_past, self.model, None, step)
             return handle, handle
         return self._update(key_states, value_states)
@@ -85,7 +86,8 @@ class SpectralCacheLayer(CacheLayerMixin):
 
     def is_ready_for(self, query_length: int) -> bool:
         """True if a pass with so many new tokens can be a compiled step."""
-        return query_length == 1 and self.step is not None and self.step.is_ready
+        # A pass that may be taken back in part is never sealed by itself, and the ring would overflow.
+        return query_length == 1 and self.step is not None and self.step.is_ready and not self.record_past
 
     def get_seq_length(self) -> Any:
         if torch.compiler.is_compiling() and self.step is not None and self.step.is_ready:
