@@ -289,6 +289,14 @@ def test_other_ways_to_generate(options: dict[str, Any]) -> None:
     assert torch.equal(generate(model, cache, inputs, 150, **options), dense(model, inputs, 150, **options))
 
 
+def test_a_second_turn_may_fill_the_cache() -> None:
+    model, text = build("Llama"), prompts(False)
+    cache = SpectralCache(model, config=EXACT, max_length=PROMPT + 60)
+    for _ in range(3):
+        text = {"input_ids": generate(model, cache, text, 20)}
+    check_answers(text["input_ids"], model, prompts(False), 60)
+
+
 def test_rows_change_places_without_another_graph() -> None:
     model, compiled = build("Llama"), Compiled()
     inputs, rows = prompts(True), torch.tensor([2, 0, 1])

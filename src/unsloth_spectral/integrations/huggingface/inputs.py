@@ -22,9 +22,10 @@ def prepare_inputs(
     Raises:
         CacheBypassedError: the cache is dropped, but part of the text is not available to be read again.
     """
-    cache, length = cache_in(kwargs), kwargs.get("next_sequence_length")
+    cache = cache_in(kwargs)
     if hasattr(cache, "prepare_step"):
-        cache.prepare_step(input_ids.shape[1] if length is None else length)
+        # Without a length, the whole text is given, of which the cache may hold a part; it counts what it receives.
+        cache.prepare_step(kwargs.get("next_sequence_length") or 1)
     inputs = original(input_ids, *args, **kwargs)
     if not hasattr(cache, "begin_pass") or cache_in(inputs) is cache or not kwargs.get("use_cache", True):
         return inputs
