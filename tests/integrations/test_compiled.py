@@ -82,8 +82,16 @@ def prompts(is_padded: bool, length: int = PROMPT, seed: int = 0) -> dict[str, T
     return padded_batch(length) if is_padded else {"input_ids": token_ids(1, length, seed)}
 
 
-@pytest.mark.parametrize("is_padded", [False, True], ids=["one prompt", "left padding"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "is_padded"),
+    [
+        *((family, False) for family in FAMILIES),
+        *(
+            pytest.param(family, True, marks=[] if family in ("Llama", "Gemma 3", "LFM2") else pytest.mark.slow)
+            for family in FAMILIES
+        ),
+    ],
+)
 def test_a_compiled_step_serves_all_lengths_and_the_next_prompt(family: str, is_padded: bool) -> None:
     model, compiled = build(family), Compiled()
     cache = SpectralCache(model, config=EXACT, max_length=ROOM)
